@@ -3,10 +3,10 @@
 - weights: parameters x bytes of their format; 2:4 weights are compressed, with indices. Scattered
   zeros are stored, as dense kernels need. Scales of quantised weights are excluded (a 16-bit scale
   per 128 weights adds 3 % to 4 bits).
-- cache: keys and values of the longest length of each layer, at most its sliding window; states of
-  delta nets have one size. In a steady state (serve), sequences have the length of their decode
-  steps, after eviction; only prompts of the current prefill hold all positions. A cached prefix is
-  stored once, unless positions are evicted.
+- cache: keys and values of the longest length of each layer, at most its sliding window; recurrent
+  states and the last positions of convolutions have one size. In a steady state (serve), sequences
+  have the length of their decode steps, after eviction; only prompts of the current prefill hold
+  all positions. A cached prefix is stored once, unless positions are evicted.
 - activations: two tensors of the residual stream, and the largest of three sets of tensors:
   attention (q, k, v, output), MLP (gate, up, product; routed experts also gathered tokens), and
   logits.
@@ -42,7 +42,7 @@ MOST_DEVICES = 1024
 
 _QKV, _WIDE = (
     [ROLES.index(name) for name in names.split()]
-    for names in ("q k v qkv q_b kv_b delta_in", "gate up gate_up")
+    for names in ("q k v qkv q_b kv_b delta_in mamba_in conv_in", "gate up gate_up")
 )
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
 
@@ -225,11 +225,15 @@ def _longest(
         owner = workloads.owner[index]
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
     batch = np.maximum(w.batch[index], sequences[workloads.owner[index]])
-    each = np.zeros(len(index))
+    each, out = np.zeros(len(index)), np.zeros(len(workloads))
     for code in set(w.kind[index].tolist()):
         mine = (w.kind[index] == code).nonzero()[0]
         each[mine] = BY_CODE[code].cache_bytes(Rows(w, index[mine]), batch[mine], kv[mine])
-    out = _over_layers(workloads, index, each)
+    # a layer may have several: attention and an indexer, a state and a convolution
+    kept = (w.role[index].astype(np.int64) * len(Part) + w.part[index]) * 2 + w.stage[index]
+    for one in set(kept.tolist()):
+        mine = (kept == one).nonzero()[0]
+        out += _over_layers(workloads, index[mine], each[mine])
     return np.asarray(out * _stage_share(workloads) if w.meta.parallel == "pipeline" else out)
 
 

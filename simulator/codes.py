@@ -27,6 +27,9 @@ class Kind(IntEnum):
     HOST = 5  # not in workloads: marks errors of the host
     EXPERTS = 6  # routed experts of a layer
     DELTA_NET = 7  # gated delta net of a layer
+    INDEXER = 8  # scores and selection of positions for sparse attention
+    STATE_SPACE = 9  # recurrence of a Mamba layer or of linear attention
+    SHORT_CONV = 10  # causal convolution of each channel over a few positions
 
 
 class Part(IntEnum):
@@ -139,6 +142,74 @@ ROLES: tuple[str, ...] = (
     # inner features
     "quantize_heads",
     "quantize_inner",
+    # projection that gates the outputs of heads; norm before an output or down projection; norm of
+    # the embedding, and projections between the embedding's width and the hidden size
+    "head_gate",
+    "inner_norm",
+    "embedding_norm",
+    "embedding_in",
+    "embedding_out",
+    # indexer: queries, key, weights of its heads; norm of its key; scores and selection
+    "index_q",
+    "index_k",
+    "index_weights",
+    "index_norm",
+    "indexer",
+    # entries of a compressed cache: their product, and their weighted mean
+    "compress",
+    "compressed",
+    # low-rank output projection: product of each group of heads
+    "o_a",
+    # between the residual stream and a sublayer: products that make weights, the weighted sum of
+    # streams or the gated input, and the sum into all streams
+    "entry_in",
+    "entry_out",
+    "entry_weights",
+    "entry",
+    "streams",
+    # Mamba: input projection; step sizes, B and C; step sizes of channels; their norm; recurrence
+    "mamba_in",
+    "mamba_x",
+    "mamba_dt",
+    "mamba_norm",
+    "mamba",
+    # convolution of each channel; input projection of a layer with nothing else, and its gates
+    "short_conv",
+    "conv_in",
+    "conv_gate",
+    # convolution after a sublayer
+    "output_conv",
+    # recurrences of lightning attention and of Kimi's delta attention; low-rank projections to its
+    # decays and gates, first and second factors
+    "lightning",
+    "kda",
+    "delta_rank",
+    "delta_up",
+    # projection of values that makes a mask of scores
+    "mask_values",
+    # product without a nonlinearity beside other sublayers; factors that adapt a shared product
+    "projection",
+    "adapter_in",
+    "adapter_out",
+    # projections of relative positions, sinks and weights of convolutions; mix of profiles
+    "relative",
+    # projections between the residual stream and the features that experts read and write; products
+    # of attention experts (queries and outputs)
+    "latent_in",
+    "latent_out",
+    "attention_experts",
+    # attention over the cache of an earlier layer
+    "shared_attention",
+    # embeddings per layer: their product of the embedding and their sum; gate and output in a layer
+    "layer_inputs",
+    "layer_gate",
+    "layer_output",
+    # low-rank addition to attention (LAuReL); predictions and corrections of streams (AltUp)
+    "laurel_in",
+    "laurel_out",
+    "altup",
+    # convolution of queries and keys, each group of channels
+    "grouped_conv",
 )
 """Names of operator roles; the index is the code in the column ``role`` and in files, so new names
 go to the end."""

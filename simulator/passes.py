@@ -34,6 +34,7 @@ from simulator.codes import (
     GEMM,
     ROLES,
     Kernel,
+    Kind,
     Phase,
 )
 from simulator.engines.engine import Engine, HostTime, load_engine, selected, sparse24_engines
@@ -47,6 +48,7 @@ _COMPUTE = BOTTLENECKS.index("compute")
 _SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 _NORM = ROLES.index("attention_norm")
+_RECURRENT = (int(Kind.DELTA_NET), int(Kind.STATE_SPACE), int(Kind.SHORT_CONV))
 
 
 @dataclass(frozen=True)
@@ -326,13 +328,14 @@ def gaps(
 ) -> FloatArray:
     """Return the time (W, G) between the ``launched`` kernels of each group, s: idle time in a
     graph. A CPU is its own host: it waits after every kernel, and launches the further kernels of
-    an operator."""
+    an operator, which the times of recurrences and convolutions include."""
     groups, runtime = workloads.groups, hw.section("runtime", "*")
     if hw.architecture != "cpu":
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[
             groups.segment // 3
         ]
         return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
+    launched = np.where(np.isin(groups.kind, _RECURRENT), groups.count, launched)
     beside = np.maximum(launched - groups.count, 0.0)
     return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
 
@@ -358,7 +361,10 @@ def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
     for code in sorted(set(w.weight_dtype[narrow].tolist())):
         if DTYPES[code] not in engine.weight_only:
             have = ", ".join(engine.weight_only) or "none"
-            hint = "; dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""
+            hint = (
+                "; --dtype fp8 computes in them" if DTYPES[code] in ("fp8_block", "nvfp4") else ""
+            )
+            hint += ", and --weight-dtype fp8 runs alone" * (DTYPES[code] == "fp8_block")
             return (
                 f"{engine.name} has no kernels for {DTYPES[code]} weights alone; it has:"
                 f" {have}{hint}"

@@ -23,6 +23,9 @@ from simulator.units import parse_count, parse_fraction, parse_number, parse_qua
 DEFAULT_ENGINE = "vllm"
 """The engine that most users deploy."""
 
+DEFAULT_DTYPE = "bf16"
+"""Format of the arithmetic that counts if neither the request nor the checkpoint states one."""
+
 MAX_TOKENS = 2**31 - 1
 """Largest batch x sequence of a pass: row indices of kernels have 32 bits."""
 
@@ -197,11 +200,13 @@ class Request:
         in [0, 1); no effect in ``decode``.
     token_budget : int, optional
         Most prompt and decode tokens of one step. Default: the engine's on the GPU.
-    dtype : str
-        Number format of activations and arithmetic, of :data:`simulator.codes.DTYPES`.
+    dtype : str, optional
+        Number format of activations and arithmetic, of :data:`simulator.codes.DTYPES`. Default:
+        that of the checkpoint, else bf16.
     weight_dtype, kv_dtype : str, optional
-        Number formats of weights (default: those of the checkpoint, else ``dtype``) and of the K/V
-        cache (default: ``dtype``, or bf16 if ``dtype`` has fewer than 16 bits).
+        Number formats of weights (default: that of the checkpoint, else ``dtype``) and of the K/V
+        cache (default: that of the checkpoint, else ``dtype``, or bf16 if ``dtype`` has fewer than
+        16 bits).
     devices : int
         Number of devices, 1 to 100,000.
     link : str, optional
@@ -298,11 +303,14 @@ class Request:
         ),
     ] = None
     dtype: Annotated[
-        str,
+        str | None,
         Setting(
-            _FORMAT, "NAME", "Number format of activations and arithmetic.", label="Arithmetic"
+            _FORMAT,
+            "NAME",
+            "Format of activations and arithmetic. Default: the checkpoint's, else bf16.",
+            label="Arithmetic",
         ),
-    ] = "bf16"
+    ] = None
     weight_dtype: Annotated[
         str | None,
         Setting(
@@ -317,7 +325,8 @@ class Request:
         Setting(
             _FORMAT,
             "NAME",
-            "Format of the K/V cache. Default: --dtype, or bf16 below 16 bits.",
+            "Format of the K/V cache. Default: the checkpoint's, else --dtype, or bf16 below 16"
+            " bits.",
             label="K/V cache",
         ),
     ] = None
@@ -437,9 +446,10 @@ class Lowered:
     new_tokens: int = 0
     cached_prefix: float = 0
     token_budget: int = 0
-    dtype: str = "bf16"
-    weight_dtype: str | None = None
-    kv_dtype: str | None = None
+    # number formats; weights and cache of a workload of rows: "", see its columns
+    dtype: str = DEFAULT_DTYPE
+    weight_dtype: str = ""
+    kv_dtype: str = ""
     devices: int = 1
     link: str = ""
     parallel: str = "none"

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import AMOUNT, SHARE, SIZE, Range
-from simulator.arrays import Array, FloatArray, IndexArray, array, truths
+from simulator.arrays import Array, BoolArray, FloatArray, IndexArray, array, truths
 from simulator.codes import DTYPES, ROLES, Kernel, Kind, Part, Phase, dtype_code, role_code
 from simulator.columns import Table, column
 from simulator.errors import InputError
 from simulator.operators import BY_CODE, MOST_CODES
-from simulator.operators.attention import attention_pairs
+from simulator.operators.attention import attention_pairs, entry_pairs
 from simulator.operators.base import Formats, Operator, Rows
 from simulator.request import NO_REQUEST, Lowered
 from simulator.units import percent, size
@@ -70,12 +70,17 @@ class Workload(Table):
         Executions in the pass, over all layers of the row; the expected number for dynamic methods.
     m, n, k : array of int, shape (rows,)
         GEMM: tokens, output features and input features. Experts: tokens, inner width of one
-        expert, hidden size. Delta net: tokens of all sequences, features of all values.
+        expert, hidden size. Delta net: tokens of all sequences, features of all values. Attention
+        and indexer: ``k`` cached entries that are selected per query (0: all), and ``n`` positions
+        per entry of a compressed cache, seen in addition to a window (0: no such cache).
     experts, active, skew : array, shape (rows,)
         Routed experts of the device, experts per token on average, and imbalance
         (:func:`simulator.operators.experts.experts_chance`).
+    gated : array of bool, shape (rows,)
+        Experts: whether an expert has three products (gate, up and down); else it has two.
     stage : array of int, shape (rows,)
         GEMM: 0 for a whole weight, 1 and 2 for the first and second factor of a low-rank pair.
+        Attention: attentions before it in its layer.
     batch, q_len, kv_len : array of int, shape (rows,)
         Attention: sequences, query positions and key positions per sequence; queries have the last
         ``q_len`` positions. Delta net: ``batch`` sequences. Collective: ``batch`` devices. Experts:
@@ -85,7 +90,8 @@ class Workload(Table):
         value head (0: as of a key head). Delta net: value heads, key heads, features of a key head
         and of a value head.
     latent : array of int, shape (rows,)
-        Attention: elements per position in the cache of latent attention; else 0.
+        Attention: elements per position in the cache of latent attention; else 0. Indexer: elements
+        per position in its cache.
     window : array of int, shape (rows,)
         Attention: sliding window in positions, 0 for none. Delta net: positions of its convolution.
     block : array of int, shape (rows,)
@@ -133,6 +139,7 @@ class Workload(Table):
     experts: Array = column(np.int64, 0)
     active: Array = column(np.float64, 0.0)
     skew: Array = column(np.float64, 0.0)
+    gated: Array = column(np.bool_, True)
     stage: Array = column(np.int8, 0)
     batch: Array = column(np.int64, 0)
     q_len: Array = column(np.int64, 0)
@@ -221,9 +228,15 @@ class Workload(Table):
         return mask
 
     @property
+    def attends(self) -> Array:
+        """Mask of operators over all cached positions: attention and indexers."""
+        return np.asarray(self.is_attention | (self.kind == Kind.INDEXER))
+
+    @property
     def is_cached(self) -> Array:
-        """Mask of operators that keep keys, values or states of each sequence."""
-        mask: Array = _CACHED[self.kind]
+        """Mask of operators that keep keys, values or states of each sequence, except those that
+        read the cache of an earlier layer."""
+        mask: Array = _CACHED[self.kind] & ~self.is_role("shared_attention")
         return mask
 
     def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
@@ -246,16 +259,40 @@ class Workload(Table):
 
     @property
     def pairs(self) -> Array:
-        """Query-key pairs per sequence and head of attention rows, causal and windowed; 0 for other
-        rows."""
-        return attention_pairs(self.q_len, self.kv_len, self.window)
+        """Query-key pairs per sequence and head of attention rows, causal, windowed and selected; 0
+        for other rows."""
+        near = attention_pairs(self.q_len, self.kv_len, self.limit)
+        compressed = self._compressed
+        if not compressed.any():
+            return near
+        ratio = np.maximum(self.n, 1).astype(np.float64)
+        return near + compressed * entry_pairs(self.q_len, self.kv_len, ratio, self.k)
 
     @property
     def keys_seen(self) -> Array:
-        """Key positions that at least one query of an attention row sees."""
-        return np.where(
+        """Keys that at least one query of an attention row sees; queries select different keys."""
+        near = np.where(
             self.window > 0, np.minimum(self.kv_len, self.q_len + self.window - 1), self.kv_len
         )
+        if not (selects := self.is_attention & (self.k + self.n > 0)).any():
+            return near
+        most = np.where(self.k > 0, self.q_len * self.k, self.kv_len)
+        entries = np.minimum(self.kv_len // np.maximum(self.n, 1), most)
+        seen = np.where(self._compressed, near + entries, np.minimum(near, most))
+        return np.where(selects, seen, near)
+
+    @property
+    def limit(self) -> Array:
+        """Most positions that a query of an attention row sees, by its window or selection; 0:
+        all. Entries of a compressed cache are further ones."""
+        selected = np.where(self.is_attention & (self.n == 0), self.k, 0)
+        least = np.minimum(self.window, selected)
+        return np.where(least > 0, least, self.window + selected)
+
+    @property
+    def _compressed(self) -> BoolArray:
+        """Mask of attention rows with a compressed cache."""
+        return np.asarray(self.is_attention & (self.n > 0))
 
     @property
     def value_features(self) -> Array:

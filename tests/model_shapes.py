@@ -61,6 +61,10 @@ def _published(row: dict[str, str]) -> Published:
 with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
     PUBLISHED = {row["model"]: _published(row) for row in csv.DictReader(file)}
 
+with open(Path(__file__).with_name("model_counts.csv"), encoding="utf-8", newline="") as file:
+    COUNTED = {row["model"]: int(row["parameters"]) for row in csv.DictReader(file)}
+"""Parameters of models whose tensors are not written down here."""
+
 
 def shape_of(p: Published, layer: int) -> tuple[int, int]:
     """KV heads and MLP width of a layer."""

@@ -6,9 +6,20 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
+
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators import attention, collective, delta_net, elementwise, experts
-from simulator.operators.base import Estimate
+from simulator.operators import (
+    attention,
+    collective,
+    delta_net,
+    elementwise,
+    experts,
+    indexer,
+    short_conv,
+    state_space,
+)
+from simulator.operators.base import ELEMENT_BYTES, Estimate
 from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
 
@@ -66,6 +77,15 @@ def of_delta_net(*sizes: Any, conv: Any = 4, **options: Any) -> Estimate:
     return delta_net.delta_net(shape, hw, **options)
 
 
+def of_indexer(*sizes: Any, key_dtype: str = "fp8", **options: Any) -> Estimate:
+    """Return the cost of indexers, from their sizes and a profile."""
+    *columns, hw = sizes
+    arrays = (np.asarray(x, dtype=np.float64) for x in np.broadcast_arrays(*columns))
+    names = ("batch", "q_len", "kv_len", "heads", "features", "topk", "ratio", "stored")
+    shape = indexer.IndexerSizes(**dict(zip(names, arrays)), key_bytes=ELEMENT_BYTES[key_dtype])
+    return indexer.indexer(shape, hw, key_dtype=key_dtype, **options)
+
+
 def of_sizes(cost: Callable[..., Estimate]) -> Callable[..., OperatorTimes]:
     """Return the function from sizes and options to times for a cost on a profile ``hw``."""
 
@@ -88,3 +108,6 @@ def _profile(args: tuple[Any, ...], options: dict[str, Any]) -> HardwareProfile:
 prefill_time, decode_time = of_sizes(prefill), of_sizes(decode)
 elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(of_experts)
 collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(of_delta_net)
+indexer_time = of_sizes(of_indexer)
+state_space_time = of_sizes(state_space.state_space)
+short_conv_time = of_sizes(short_conv.short_conv)

@@ -20,7 +20,7 @@ from simulator.arguments import SIZE, number
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
 from simulator.errors import InputError
-from simulator.request import DEFAULT_ENGINE
+from simulator.request import DEFAULT_DTYPE, DEFAULT_ENGINE
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
@@ -94,7 +94,7 @@ class Target:
 
 
 REQUESTS: options.Run = options.run_options(
-    "phase", "batch", "seq", "dtype", phase="prefill,decode"
+    "phase", "batch", "seq", "dtype", phase="prefill,decode", dtype=DEFAULT_DTYPE
 )
 
 

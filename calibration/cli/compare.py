@@ -18,7 +18,7 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
-from simulator.request import Name
+from simulator.request import DEFAULT_DTYPE, Name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 
-REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode")
+REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode", dtype=DEFAULT_DTYPE)
 
 
 @dataclass(frozen=True)

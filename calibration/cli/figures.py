@@ -69,7 +69,7 @@ def command(
     missing: list[str] = []
     if set(chosen) & set(MEASURED):
         needed = bool(only) and "scatter" in chosen
-        about = _with_measured(about, measured or [], asked["dtype"], missing, needed)
+        about = _with_measured(about, measured or [], about.dtype, missing, needed)
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")

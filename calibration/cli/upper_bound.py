@@ -23,6 +23,7 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
+from simulator.request import DEFAULT_DTYPE
 
 if TYPE_CHECKING:
     from calibration.devices import Device
@@ -87,7 +88,7 @@ class CaseOptions(Measuring):
 
 SETTINGS = ("phase", "batch", "seq", "new_tokens", "dtype")
 REQUESTS: options.Run = options.run_options(
-    *SETTINGS, "engine", phase="prefill,decode", engine="reference"
+    *SETTINGS, "engine", phase="prefill,decode", engine="reference", dtype=DEFAULT_DTYPE
 )
 
 

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calibration.devices import attention
+from calibration.devices import attention, recurrent
 from calibration.devices.attention import AttentionLibrary
 from calibration.devices.protocol import (
     NORMS,
+    RECURRENT,
     Description,
     Gpu,
     Operator,
@@ -575,6 +576,32 @@ def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:
     return Launches(lambda i: other.copy_(inputs[i % copies]), copies)  # cache_write
 
 
+SCORES = 2**24  # scores of single heads that an indexer holds at a time, 64 MB
+
+
+def _indexer(op: Operator, device: str, arena: Arena) -> Launches:
+    """Return launches that compute the scores of some queries at a time, and select."""
+    batch, heads, width = op.batch, op.heads, op.head_dim
+    queries = random_tensor((batch, op.q_len, heads, width), op.dtype, device, 1)
+    weights = random_tensor((batch, op.q_len, 1, heads), op.dtype, device, 2)
+    keys, copies = _rotated(arena, op, batch, op.kv_len, width)
+    later = torch.ones(op.q_len, op.kv_len, dtype=torch.bool, device=device)
+    later = later.triu(op.kv_len - op.q_len + 1)
+    many, size = min(op.k, op.kv_len), max(SCORES // (batch * heads * op.kv_len), 1)
+    parts = [*zip(queries.split(size, 1), weights.split(size, 1))]
+
+    def launch(i: int) -> Tensor:
+        key = keys[i % copies].transpose(1, 2)
+        sums = []
+        for query, weight in parts:
+            scores = torch.relu_(query.flatten(1, 2) @ key)
+            sums.append((weight @ scores.unflatten(1, (-1, heads))).squeeze(2))
+        total = torch.cat(sums, 1).float().masked_fill_(later, -math.inf)
+        return total.topk(many, sorted=False).indices
+
+    return Launches(launch, copies)
+
+
 def _copy(op: Operator, device: str, arena: Arena) -> Launches:
     flat, copies = arena.cut(op.n, "int8", op.cold)
     if copies < 2:
@@ -582,6 +609,16 @@ def _copy(op: Operator, device: str, arena: Arena) -> Launches:
         return Launches(lambda i: target.copy_(flat(0)), 1)
     # the target is half a round away, so neither is in the cache
     return Launches(lambda i: flat(i + copies // 2).copy_(flat(i)), copies)
+
+
+def _recurrent(op: Operator, device: str, arena: Arena) -> Launches:
+    # recurrent states are fp32 in all formats, the last positions of a convolution are not
+    dtype = op.dtype if op.kind == "short_conv" else "fp32"
+    shape = recurrent.state_shape(op)
+    flat, copies = arena.cut(math.prod(shape), dtype, op.cold)
+    states = [flat(i).view(shape) for i in range(copies)]
+    run = recurrent.BUILDERS[op.kind](op, TORCH_DTYPE[op.dtype], states)
+    return Launches(lambda i: run(i % copies), copies, ", functions of Transformers")
 
 
 def _launch(op: Operator, device: str, arena: Arena) -> Launches:
@@ -613,10 +650,12 @@ _BUILDERS: dict[str, Callable[[Operator, str, Arena], Launches]] = {
     "attention_decode": _attention,
     "attention_block_sparse": _attention,
     "elementwise": _elementwise,
+    **dict.fromkeys(RECURRENT, _recurrent),
     "copy": _copy,
     "launch_eager": _launch,
     "launch_graph": _launch,
     "layer_eager": _layer,
+    "indexer": _indexer,
 }
 
 
@@ -678,6 +717,13 @@ class TorchDevice:
                 f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and"
                 " copy are"
             )
+        if operator.kind == "indexer" and self.name.startswith("cuda"):
+            return "indexer: torch has no kernel like those of engines (DeepGEMM)"
+        if operator.kind in RECURRENT:
+            if self.name.startswith("cuda"):
+                return f"{operator.kind}: its kernels on a GPU are those of other packages"
+            if needs := recurrent.lacks():
+                return f"{operator.kind} needs {needs}"
         if operator.kind == "attention_block_sparse":
             if (operator.kv_len - operator.q_len) % operator.block:
                 return (

@@ -29,6 +29,14 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "attention_decode": _ATTENTION,
     # causal, with a `density` share of its blocks of edge `block`
     "attention_block_sparse": (*_ATTENTION, "block"),
+    # causal convolution of n channels over `window` positions: m tokens of all sequences; one per
+    # sequence is a decode step
+    "short_conv": ("m", "n", "batch", "window"),
+    # Mamba-2: `heads` of n channels, `kv_heads` groups of `head_dim` state features, in chunks of
+    # `block` tokens
+    "state_space": ("m", "n", "batch", "heads", "kv_heads", "head_dim", "block"),
+    # gated delta net: `heads` of n value features, `kv_heads` of `head_dim` key features
+    "delta_net": ("m", "n", "batch", "heads", "kv_heads", "head_dim", "window"),
     "elementwise": ("m", "n"),  # the operator `role` on m tokens of n features
     "copy": ("n",),  # copy of n bytes within memory
     # single launches of an empty kernel (role `gemm`: a tiny GEMM): host time per launch
@@ -36,8 +44,13 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "launch_graph": (),  # empty kernels in a recorded graph: gap between kernels
     # a tiny decoder layer as in Transformers, for one token: host time per layer
     "layer_eager": ("kv_len",),
+    # weighted scores of the last q_len of kv_len positions by `heads` with common keys, and for
+    # each query the k highest scores
+    "indexer": ("batch", "q_len", "kv_len", "heads", "head_dim", "k"),
 }
 
+# recurrences and convolutions, which Transformers runs without kernels of other packages
+RECURRENT = ("short_conv", "state_space", "delta_net")
 HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kernel
 # kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two
 # repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums
@@ -98,9 +111,9 @@ class Operator:
 
     kind: str  # one of OPERATORS
     dtype: str = "bf16"  # one of simulator.codes.DTYPES
-    m: int = 0  # GEMMs, elementwise: tokens
+    m: int = 0  # GEMMs, elementwise, recurrences: tokens
     n: int = 0  # GEMMs: output features; elementwise: features; copy: bytes
-    k: int = 0  # GEMMs: input features
+    k: int = 0  # GEMMs: input features; indexer: selected positions
     rank: int = 0  # low-rank pairs: width between the two factors
     rows: int = 0  # gathered GEMMs: computed tokens
     batch: int = 0  # attention: sequences
@@ -109,6 +122,7 @@ class Operator:
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    window: int = 0  # positions of a convolution
     block: int = 0  # block-sparse attention: edge of a block; grouped GEMMs: width of a group
     # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
     density: float = 1.0
@@ -133,12 +147,13 @@ class Operator:
                 )
         if not 0 < self.density <= 1:
             raise ValueError(f"operator density: expected a share in (0, 1], got {self.density}")
-        if self.attention and self.heads % self.kv_heads:
+        grouped = self.attention or self.kind in RECURRENT
+        if grouped and self.heads % max(self.kv_heads, 1):
             raise ValueError(
                 f"operator {self.kind}: heads: expected a multiple of {self.kv_heads}, got"
                 f" {self.heads}"
             )
-        if self.attention and self.q_len > self.kv_len:
+        if self.q_len > self.kv_len and self.kind != "layer_eager":
             raise ValueError(
                 f"operator {self.kind}: q_len {self.q_len} exceeds kv_len {self.kv_len}"
             )
@@ -193,10 +208,24 @@ class Operator:
             return 2.0 * self.rows * self.n * self.k
         if self.kind in ("gemm", "gemm_2to4", "grouped_gemm"):
             return 2.0 * self.m * self.n * self.k * self.density
-        if self.attention:
+        # indexers have one product per pair of a query and a key, attention has two
+        products = 1.0 if self.kind == "indexer" else 2.0
+        if self.attention or self.kind == "indexer":
             pairs = self.q_len * (self.kv_len - (self.q_len - 1) / 2.0)
-            return 4.0 * self.batch * self.heads * self.head_dim * pairs * self.density
+            return 2.0 * products * self.batch * self.heads * self.head_dim * pairs * self.density
+        if self.kind in RECURRENT:
+            return 6.0 * self.m * self.states
         return 0.0
+
+    @property
+    def states(self) -> int:
+        """Elements of the state of a sequence: keys by values."""
+        return self.heads * self.head_dim * self.n
+
+    @property
+    def prompt(self) -> bool:
+        """Whether each sequence of a recurrence has several tokens."""
+        return self.m > self.batch
 
     @property
     def weight_bytes(self) -> float:
@@ -205,6 +234,8 @@ class Operator:
             return self.element_bytes * self.rank * (self.n + self.k)
         if self.attention:
             return self.element_bytes * 2 * self.batch * self.kv_heads * self.kv_len * self.head_dim
+        if self.kind == "indexer":
+            return self.element_bytes * self.batch * self.kv_len * self.head_dim
         return self.element_bytes * self.n * self.k  # k of other operators is 0
 
     @property
@@ -213,6 +244,9 @@ class Operator:
         size, weight = self.element_bytes, self.weight_bytes
         if self.kind == "copy":
             return 2.0 * self.n
+        if self.kind in RECURRENT:
+            features = 2.0 * (self.heads or 1) * self.n + 2.0 * self.kv_heads * self.head_dim
+            return size * (self.m * features + 2.0 * self.batch * self.states)
         if self.kind == "elementwise":
             return float(sum(elementwise_bytes(self.role, self.m, self.n, size)))
         if self.kind == "low_rank":
@@ -232,6 +266,9 @@ class Operator:
                 weight * self.density
                 + 2.0 * size * self.batch * self.heads * self.q_len * self.head_dim
             )
+        if self.kind == "indexer":
+            query = size * self.heads * self.head_dim + INDEX_BYTES * min(self.k, self.kv_len)
+            return weight + self.batch * self.q_len * query
         return 0.0
 
     @property
@@ -240,6 +277,9 @@ class Operator:
             return self.element_bytes * (self.n * self.k + (self.m + self.rows) * (self.n + self.k))
         if self.kind == "elementwise":
             return 4.0 * self.element_bytes * self.m * self.n
+        if self.kind == "indexer":  # scores of all heads at a time for some queries, and their sums
+            heads = self.heads if self.q_len == 1 else 1
+            return self.bytes + 8.0 * self.batch * heads * self.q_len * self.kv_len
         return max(self.bytes, self.weight_bytes)
 
     @classmethod

@@ -3,7 +3,8 @@ pages again: ``python -m calibration.evidence pages [PAGE ...]``.
 
 Prints the tables of sets and their targets (*list* prints the names of sets), or the fitted host
 times of engines (*hosts*). *pages* writes generated pages of docs (default: all) in their folders;
-the accuracy page takes ten minutes on two cores.
+the accuracy page takes ten minutes on two cores. *models* compares what prunesim reads of model
+types, released models and files (default: all) with what the installed Transformers builds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from calibration.evidence import models
 from calibration.evidence.commands_page import commands_page
 from calibration.evidence.pages import (
     DOCS,
@@ -58,6 +60,12 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
     def write(page: str, text: str) -> None:
         write_whole(DOCS / f"{page}.md", text.encode())
 
+    def write_models() -> None:
+        built = [models.build(case) for case in models.selected(())]
+        models.write_record(built)
+        tables = models.page_tables([*map(models.compare, built)])
+        write("models", filled("models", [*tables, models.inferred_table(built)]))
+
     def write_recorded(page: str) -> None:
         write(page, filled(page, recorded.tables(recorded.recorded_rows(page))))
 
@@ -66,6 +74,7 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
         "engines": lambda: write("engines", filled("engines", engine_tables())),
         **{page: partial(write_recorded, page) for page in recorded.FOLDERS},
         "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),
+        "models": write_models,
         "validation": run_validation_commands,
         "accuracy": lambda: write("accuracy", accuracy_page(scored(options, ()))),
     }
@@ -87,7 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1]
     )
-    parser.add_argument("names", nargs="*", help="sets (default: all), list, hosts, or pages PAGE")
+    parser.add_argument(
+        "names", nargs="*", help="sets (default: all), list, hosts, pages PAGE or models NAME"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes")
@@ -95,6 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.names[:1] == ["pages"]:
             write_pages(options, options.names[1:])
+        elif options.names[:1] == ["models"]:
+            text, exact = models.report(options.names[1:])
+            print(text)
+            return int(not exact)
         else:
             print(printed(options))
     except InputError as error:

@@ -1,5 +1,6 @@
-"""Recorded runs of vLLM and Transformers compared with predictions (``docs/generated/vllm.md`` and
-``transformers.md``), and the first picture of the README (``docs/measured.png``).
+"""Recorded runs of vLLM and Transformers compared with predictions (``docs/generated/vllm.md``,
+``transformers.md`` and ``hybrids.md``), and the first picture of the README
+(``docs/measured.png``).
 
 A folder has one file of records per run of ``prunesim compare``
 (``DTYPE.THREADS.MODEL.ENGINE.jsonl``, with raw samples and versions), the profile that was
@@ -37,7 +38,7 @@ from simulator.units import ratio
 
 FOLDERS = {
     name: Path(__file__).resolve().parents[2] / "docs" / "cpu" / name
-    for name in ("transformers", "vllm")
+    for name in ("transformers", "hybrids", "vllm")
 }
 """Page -> its recorded runs."""
 

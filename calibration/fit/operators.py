@@ -1,5 +1,5 @@
-"""Calibration of operators by the common method: elementwise operators, collectives and routed
-experts."""
+"""Calibration of operators by the common method: elementwise operators, collectives, routed experts
+and indexers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from simulator.operators.base import Machine, ResidualGrid
 from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
 from simulator.operators.experts import ALIGNED, EXPERTS_CONSTANTS, PARTS, Layers
+from simulator.operators.indexer import INDEXER_CONSTANTS, IndexerCalls, IndexerSizes
 
 # log standard deviation of the constants of collectives and experts around their defaults
 PRIOR = 1.5
@@ -261,6 +262,42 @@ class ExpertsFit(Fit):
     def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
         analytical = float(np.abs(np.expm1(self.log_residual(values))).mean())
         return super().accuracy(errors, values) | {"core_mape": analytical}
+
+
+@dataclass(frozen=True)
+class IndexerFit(Fit):
+    calls: IndexerCalls
+    architecture: str
+
+    REGULARISATION = Regularisation(0.1, 0.1, 0.1)
+
+    def groups(self, by: str = "") -> IndexArray:
+        x = self.calls.sizes
+        return solver.numbered(x.batch, x.q_len, x.kv_len, x.heads)
+
+    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+        start = start or {
+            name: constant.default(self.architecture)
+            for name, constant in INDEXER_CONSTANTS.items()
+        }
+        return self.search(start, INDEXER_CONSTANTS, PRIOR)
+
+    def blank(self) -> ResidualGrid:
+        x, step = self.calls.sizes, 2.0  # octaves
+        axes = np.log2(x.batch * x.q_len), np.log2(x.heads * x.features), np.log2(x.kv_len)
+        start = [float(axis.min()) for axis in axes]
+        shape = [int(np.ceil(np.ptp(axis) / step)) + 1 for axis in axes]
+        return ResidualGrid((start[0], start[1], start[2]), (step,) * 3, np.zeros(shape))
+
+
+def index_sizes(r: Any, key_bytes: float) -> IndexerSizes:
+    """Return the sizes of measured indexers, whose keys are those of single positions."""
+    names = ("batch", "q_len", "kv_len", "heads", "head_dim", "k")
+    batch, q_len, kv_len, heads, features, topk = (
+        np.asarray(getattr(r, name), dtype=np.float64) for name in names
+    )
+    one = np.ones_like(batch)
+    return IndexerSizes(batch, q_len, kv_len, heads, features, topk, one, features, key_bytes)
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:

@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES
+from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.gemm import weight_copies
-from calibration.fit.operators import experts_part
+from calibration.fit.operators import experts_part, index_sizes
 from calibration.records.screening import LATENT
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Records
+from calibration.records.timing_table import LAUNCHES, NEEDED, OPERATORS, Records
 from simulator.arrays import IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
 from simulator.operators.attention import Geometry
-from simulator.operators.base import BOTTLENECKS, Estimate
+from simulator.operators.base import BOTTLENECKS, ELEMENT_BYTES, Estimate
 from simulator.operators.collective import collective
+from simulator.operators.delta_net import DeltaSizes, delta_net
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
+from simulator.operators.indexer import indexer
+from simulator.operators.short_conv import short_conv
+from simulator.operators.state_space import state_space
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -248,6 +252,28 @@ def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     return Predicted(time, shown, uncertainty)
 
 
+def _indexer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
+    sizes = index_sizes(r, ELEMENT_BYTES[options.dtype])
+    time, uncertainty = predicted(indexer(sizes, hw, options.dtype, options.dtype), hw)
+    shown = {"batch": r.batch, "q_len": r.q_len, "kv_len": r.kv_len, "heads": r.heads}
+    return Predicted(time, shown, uncertainty)
+
+
+def _recurrent(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
+    operator, dtype = OPERATORS[int(r.operator[0])], options.dtype
+    states = r.heads, r.kv_heads
+    if operator == "short_conv":
+        estimate = short_conv(r.m, r.batch, r.n, r.window, hw, dtype)
+    elif operator == "state_space":
+        estimate = state_space(r.m, r.batch, *states, r.n, r.head_dim, r.block, hw, dtype)
+    else:
+        sizes = DeltaSizes(r.m, r.batch, *states, r.head_dim, r.n, r.window)
+        estimate = delta_net(sizes, hw, dtype)
+    time, uncertainty = predicted(estimate, hw)
+    shown = {name: getattr(r, name) for name in NEEDED[operator]}
+    return Predicted(time, shown, uncertainty)
+
+
 @dataclass(frozen=True)
 class LaunchTime:
     """Host time of an eager launch in a pass."""
@@ -308,7 +334,9 @@ _MODELS: Mapping[str, tuple[str, Callable[[Records, HardwareProfile, Options], P
     "copy": ("elementwise", _elementwise),
     "collective": ("collective", _collective),
     "experts": ("experts", _experts),
+    **{name: (name, _recurrent) for name in RECURRENT},
     "layer_eager": ("runtime", _layer),
+    "indexer": ("indexer", _indexer),
 }
 SECTIONS: Mapping[str, str] = MappingProxyType(
     {name: section for name, (section, _) in _MODELS.items()}

@@ -18,12 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES
+from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.attention import OPERATORS as ATTENTION
 from calibration.fit.attention import calls_of, fit_attention
 from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
-from calibration.fit.operators import CollectiveFit, ElementwiseFit, ExpertsFit, layers_of
+from calibration.fit.operators import (
+    CollectiveFit,
+    ElementwiseFit,
+    ExpertsFit,
+    IndexerFit,
+    index_sizes,
+    layers_of,
+)
 from calibration.fit.predict import SECTIONS, UNTIMED, predict
+from calibration.fit.recurrent import RecurrentFit, recurrent_fit
 from calibration.fit.section import Fit, fit_section
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, gauss_newton
 from calibration.measurements import published
@@ -46,6 +54,7 @@ from simulator.operators import CONSTANTS
 from simulator.operators.base import Constant, Machine
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
+from simulator.operators.indexer import IndexerCalls
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 _BLOCKS = "attention_block_sparse"
@@ -300,6 +309,11 @@ def _kinds(base: HardwareProfile, records: Records) -> list[_Rows]:
         _Rows("runtime", "launches", is_("launch_graph", *HOST_KINDS), every, 1),
         _Rows("collective", "collectives", _messages(records), every, Fit.FEWEST),
         _Rows("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST),
+        _Rows("indexer", "indexers {}", is_("indexer"), formats, Fit.FEWEST),
+        *(
+            _Rows(name, f"{name} {{}}", is_(name), formats, RecurrentFit.FEWEST)
+            for name in RECURRENT
+        ),
     ]
 
 
@@ -370,6 +384,11 @@ def _fit(
     machine = Machine.of(hw, dtype)
     if operator == "experts":
         return fit_section(layers_of(r, machine, hw.architecture))
+    if operator == "indexer":
+        calls = IndexerCalls(index_sizes(r, machine.element_bytes), machine)
+        return fit_section(IndexerFit(calls, r.seconds, hw.architecture))
+    if operator in RECURRENT:
+        return fit_section(recurrent_fit(operator, r, machine, hw.architecture))
     inherited = None
     if (
         prior is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import (
     HOST_KINDS,
     NORMS,
+    OPERATORS,
     Device,
     Operator,
     OutOfMemory,
@@ -38,14 +39,19 @@ DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
 # Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds.
 SHARES: Mapping[str, float] = {
-    "gemm": 0.56,
+    "gemm": 0.44,
     "gemm_2to4": 0.06,
     "attention_prefill": 0.10,
     "attention_decode": 0.10,
     "elementwise": 0.12,
     "pruned": 0.04,
+    "indexer": 0.02,
+    "recurrent": 0.10,
     "runtime": 0.02,
 }
+HYBRIDS = ("indexer", "recurrent")  # kinds of items that the usual decoders do not run
+# shorter plans omit HYBRIDS: a few rows fit no constant, and the other kinds need the time
+HYBRIDS_S = 60.0
 # part of the share of GEMMs that the first operators of other kinds may use, if their own shares
 # are too short
 SPARE = 0.5
@@ -145,6 +151,8 @@ HEADS = (  # heads, kv_heads, head_dim
     (64, 8, 128),
     (24, 8, 96),
 )
+INDEX_HEADS = ((64, 128), (32, 128), (16, 128), (4, 128))  # heads and features of indexers
+INDEX_TOPK = 2048  # positions that they select
 LENGTHS = (
     64,
     128,
@@ -182,6 +190,26 @@ SELECTED = (8, 32, 64, 256, 1024, 2048)
 
 _MOST_ORDERED = 600  # points ordered at a time: the cost grows with the square of the number
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
+# sequences and their tokens of recurrences
+RECURRENT_CALLS = tuple((b, t) for t in (1, 16, 64, 128, 256) for b in (1, 2, 4, 8))
+# further sizes of recurrences, in the order of OPERATORS: features of a head, heads, groups, state
+# or key features, chunk or positions of the convolution
+RECURRENT_SHAPES: Mapping[str, Sequence[tuple[int, ...]]] = {
+    "short_conv": [(n, p) for n in (512, 768, 1024, 1792, 2304, 3072, 4096) for p in (3, 4)],
+    "state_space": [
+        (channels, heads, groups, state, chunk)
+        for channels in (32, 64)
+        for heads in (8, 16, 24, 32, 48)
+        for groups in (1, 8)
+        for state in (64, 128)
+        for chunk in (128, 256)
+    ],
+    "delta_net": [
+        (value, heads, groups, key, 4)
+        for value, key in ((64, 64), (128, 128), (128, 64))
+        for heads, groups in ((2, 2), (4, 4), (8, 8), (16, 8), (16, 16))
+    ],
+}
 # calls of one head width before the next width: a fit needs 20, and a short plan ends early
 _WIDTH_ROWS = 96
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
@@ -380,9 +408,14 @@ def base_plan(
     protocol = protocol or Protocol()
     rng = np.random.default_rng(seed)
     budget = _Budget(rates, protocol, refuses)
+    omitted = HYBRIDS if budget_s < HYBRIDS_S else ()
+    freed = sum(shares.get(name, 0.0) for name in omitted)
+    shares = {**shares, "gemm": shares["gemm"] + freed}
     left = shares["gemm"] * budget_s
     spare = SPARE * left
     for name, stream in other_streams(dtype, rng, kernels_apart).items():
+        if name in omitted:
+            continue
         operators, share = [*stream], shares.get(name, 0.0) * budget_s
         rest = (budget.first_of_each_kind(operators, share + spare) if share else spare) - spare
         spare += min(rest, 0.0)
@@ -578,7 +611,25 @@ def other_streams(
         "attention_decode": decode,
         "elementwise": elementwise,
         "pruned": _pruned(dtype, rng),
+        "indexer": _indexers(dtype, rng),
+        "recurrent": _recurrent(dtype, rng),
     }
+
+
+def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:
+    """Yield prompts and decode steps alternately."""
+    every = [(b, s, h, d) for b in BATCHES[:5] for s in LENGTHS for h, d in INDEX_HEADS]
+    for turn, (batch, kv_len, heads, head_dim) in enumerate(_spread(every, rng)):
+        yield Operator(
+            "indexer",
+            dtype,
+            batch=batch,
+            q_len=1 if turn % 2 else min(kv_len, 512),
+            kv_len=kv_len,
+            heads=heads,
+            head_dim=head_dim,
+            k=min(kv_len, INDEX_TOPK),
+        )
 
 
 def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
@@ -609,6 +660,21 @@ def _runtime(dtype: str) -> list[Operator]:
 
 def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:
     return [Operator("layer_eager", dtype, kv_len=length, cold=False) for length in lengths]
+
+
+def _recurrent(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
+    """Yield decode steps and prompts of each kind of recurrence in turn."""
+    spread = {
+        kind: _spread([(*calls, *sizes) for calls in RECURRENT_CALLS for sizes in shapes], rng)
+        for kind, shapes in RECURRENT_SHAPES.items()
+    }
+    for points in zip_longest(*spread.values()):
+        for kind, point in zip(spread, points):
+            if point is not None:
+                batch, tokens, *sizes = point
+                names = (name for name in OPERATORS[kind] if name not in ("m", "batch"))
+                shape = dict(zip(names, sizes, strict=True))
+                yield Operator(kind, dtype, m=batch * tokens, batch=batch, **shape)
 
 
 def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calibration.devices.protocol import OPERATORS as KINDS
+from calibration.devices.protocol import RECURRENT
 from simulator.arrays import Array
 from simulator.codes import DTYPES, ROLES
 from simulator.columns import Table, column
@@ -34,7 +35,7 @@ _IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts")
 # latent attention (mla_: a prompt has separate keys and values, a decode has the latent as both)
 # are imported, never measured here.
 NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
-_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm")
+_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm", *RECURRENT, "indexer")
 # names of timed operators; the index is the code in the operator column and in files, so new names
 # come last
 OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
@@ -107,7 +108,8 @@ class Records(Table):
     # GEMM: output features; elementwise: features; copy, collective: bytes; experts, mla: width of
     # an expert, a value
     n: Array = column(np.int64, 0)
-    k: Array = column(np.int64, 0)  # GEMM: input features; experts: hidden size
+    # GEMM: input features; experts: hidden size; indexer: selected positions
+    k: Array = column(np.int64, 0)
     rank: Array = column(np.int64, 0)  # low_rank: width between the factors
     rows: Array = column(np.int64, 0)  # gather_gemm: tokens computed
     batch: Array = column(np.int64, 0)  # attention: sequences; collective: devices

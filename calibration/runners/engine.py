@@ -59,6 +59,9 @@ HOST_LOG_SD = 0.1
 _OPERATORS = (
     ("elementwise", r"(reshape|concat)_and_cache"),
     ("experts", r"moe|expert|grouped"),
+    ("state_space", r"mamba_chunk_scan|selective_(state_update|scan)"),
+    ("short_conv", r"causal_conv1d|short_conv"),
+    ("delta_net", r"gated_delta|delta_rule|gdn"),
     ("attention", r"attention|attn|flash|fmha|mha"),
     ("gemm", r"(?<!co)mm|gemm|cutlass|nvjet|xmma|cublas|matmul|_linear_pointwise"),
     (

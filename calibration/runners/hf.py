@@ -1,8 +1,8 @@
 """Models of the library Transformers, dense and pruned in alternation, eagerly or compiled, with
 random weights.
 
-The library makes the model from a ``config.json`` that states the usual shapes. Layers that differ,
-low-rank factors and missing sublayers are patched into its modules.
+The library makes the model from a ``config.json`` that states all shapes, or those of the usual
+layer. Layers that differ, low-rank factors and missing sublayers are patched into its modules.
 
 A prefill is a forward pass over the prompt that fills the cache and computes the last logits. Eager
 decode is the time per token inside the library's ``generate`` after ``seq`` cached positions;
@@ -42,7 +42,9 @@ from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.models.library import from_hf_config
 from simulator.models.model import Layer, Model
+from simulator.models.quantization import without_formats
 from simulator.models.sublayers import Attention, Experts, Mlp
+from simulator.models.sublayers.base import Sublayer
 from simulator.models.write import plain_content
 from simulator.workload import Workload
 
@@ -62,44 +64,71 @@ def pruned_model(w: Workload) -> Model:
             "it decides during a pass, which no model of Transformers does; use --engine reference"
         )
     model: Model = w.meta.config
-    layers = tuple(dict.fromkeys(model.layers))
-    if not any(layer.has("attention") and layer.has("mlp") for layer in layers):
-        raise InputError("no layer has attention and an MLP")
-    routed = {
-        (experts.experts, experts.active, experts.inner)
-        for layer in layers
-        if isinstance(experts := layer.of("mlp"), Experts)
-    }
-    if len(routed) > 1:
-        raise InputError(
-            "its experts differ by layer; Transformers runs equally many in all layers"
-        )
     return model
 
 
-def usual_layer(model: Model) -> Layer:
-    """Return the usual layer, whose weights are stored plainly."""
-    return model.usual.each(lambda sublayer: replace(sublayer, forms=()))
+def plain_layer(layer: Layer) -> Layer:
+    """Return a layer whose weights are stored plainly."""
+    return layer.each(lambda sublayer: replace(sublayer, forms=()))
 
 
-def check(given: ModelRun, w: Workload) -> tuple[Model, Any]:
-    """Return the model of a workload, and the library's configuration with the usual layers."""
+@dataclass(frozen=True)
+class Plan:
+    """How the library makes a model: from a configuration that states ``stated``, whose layers are
+    then patched to those of ``model``."""
+
+    model: Model
+    stated: Model
+    config: Any
+
+
+def check(given: ModelRun, w: Workload) -> Plan:
+    """Return how the library makes the model of a workload; InputError if it cannot."""
     from transformers import AutoConfig
 
-    model, usual = pruned_model(w), usual_layer(w.meta.config)
-    numbers = tuple(range(len(model.layers)))
-    windowed = (usual.with_window(layer.window) for layer in model.layers)
-    equal = replace(model.with_layers(windowed, numbers), weight_dtype="")
+    model = pruned_model(w)
     if not given.content:
         raise InputError(f"{model.name}: has no config.json to start from")
-    whole = plain_content(given.content, from_hf_config(given.content), equal)
+    dense = from_hf_config(given.content)
+    stated = without_formats(model.each_layer(plain_layer))
+    try:
+        whole = plain_content(given.content, dense, stated)
+    except InputError:
+        stated = _usual_model(stated)
+        whole = plain_content(given.content, dense, stated)
     try:
         config = AutoConfig.for_model(**{**whole, **_NEUTRAL})
     except Exception as error:  # the library's checks have no public base class
         reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise InputError(f"Transformers refuses its config.json: {reason}") from None
-    config.head_dim = model.head_dim
-    return model, config
+    if all(isinstance(one, Attention) for one in _sublayers(model, "attention")):
+        config.head_dim = model.head_dim
+    return Plan(model, stated, config)
+
+
+def _sublayers(model: Model, part: str) -> list[Sublayer]:
+    """Return the different sublayers of a part."""
+    found = (layer.of(part) for layer in model.layers)
+    return list(dict.fromkeys(sublayer for sublayer in found if sublayer is not None))
+
+
+def _usual_model(model: Model) -> Model:
+    """Return a model of usual layers; InputError if the layers cannot be patched from these."""
+    kinds = {type(one) for part in _MODULES for one in _sublayers(model, part)}
+    if not kinds <= {Attention, Mlp, Experts} or not all(map(model.usual.has, _MODULES)):
+        raise InputError(
+            f"a config.json of {model.architecture} cannot state its shapes, and only layers of"
+            " attention and an MLP are patched"
+        )
+    routed = {
+        (e.experts, e.active, e.inner) for e in _sublayers(model, "mlp") if isinstance(e, Experts)
+    }
+    if len(routed) > 1:
+        raise InputError(
+            "its experts differ by layer; Transformers runs equally many in all layers"
+        )
+    windowed = (model.usual.with_window(layer.window) for layer in model.layers)
+    return model.with_layers(windowed, tuple(range(len(model.layers))))
 
 
 @dataclass(frozen=True)
@@ -119,8 +148,8 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
     it."""
     from transformers import AutoModelForCausalLM
 
-    model, config = check(given, w)
-    make = partial(AutoModelForCausalLM.from_config, config, dtype=TORCH_DTYPE[given.dtype])
+    plan = check(given, w)
+    make = partial(AutoModelForCausalLM.from_config, plan.config, dtype=TORCH_DTYPE[given.dtype])
     torch.manual_seed(given.seed)
     with torch.device(device):
         try:
@@ -128,28 +157,34 @@ def build(given: ModelRun, w: Workload, device: str) -> HfModel:
         except ValueError:  # the model soft-caps its scores, which that function does not
             made = make(attn_implementation="eager")
     made.eval()
-    patched = _patch(made, model)
+    _check_parameters(made, plan.stated)
+    patched = _patch(made, plan)
     _sparsify(made, w)
     # on a CPU, torch copies the whole weight of a head whose input is a slice, as the last position
     # of a prompt is
     fresh = partial(torch.clone, memory_format=torch.contiguous_format)
     made.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (fresh(inputs[0]),))
     made.requires_grad_(False)
-    _check_weights(made, w)
     return HfModel(made, patched)
 
 
-def _patch(made: Any, model: Model) -> str:
-    """Change the layers that differ from the usual layer; return the changes."""
-    usual, changed = usual_layer(model), Counter[str]()
-    attention = 0
-    for number, shape in enumerate(model.layers):
-        layer = made.model.layers[number]
-        if shape.windowless != usual:
-            changed.update(_change(layer, shape, usual))
-        if shape.has("attention"):  # the cache counts attention layers
-            layer.self_attn.layer_idx = attention
-            attention += 1
+def _check_parameters(made: Any, model: Model) -> None:
+    found = sum(p.numel() for p in made.parameters())
+    if found != model.parameters:
+        raise InputError(
+            f"Transformers builds {found:,} parameters; {model.parameters:,} are predicted"
+        )
+
+
+def _patch(made: Any, plan: Plan) -> str:
+    """Change the layers that differ from those of the configuration; return the changes."""
+    changed, attention = Counter[str](), 0
+    for number, (new, old) in enumerate(zip(plan.model.layers, plan.stated.layers)):
+        if new.windowless != old.windowless:
+            changed.update(_change(made.model.layers[number], new.windowless, old.windowless))
+        if changed and new.has("attention"):  # the cache counts attention layers
+            made.model.layers[number].self_attn.layer_idx = attention
+        attention += new.has("attention")
     return ", ".join(f"{what} in {count} layers" for what, count in changed.items())
 
 
@@ -240,19 +275,6 @@ def _sparsify(made: Any, w: Workload) -> None:
                 old.forward = partial(packed.linear, bias=old.bias)
             elif kernel == Kernel.UNSTRUCTURED:
                 old.weight.data.mul_(torch.rand_like(old.weight) < density)
-
-
-def _check_weights(made: Any, w: Workload) -> None:
-    once = w.phase == w.phase.min()  # a request has rows for its prefill and for its decode steps
-    inside = once & (w.layer >= 0) & (w.kind == Kind.GEMM)
-    expected = float((w.n * w.k * w.count)[inside].sum())
-    routed = once & (w.kind == Kind.EXPERTS)
-    expected += float((3.0 * w.experts * w.n * w.k * w.count)[routed].sum())
-    found = sum(p.numel() for p in made.model.layers.parameters() if p.dim() > 1)
-    if found != round(expected):
-        raise InputError(
-            f"Transformers builds {found:,} weights in its layers; {expected:,.0f} are predicted"
-        )
 
 
 TOKENS = 4  # decode steps per sample of eager decode
@@ -360,10 +382,22 @@ def eager_sampler(built: HfModel, case: Case) -> Sampler:
         stamps = _Stamps(wait, TOKENS)
         given = {built.cache_name: cache, "logits_processor": LogitsProcessorList([stamps])}
         model.generate(longer, max_new_tokens=TOKENS + 1, do_sample=False, **given)
-        cache.crop(case.seq - cache.get_seq_length())
+        _crop(cache, cache.get_seq_length() - case.seq)
         return (stamps.at_s[-1] - stamps.at_s[0]) / TOKENS
 
     return lambda loops: sum(one() for _ in range(loops)) / loops
+
+
+def _crop(cache: Any, tokens: int) -> None:
+    """Remove the last tokens from the keys and values. States of recurrences stay, because their
+    values do not change the time of a step; the library does not crop layers with such states."""
+    from transformers.cache_utils import DynamicLayer
+
+    for layer in cache.layers:
+        if not hasattr(layer, "conv_states"):
+            layer.crop(-tokens)
+        elif isinstance(layer, DynamicLayer):
+            DynamicLayer.crop(layer, -tokens)
 
 
 def _rewind(cache: Any, length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from simulator.cli import options, render
 from simulator.cli.options import arg, opt
 from simulator.display import with_and
 from simulator.errors import InputError
-from simulator.request import Request
+from simulator.request import DEFAULT_DTYPE, Request
 
 if TYPE_CHECKING:
     from simulator.engines.engine import Engine
@@ -313,35 +314,24 @@ def _list_models(json: options.Json = False) -> None:
     render.show(render.narrowed(columns, 2))
 
 
-def _shapes(model: Model) -> str:
-    from simulator.models.sublayers import DeltaNet, Mlp
+_SHAPES = 3  # most different shapes of one kind of sublayer that are shown
 
-    kinds = len({layer.windowless for layer in model.layers})
-    layers = f"{len(model.layers)} layers" + (f" of {kinds} kinds" if kinds > 1 else "")
-    heads = f"{model.heads} heads on {model.kv_heads} KV heads of {model.head_dim}"
-    if (latent := model.latent) is not None:
-        heads = (
-            f"{latent.heads} heads of {latent.head_dim} on a latent of {latent.rank} +"
-            f" {latent.rotary}"
-        )
-    attentions = (layer.of("attention") for layer in model.layers)
-    nets = [attention for attention in attentions if isinstance(attention, DeltaNet)]
-    if nets:
-        net = (
-            f"{nets[0].heads} value heads of {nets[0].value} on {nets[0].kv_heads} key heads of"
-            f" {nets[0].key}"
-        )
-        heads = f"{len(nets)} with a gated delta net of {net}, the others with {heads}"
-    mlp = model.usual.of("mlp")
-    plain = isinstance(mlp, Mlp) and not mlp.gated
-    mlps = [f"{'plain' if plain else 'gated'} MLP of {model.inner}"] if model.inner else []
-    if model.experts:
-        mlps.append(f"{model.experts} experts of {model.expert_inner}, {model.active:g} per token")
-    mostly = "mostly " if kinds > 1 and not nets else ""
-    return (
-        f"{layers}, hidden {model.hidden}, {mostly}{heads}, {' and '.join(mlps)}, vocabulary"
-        f" {model.vocab:,}"
-    )
+
+def _shapes(model: Model) -> str:
+    """Return the numbers and shapes of all kinds of sublayers."""
+    kinds: dict[str, Counter[str]] = {}
+    for layer in model.layers:
+        for sublayer in layer.sublayers:
+            if sublayer.label:
+                kinds.setdefault(sublayer.label, Counter())[sublayer.shape] += 1
+    texts = []
+    for label, shapes in kinds.items():
+        if len(shapes) <= _SHAPES:
+            texts += [f"{many} {label} ({shape})" for shape, many in shapes.items()]
+        else:
+            texts.append(f"{shapes.total()} {label} (mostly {shapes.most_common(1)[0][0]})")
+    size = f"{len(model.layers)} layers, hidden {model.hidden}, vocabulary {model.vocab:,}"
+    return f"{size}: {', '.join(texts)}"
 
 
 @models.command("show")
@@ -357,11 +347,14 @@ def _show_models(
     from simulator.codes import ROLES, Kind
     from simulator.models.library import load_model
     from simulator.models.lower import lower
+    from simulator.models.quantization import stated_text
 
     if min(batch, seq) < 1:
         raise InputError(f"batch {batch}, seq {seq}: expected whole numbers from 1 up")
     model = load_model(name)
-    workload = lower(model, phase="prefill", batch=batch, seq=seq)
+    # number formats change no shape, so a format that is not understood does not matter here
+    weights = model.weight_dtype or DEFAULT_DTYPE
+    workload = lower(model, phase="prefill", batch=batch, seq=seq, weight_dtype=weights)
     gemms = workload.take((workload.kind == Kind.GEMM) | (workload.kind == Kind.EXPERTS))
     total = float(workload.flops.sum())
     rows: dict[tuple[str | int, ...], dict[str, Any]] = {}  # different layers may share shapes
@@ -381,7 +374,11 @@ def _show_models(
         f"{model.name} ({model.architecture}): {model.parameters:,} parameters{active}, {size} in"
         " 16 bits"
     )
-    print(f"{_shapes(model)}\n")
+    print(f"{textwrap.fill(_shapes(model), render.width())}\n")
+    if unread := model.unread_format:
+        print(f"number formats: {unread} is not understood\n")
+    elif stated := stated_text(model):
+        print(f"number formats: {stated}\n")
     columns = render.columns(
         list(rows.values()),
         ("<GEMM", lambda r: r["role"]),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
+from simulator.request import DEFAULT_DTYPE
 
 if TYPE_CHECKING:
     from simulator.prediction.gemms import GemmRecord
@@ -25,7 +26,9 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Product:
-    dtype: options.setting_option("dtype") = "bf16"  # type: ignore[valid-type]
+    dtype: options.setting_option(  # type: ignore[valid-type]
+        "dtype", text="Number format of activations and arithmetic."
+    ) = DEFAULT_DTYPE
     weight_dtype: options.setting_option("weight_dtype") = None  # type: ignore[valid-type]
     semi_structured: Annotated[
         bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")

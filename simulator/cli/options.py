@@ -110,7 +110,8 @@ Prune = Annotated[
         "TEXT",
         "A pruning: 'width mlp=0.3 heads=0.2 + depth 0.25', sizes that remain: 'width mlp=9216 +"
         " depth 24', or a plan.yaml; may be repeated. Parts of width: attention, heads, kv, mlp,"
-        " hidden. Families: depth, width, width_cross, low_rank, semi_structured (2:4),"
+        " hidden, mamba_heads, mamba_channels, mamba_state; of depth: attention, mlp, mamba, conv."
+        " Families: depth, width, width_cross, low_rank, semi_structured (2:4),"
         " unstructured, dynamic_depth, dynamic_width, sparse_attention, token, kv_cache, experts.",
     ),
 ]
@@ -330,8 +331,14 @@ def _default(setting: Setting) -> Any:
 
 def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
     """Return a :class:`Run` with the options of some settings, as a dataclass of their defaults."""
+    # the help of a setting without its usual default
+    texts = {name: SETTINGS[name].help.partition(" Default:")[0] for name in defaults}
     parts = [
-        (n, setting_option(n), field(default=defaults.get(n, _default(SETTINGS[n]))))
+        (
+            n,
+            setting_option(n, text=texts.get(n, "")),
+            field(default=defaults.get(n, _default(SETTINGS[n]))),
+        )
         for n in chosen
     ]
     parts += [(n, annotation, field(default=None)) for n, annotation in _OTHERS.items() if others]

@@ -466,8 +466,10 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         difference_lines,
         experts_assumed,
         inferred_line,
+        overridden,
         uncalibrated,
     )
+    from simulator.prediction.prunings import source_of
 
     lines = []
     for e in found:
@@ -480,6 +482,8 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense))
     )
     lines += dict.fromkeys(filter(None, assumed))
+    for e in found:
+        lines += overridden(e.dense.meta.asked, map(source_of, (e.dense, e.pruned)))
     return lines + [
         line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)
     ]

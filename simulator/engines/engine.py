@@ -165,6 +165,8 @@ class Loading:
     source: SourceName
     how: String  # what config.json must state, or why the engine does not load the feature
     model_types: Strings = ()  # model types that can have the feature; none: all
+    missing: Strings = ()  # model types that the engine has no class for
+    backend: String = ""  # what may run these types instead
     # MLP widths that the checkpoint can state are multiples of this number
     multiple: Annotated[int, _MULTIPLE] = 1
 

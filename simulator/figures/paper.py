@@ -31,7 +31,7 @@ from simulator.figures.tables import (
 from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model, model_title
-from simulator.models.lower import lower
+from simulator.models.lower import lower, number_formats
 from simulator.models.model import Model
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.prediction.explain import explanations
@@ -103,10 +103,12 @@ class Paper:
 
     @property
     def setting(self) -> str:
-        return (
-            f"{self.title}, {self.request.dtype},"
-            f" {engine_title(load_engine(self.request.engine).name)}"
-        )
+        return f"{self.title}, {self.dtype}, {engine_title(load_engine(self.request.engine).name)}"
+
+    @property
+    def dtype(self) -> str:
+        """Format of the arithmetic."""
+        return number_formats(self.request, self.model).dtype
 
     def settings(self, **changed: Any) -> dict[str, Any]:
         """Return the settings of the request with changes: keywords of :func:`simulator.table`."""
@@ -141,11 +143,9 @@ def draw(name: str, about: Paper) -> Drawn:
 def _has_sparse24(p: Paper, engine: str) -> bool:
     """Return whether an engine has 2:4 kernels for the paper's number format; without an engine
     (""), always."""
-    dtype = p.request.dtype
-    return (
-        not engine
-        or load_engine(engine).sparse24_kernels(dtype, p.request.weight_dtype or dtype) is not None
-    )
+    formats = number_formats(p.request, p.model)
+    has = load_engine(engine).sparse24_kernels(formats.dtype, formats.weight_dtype) is not None
+    return not engine or has
 
 
 def _without_sparse24(p: Paper) -> str:
@@ -317,7 +317,7 @@ def _staircase(p: Paper) -> Made:
     used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
     caption = (
-        f"Staircases of tile and wave quantisation, {p.request.dtype}, single GEMMs outside any"
+        f"Staircases of tile and wave quantisation, {p.dtype}, single GEMMs outside any"
         f" engine. Top: time of the fused q, k, v projection of {p.title} over the tokens; middle:"
         " its rate; bottom: time of the gate projection as width pruning narrows it, cold weights."
         f" Line: prediction; band: {p.interval}; dashed: datasheet roofline; dotted: roofline at"
@@ -367,7 +367,7 @@ def _times(
 ) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the
     highest clock, s."""
-    dtype, size = p.request.dtype, ELEMENT_BYTES[p.request.dtype]
+    dtype, size = p.dtype, ELEMENT_BYTES[p.dtype]
     t = gemm_time(
         m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level)
     )
@@ -382,7 +382,7 @@ def _scatter(p: Paper) -> Made:
     for hw in p.devices:
         if (seen := p.measured.get(hw.label)) is None:
             continue
-        predicted = seen.predict(hw, p.request.dtype)
+        predicted = seen.predict(hw, p.dtype)
         title = device_title(hw.label)
         clouds.append(Cloud(title, seen.seconds, predicted))
         _, median, _, bias = agreement(seen.seconds, predicted)
@@ -396,7 +396,7 @@ def _scatter(p: Paper) -> Made:
         )
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
-        f"Predicted against measured times of single {p.request.dtype} GEMMs, and their ratio"
+        f"Predicted against measured times of single {p.dtype} GEMMs, and their ratio"
         f" (dashed: 10 %); colour is the density of rows; {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()

@@ -511,8 +511,15 @@ class HardwareProfile(Displayed):
         """Return the datasheet rate of the number format ``dtype``; InputError if the device has no
         such arithmetic."""
         if dtype not in self.rates:
+            wide = next((name for name in ("bf16", "fp16") if name in self.rates), "")
+            # formats of weights alone that engines have kernels for
+            alone = (
+                f"; for {dtype} weights alone: --dtype {wide} (and --weight-dtype {dtype} if the"
+                " checkpoint does not state it)"
+            )
             raise InputError(
                 f"{self.name} has no {dtype} arithmetic; it has {', '.join(self.rates)}"
+                + (alone if dtype in ("fp8", "int8") and wide else "")
             )
         return self.rates[dtype]
 

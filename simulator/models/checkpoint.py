@@ -13,6 +13,9 @@ and SliceGPT stores the matrices that rotate its residual stream (``attn_shortcu
 (``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
 ``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
 (``blocks``).
+
+Tensors of architectures outside :data:`NAMED` are only counted: each layer must have the number of
+parameters that its configuration states.
 """
 
 from __future__ import annotations
@@ -35,7 +38,16 @@ from simulator.models.difference import difference
 from simulator.models.form import PLAIN, Form
 from simulator.models.model import PART_NAMES, Layer, Model
 from simulator.models.pass_rows import COMPRESSED
-from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.quantization import FORMATS
+from simulator.models.sublayers import (
+    Attention,
+    DeltaNet,
+    Experts,
+    LatentAttention,
+    Linear,
+    Mlp,
+    SharedCacheAttention,
+)
 from simulator.models.sublayers.base import Sublayer
 
 # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
@@ -188,7 +200,7 @@ NAME = re.compile(
     r"(?:(?:_orig_mod|base_model|language_model|model|decoder|gpt_neox)\.)*(?:layers\.(\d{1,5})\.)?"
     rf"(.+?)(?:(?:\.weight)?\.({_PARTS})|_(blocks|scales))?"
 )
-BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias)(?:\..*)?")
+BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias|layer_scalar)(?:\..*)?")
 
 # Axes of a weight: h hidden size, q and kv width of queries and keys, o inputs of the output
 # projection, i and e inner widths of MLP and experts, E experts, V vocabulary, P positions; 2i is
@@ -379,7 +391,8 @@ def _float(dtype: str) -> str:
 def _scaled(parts: Mapping[str, Tensor], dtype: str) -> str:
     scale = _shape(parts, "weight_scale_inv") or _shape(parts, "weight_scale")
     if dtype in _8_BIT:
-        return "fp8_block" if len(scale) == 2 and scale[1] > 1 else "fp8"
+        # ModelOpt stores scales of blocks in four dimensions
+        return "fp8_block" if any(size > 1 for size in scale[1:]) else "fp8"
     if dtype == "I8" and (scale or "SCB" in parts):
         return "int8"
     if dtype == "U8" and "weight_scale_2" in parts:
@@ -409,6 +422,17 @@ def _by_scales(
     dtype = _integer(bits, 1)
     return Weight((out, inputs or rows * 32 // bits), dtype)
 
+
+NAMED = frozenset(
+    [
+        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
+        *("gemma3_text", "phi3", "opt", "gpt_neox", "olmo2", "olmo3", "granite", "smollm3"),
+        *("nemotron", "nemotron-nas", "seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+        *("glm4_moe", "glm4v_moe_text", "llama4_text", "deepseek_v2", "deepseek_v3", "kimi_k2"),
+        *("qwen3_next", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
+    ]
+)
+"""Architectures whose tensors have the names in :data:`LAYER` and :data:`OUTSIDE`."""
 
 MAX_WIDTH = 10_000_000
 # sublayer -> name of the matrix with which SliceGPT rotates its residual
@@ -512,6 +536,8 @@ class _Part:
 def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path) -> Model:
     """Return the model in a checkpoint: widths, layers and formats of its tensors replace those of
     its configuration. :attr:`Model.found` reports the differences."""
+    if model.architecture not in NAMED:
+        return _counted(model, tensors, str(folder))
     outside, layers, ignored = _sorted(model, tensors, str(folder))
     tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
     table = next(filter(None, tables), None)
@@ -562,6 +588,8 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         declared="" if sparse24 else model.declared,
         tied=model.tied and last == hidden,
         weight_dtype=stored,
+        dtype=model.dtype if stored == model.weight_dtype else "",
+        unread_format="",
     )
     latents = {
         replace(latent, heads=1, forms=(), window=0)
@@ -581,17 +609,72 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         real,
         layers=tuple(_dense(layer) for layer in real.layers) if sparse24 else real.layers,
         declared=model.declared,
-        weight_dtype=model.weight_dtype,
+        **{name: getattr(model, name) for name in FORMATS},
     )
     mismatch = "; ".join(difference(model, alike))
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
-    if stored in ("fp8", "fp8_block", "nvfp4", "int8"):
-        notes += (f"dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
+    if stored != model.weight_dtype and stored in ("fp8", "fp8_block", "nvfp4", "int8"):
+        notes += (f"--dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
     own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
     return replace(real, found="; ".join(filter(None, (model.found, own))), mismatch=mismatch)
+
+
+_NUMBERED = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d{1,5})\.(.+)")
+_LEAF = re.compile(rf"(.+?)\.({_PARTS})")
+
+
+def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
+    """Return the model of a configuration whose layers have as many parameters as the tensors."""
+    modules: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if (match := _NUMBERED.fullmatch(name)) and not BUFFER.fullmatch(name):
+            number, inside = int(match[1]), match[2]
+            module, leaf = found.groups() if (found := _LEAF.fullmatch(inside)) else (inside, "")
+            modules.setdefault((number, module), {})[leaf] = tensor
+    stored = [0] * len(model.layers)
+    for (number, module), parts in modules.items():
+        if number >= len(stored) or _is_unused(model.layers[number], module):
+            continue  # of a layer that predicts further tokens, or of no use
+        try:
+            stored[number] += _elements(parts)
+        except ValueError as error:
+            name = one_line(f"layers.{number}.{module}", 80)
+            raise InputError(f"{folder}: tensor {name}: {error}") from None
+    stated = [
+        model.parameters_of(layer) - sum(s.stored_outside(model.hidden) for s in layer.sublayers)
+        for layer in model.layers
+    ]
+    different = [i for i, pair in enumerate(zip(stored, stated)) if pair[0] != pair[1]]
+    if different and sum(stored) != sum(stated):  # layers that share weights store them once
+        first = different[0]
+        raise InputError(
+            f"{folder}: layer {first}: expected {stated[first]:,} parameters, as its config.json"
+            f" states, got {stored[first]:,}"
+        )
+    return model
+
+
+_KEYS_AND_VALUES = re.compile(r"self_attn\.[kv]_(proj|norm)")
+
+
+def _is_unused(layer: Layer, module: str) -> bool:
+    """Return whether files of Gemma 3n and 4 hold a module that the model does not have: keys and
+    values of a layer that reads the cache of another."""
+    attention = layer.of("attention")
+    shares = isinstance(attention, SharedCacheAttention) and attention.reads_cache
+    return shares and _KEYS_AND_VALUES.fullmatch(module) is not None
+
+
+def _elements(parts: Mapping[str, Tensor]) -> int:
+    """Return the parameters of a module in any format, biases included."""
+    packed = any(name in parts and parts[name].dtype not in FLOATS for name in WEIGHTS)
+    if not packed:
+        return sum(tensor.elements for tensor in parts.values() if tensor.dtype in FLOATS)
+    bias = parts["bias"].elements if "bias" in parts else 0
+    return math.prod(logical(parts).shape) + bias
 
 
 def _sorted(

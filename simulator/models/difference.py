@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from simulator.display import runs
+from simulator.display import runs, with_and
 from simulator.engines.engine import sparsity_note
 from simulator.models.form import PLAIN
 from simulator.models.model import PARTS, Layer, Model
-from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.quantization import FORMATS, formats_text
+from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
 
 # number of a layer, the dense layer without removed sublayers, and the pruned layer
 _Change = tuple[int, Layer, Layer]
+_EXPERTS = {"experts": "{}", "active experts": "{} active"}
 _WIDTHS = {
     "heads": "{} heads",
-    "kv_heads": "{} key/value heads",
-    "inner": "an MLP of {}",
-    "expert_inner": "experts of a width of {}",
+    "KV heads": "{} key/value heads",
+    "value heads": "{} value heads",
+    "key heads": "{} key heads",
+    "Mamba heads": "{} Mamba heads",
+    "Mamba channels": "{} Mamba channels",
+    "Mamba state": "a Mamba state of {}",
+    "inner width": "an MLP of {}",
+    "expert width": "experts of a width of {}",
+    "latent features": "experts on {} latent features",
 }
+"""Name of a size -> text with the size."""
 
 
 def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
     """Return the pruning families found in a model; layers are matched by numbers in a checkpoint,
     or in order."""
     numbers, news = pruned.layer_numbers, pruned.layers
-    place = {number: i for i, number in enumerate(dense.layer_numbers)}
-    if place.keys() >= set(numbers):
-        olds = tuple(dense.layers[place[number]] for number in numbers)
-    else:
-        olds = (dense.layers * (1 + len(news) // max(len(dense.layers), 1)))[: len(news)]
+    olds = _matched(dense, pruned)
     changes = tuple(zip(numbers, map(_without, olds, news), news))
     # each step turns the model before it into one that is closer to the pruned model, from the
     # dense model on
@@ -43,7 +49,7 @@ def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
     )
     other = replace(crossed, vocab=pruned.vocab, learned_positions=pruned.learned_positions)
     steps = (
-        (_depth(place, numbers, olds, news), remaining),
+        (_depth(dense, pruned, olds), remaining),
         (_experts(changes), fewer),
         (_width(changes), narrower),
         (_low_rank(numbers, olds, news), factorised),
@@ -66,9 +72,34 @@ def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
         lines.append("semi_structured: 2:4 in the projections")
     if pruned.declared and pruned.declared != dense.declared:
         lines.append(sparsity_note(pruned.declared))
-    if pruned.weight_dtype and pruned.weight_dtype != dense.weight_dtype:
-        lines.append(f"weights in {pruned.weight_dtype}")
+    formats = {name: (getattr(dense, name), getattr(pruned, name)) for name in FORMATS}
+    if moved := {name: new or "16 bits" for name, (old, new) in formats.items() if new != old}:
+        lines.append(formats_text(moved))
     return tuple(lines)
+
+
+def _matched(dense: Model, pruned: Model) -> tuple[Layer, ...]:
+    """Return the dense layer of each pruned one: that of its number, or, if the layers of a hybrid
+    were renumbered, the next one of its kind."""
+    news, many = pruned.layers, len(dense.layers)
+    place = {number: i for i, number in enumerate(dense.layer_numbers)}
+    if not place.keys() >= set(pruned.layer_numbers):
+        return (dense.layers * (1 + len(news) // max(many, 1)))[: len(news)]
+    places = [place[number] for number in pruned.layer_numbers]
+    if not pruned.numbers and len(news) < many:
+        start, found = 0, []
+        for new in news:
+            alike = (i for i in range(start, many) if _kinds(dense.layers[i]) == _kinds(new))
+            if (i := next(alike, None)) is None:
+                break
+            found.append(i)
+            start = i + 1
+        places = found if len(found) == len(news) else places
+    return tuple(dense.layers[i] for i in places)
+
+
+def _kinds(layer: Layer) -> tuple[str, ...]:
+    return tuple(s.label for s in layer.sublayers)
 
 
 def _without(old: Layer, new: Layer) -> Layer:
@@ -101,17 +132,19 @@ def _unrotated(layer: Layer) -> Layer:
     return layer.each(usual)
 
 
-def _depth(
-    places: Mapping[int, int], numbers: Sequence[int], olds: Sequence[Layer], news: Sequence[Layer]
-) -> str:
+def _depth(dense: Model, pruned: Model, olds: Sequence[Layer]) -> str:
     texts = []
+    numbers, news = pruned.layer_numbers, pruned.layers
+    places = dense.layer_numbers
     gone = sorted(set(places) - set(numbers))
     if len(numbers) > len(places):
         texts.append(f"{len(numbers)} layers, not {len(places)}")
     elif gone:
         known = gone[0] < numbers[-1]  # a renumbered checkpoint does not show which layers
-        which = f"layers {runs(gone)} removed"
-        texts.append(which if known else f"{len(gone)} of {len(places)} layers removed")
+        kinds = _by_kind(dense, olds)
+        which = f"layers {runs(gone)} removed" + (f" ({kinds})" if kinds else "")
+        count = f"{kinds or len(gone)} of {len(places)} layers removed"
+        texts.append(which if known else count)
     for part, name in (("attention", "attention"), ("mlp", "MLP")):
         pairs = list(zip(numbers, olds, news))
         if off := [i for i, old, new in pairs if old.has(part) and not new.has(part)]:
@@ -126,17 +159,16 @@ def _depth(
     return f"depth: {', '.join(texts)}" if texts else ""
 
 
+def _by_kind(dense: Model, remaining: Sequence[Layer]) -> str:
+    """Return the kinds of removed sublayers, if a model has several kinds of layers."""
+    if len({_kinds(layer) for layer in dense.layers}) == 1:
+        return ""
+    kinds = Counter(dense.kinds) - Counter(kind for layer in remaining for kind in _kinds(layer))
+    return with_and([f"{many} {kind}" for kind, many in kinds.items() if kind])
+
+
 def _sizes(layer: Layer) -> dict[str, float]:
-    attention, mlp = layer.of("attention"), layer.of("mlp")
-    sizes: dict[str, float] = {}
-    if isinstance(attention, Attention | LatentAttention | DeltaNet):
-        sizes |= {"heads": attention.heads, "kv_heads": attention.kv_heads}
-    if isinstance(mlp, Mlp):
-        sizes["inner"] = mlp.inner
-    if isinstance(mlp, Experts):
-        sizes |= {"inner": mlp.shared_inner, "expert_inner": mlp.inner}
-        sizes |= {"experts": mlp.experts, "active": mlp.active}
-    return sizes
+    return {name: size for s in layer.sublayers for name, size in s.sizes().items()}
 
 
 def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
@@ -152,7 +184,7 @@ def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tup
 
 
 def _experts(changes: Sequence[_Change]) -> str:
-    cuts = _cuts(changes, {"experts": "{}", "active": "{} active"})
+    cuts = _cuts(changes, _EXPERTS)
     texts = [f"{words} in layers {runs(layers)}" for words, layers in cuts]
     return f"experts: {', '.join(texts)}" if texts else ""
 

@@ -13,7 +13,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -23,8 +22,17 @@ from simulator.arguments import shown
 from simulator.engines.engine import sparsity_note
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.read import parse_bounded, read_bounded
-from simulator.models.architectures import ARCHITECTURES, FLAT, NESTED, Reader, refuse_unknown
+from simulator.models.architectures import (
+    ARCHITECTURES,
+    FLAT,
+    NESTED,
+    REFUSED,
+    Reader,
+    model_fields,
+    refuse_unknown,
+)
 from simulator.models.model import Model
+from simulator.models.quantization import with_formats
 
 FOLDER = resources.files(__package__)
 # largest configuration file that is read; usual files have a few kilobytes
@@ -37,8 +45,10 @@ _VARIANT = re.compile(
     r"[-_](?:instruct|chat|it|hf|base|dynamic|block|static|awq|nvfp4|fp4|fp8|bf16|quantized|gptq(?:-int[48])?|w\d+a\d+)$",
     re.IGNORECASE,
 )
+# objects with number formats; the second is the older name of compressed-tensors
+_QUANTISED = ("quantization_config", "compression_config")
 # keys at the top of a file that also hold for its text_config
-_SHARED = ("tie_word_embeddings", "quantization_config", "compression_config", "block_configs")
+_SHARED = ("tie_word_embeddings", *_QUANTISED, "block_configs")
 
 
 def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> Model:
@@ -52,22 +62,29 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
             f"{source}: expected a JSON object (a config.json), got {type(data).__name__}"
             f" {shown(data)}"
         )
-    kind, read = _decoder(Reader(data, source))
+    read = Reader(data, source)
+    decoder = decoder_of(read)
+    kind, read = decoder or (_unlisted(read), read)
     own = data.get("_name_or_path")
     if isinstance(own, str) and own.strip("/."):
         name = own.rstrip("/").rsplit("/", 1)[-1]
     # for tables and file names
     name = one_line(name.replace("/", "_"), MAX_NAME).strip(" .") or kind
     notes = []
-    if kind != data["model_type"]:
+    if decoder is None:
+        from simulator.models.inferred import inferred_model  # late: known types do not need it
+
+        return inferred_model(data, source, name)
+    if kind != data.get("model_type") or "vision_config" in data:
         notes.append(f"{name}: only the text decoder is timed, not the other parts (vision)")
     if declared := _declared(read):
         notes.append(f"{name}: {sparsity_note(declared)}")
     auto_map = data.get("auto_map")
     code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, Mapping) else None
-    fields = ARCHITECTURES[kind].model(read)
+    fields = model_fields(ARCHITECTURES[kind], read)
+    stored = [key for key in _QUANTISED if read.raw(key)]
     refuse_unknown(read, ARCHITECTURES[kind])
-    return Model(
+    model = Model(
         name=name,
         architecture=kind,
         declared=declared,
@@ -75,11 +92,12 @@ def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = 
         custom_code=one_line(code, MAX_NAME) if isinstance(code, str) else "",
         **fields,
     )
+    return with_formats(model, read.part(stored[0])) if stored else model
 
 
 def _declared(read: Reader) -> str:
     """Return the sparsity that compressed-tensors declares: "2:4", "unstructured" or none."""
-    for key in ("quantization_config", "compression_config"):
+    for key in _QUANTISED:
         inside = read.data.get(key)
         sparsity = inside.get("sparsity_config") if isinstance(inside, Mapping) else None
         if isinstance(sparsity, Mapping) and sparsity.get("sparsity_structure"):
@@ -87,11 +105,9 @@ def _declared(read: Reader) -> str:
     return ""
 
 
-def _decoder(read: Reader) -> tuple[str, Reader]:
-    known = f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
+def decoder_of(read: Reader) -> tuple[str, Reader] | None:
+    """Return the type of the decoder and its keys; None if no table has the type."""
     kind, text = read.data.get("model_type"), read.data.get("text_config")
-    if kind is None:
-        raise read.fail("model_type", f"missing; {known}")
     named = kind if isinstance(kind, str) else ""
     if named in ARCHITECTURES:
         return named, read
@@ -100,11 +116,23 @@ def _decoder(read: Reader) -> tuple[str, Reader]:
     own = text.get("model_type") if isinstance(text, Mapping) else None
     decoder = own if isinstance(own, str) and own in ARCHITECTURES else NESTED.get(named)
     if decoder is None:
-        raise read.fail("model_type", f"architecture {shown(kind)} is not supported; {known}")
+        return None
     shared = {key: read.data[key] for key in _SHARED if key in read.data}
     return decoder, Reader(
         {**shared, **read.part("text_config").data}, read.source, f"{read.place}text_config."
     )
+
+
+def _unlisted(read: Reader) -> str:
+    """Return a type that no table has; InputError if it is not read at all."""
+    kind = read.data.get("model_type")
+    if isinstance(kind, str) and kind not in REFUSED:
+        return kind
+    known = f"expected one of {', '.join(sorted({*ARCHITECTURES, *NESTED}))}"
+    if kind is None:
+        raise read.fail("model_type", f"missing; {known}")
+    reason = f" ({REFUSED[kind]})" if isinstance(kind, str) else ""
+    raise read.fail("model_type", f"architecture {shown(kind)} is not supported{reason}; {known}")
 
 
 def read_config(path: str | os.PathLike[str]) -> Model:
@@ -128,7 +156,7 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         raise InputError(
             f"{file}: cannot be read ({error.strerror or error}); expected a config.json"
         ) from None
-    content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
+    content = _parsed(file)
     model = from_hf_config(
         content, str(file), file.parent.name if file.name == "config.json" else file.stem
     )
@@ -136,21 +164,23 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         # late: shipped models need no checkpoint
         from simulator.models.checkpoint import from_tensors, read_headers
 
+        beside = file.with_name("hf_quant_config.json")
+        if beside.is_file() and not any(content.get(key) for key in _QUANTISED):
+            model = with_formats(model, _object(beside))
         if tensors := read_headers(file.parent):
             return from_tensors(model, tensors, file.parent)
-    stored = content.get("quantization_config")
-    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    if (
-        not isinstance(method, str)
-        or model.weight_dtype
-        or (model.declared and not stored.get("config_groups"))
-    ):
-        return model
-    if method in ("gptq", "awq") and (bits := stored.get("bits")) in (4, 8):
-        return replace(model, weight_dtype=f"int{bits}")
-    weights = f"{one_line(method, MAX_NAME)} weights"
-    note = f"{model.name}: without --weight-dtype or tensors, {weights} count as not quantised"
-    return replace(model, found="; ".join(filter(None, (model.found, note))))
+    return model
+
+
+def _parsed(file: Path) -> Any:
+    return parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
+
+
+def _object(file: Path) -> Reader:
+    content = _parsed(file)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file}: expected a JSON object, got {shown(content)}")
+    return Reader(content, str(file))
 
 
 def _key(name: str) -> str:

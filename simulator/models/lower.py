@@ -55,14 +55,16 @@ import numpy as np
 from simulator.arguments import MOST
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, ROLES, Part, Phase, dtype_code
+from simulator.display import with_and
 from simulator.engines.engine import Engine, Schedule, load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.model import Layer, Model, shard
 from simulator.models.pass_rows import Lowering, OperatorRow, PassRows
-from simulator.models.sublayers import Attention, LatentAttention
+from simulator.models.sublayers import SharedCacheAttention
+from simulator.models.sublayers.entry import Streams
 from simulator.operators.experts import EXPERT_SKEW
-from simulator.request import Lowered, Request
+from simulator.request import DEFAULT_DTYPE, Lowered, Request
 from simulator.workload import Workload
 
 # prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of
@@ -131,6 +133,37 @@ def stream_of(dtype: str) -> str:
     return dtype if DTYPE_BYTES[dtype_code(dtype)] >= 2 else "bf16"
 
 
+@dataclass(frozen=True)
+class NumberFormats:
+    dtype: str
+    weight_dtype: str
+    kv_dtype: str
+
+    @property
+    def text(self) -> str:
+        """The formats in words: ``bf16 with int4 weights``."""
+        weights = [f"{self.weight_dtype} weights"] if self.weight_dtype != self.dtype else []
+        cache = [f"{self.kv_dtype} cache"] if self.kv_dtype != stream_of(self.dtype) else []
+        return " with ".join(filter(None, (self.dtype, with_and([*weights, *cache]))))
+
+
+def number_formats(request: Request, model: Model) -> NumberFormats:
+    """Return the formats of a model in a request: those that the request states, else those of the
+    checkpoint, whose arithmetic belongs to its own weights; InputError if both are unknown."""
+    if model.unread_format and request.weight_dtype is None:
+        raise InputError(
+            f"{model.name}: {model.unread_format} is not understood; state the format of its"
+            " weights, such as --weight-dtype int4"
+        )
+    own = model.dtype if request.weight_dtype in (None, model.weight_dtype) else ""
+    dtype = request.dtype or own or DEFAULT_DTYPE
+    return NumberFormats(
+        dtype=dtype,
+        weight_dtype=request.weight_dtype or model.weight_dtype or dtype,
+        kv_dtype=request.kv_dtype or model.kv_dtype or stream_of(dtype),
+    )
+
+
 def cached_tokens(request: Request) -> int:
     """Return the tokens of each prompt that the prefix cache holds; InputError if no token is left
     to compute."""
@@ -158,7 +191,7 @@ def _lower(request: Request, engine: Engine) -> Workload:
     part = shard(model, request.devices, request.parallel)
     table, lengths = _Table(), []
     for p, cached in _passes(lowering):
-        _add_pass(table, p, part, model.vocab)
+        _add_pass(table, p, part, model.logits)
         lengths.append(cached)
     return _attending(table.workload(lowering.request), part, lengths)
 
@@ -166,9 +199,9 @@ def _lower(request: Request, engine: Engine) -> Workload:
 def _lowering(request: Request, engine: Engine) -> Lowering:
     """Return the request with the values that follow from model and engine."""
     model, several = request.model, request.devices > 1
-    weight = request.weight_dtype or model.weight_dtype or request.dtype
-    stream = stream_of(request.dtype)
-    runs_sparse24 = not request.engine or engine.sparse24_kernels(request.dtype, weight) is not None
+    formats = number_formats(request, model)
+    has_kernels = engine.sparse24_kernels(formats.dtype, formats.weight_dtype) is not None
+    runs_sparse24 = not request.engine or has_kernels
     resolved = Lowered(
         request=request,
         model=model.name,
@@ -180,9 +213,7 @@ def _lowering(request: Request, engine: Engine) -> Lowering:
         new_tokens=request.new_tokens if request.phase in ("generate", "serve") else 0,
         cached_prefix=cached_tokens(request),
         token_budget=_budget(request, engine.schedule),
-        dtype=request.dtype,
-        weight_dtype=request.weight_dtype,
-        kv_dtype=request.kv_dtype,
+        **vars(formats),
         devices=request.devices,
         link=(request.link or "") if several else "",
         parallel=request.parallel if several else "none",
@@ -192,10 +223,10 @@ def _lowering(request: Request, engine: Engine) -> Lowering:
     return Lowering(
         request=resolved,
         engine=engine,
-        dtype=dtype_code(request.dtype),
-        weight_dtype=dtype_code(weight),
-        cache_dtype=dtype_code(request.kv_dtype or stream),
-        stream_dtype=dtype_code(stream),
+        dtype=dtype_code(formats.dtype),
+        weight_dtype=dtype_code(formats.weight_dtype),
+        cache_dtype=dtype_code(formats.kv_dtype),
+        stream_dtype=dtype_code(stream_of(formats.dtype)),
         hidden=model.hidden,
         norm_parameters=model.norm_parameters,
         pre_norms=model.pre_norms,
@@ -295,9 +326,9 @@ class _Table:
         return w if (np.diff(order) == 1).all() else w.take(order)
 
 
-def _add_pass(table: _Table, p: PassRows, part: Model, vocab: int) -> None:
-    """Add the rows of a pass of the model that one device computes; ``vocab`` is that of the whole
-    model."""
+def _add_pass(table: _Table, p: PassRows, part: Model, logits: int) -> None:
+    """Add the rows of a pass of the model that one device computes; ``logits`` are those of the
+    whole model."""
     _add_outside(table, p, _embedding(p, part))
     runs = part.runs
     made = [(list(members), [*_layer_rows(p, layer)]) for members, layer in part.stacks]
@@ -315,7 +346,7 @@ def _add_pass(table: _Table, p: PassRows, part: Model, vocab: int) -> None:
         }
         for i, row in enumerate(rows):
             table.add({**row, **layers}, (begins[members] + i).tolist())
-    _add_outside(table, p, itertools.chain(_head(p, part, vocab), p.send()))
+    _add_outside(table, p, itertools.chain(_head(p, part, logits), p.send()))
 
 
 def _add_outside(table: _Table, p: PassRows, rows: Iterable[OperatorRow]) -> None:
@@ -326,64 +357,119 @@ def _add_outside(table: _Table, p: PassRows, rows: Iterable[OperatorRow]) -> Non
 
 
 def _layer_rows(p: PassRows, layer: Layer) -> Iterator[OperatorRow]:
-    for sublayer in layer.sublayers:
-        part = sublayer.part
-        mlp = part == Part.MLP
+    attention = layer.of("attention")
+    if isinstance(attention, SharedCacheAttention):
+        p = attention.computed(p)
+    for index, sublayer in enumerate(layer.sublayers):
+        for row in _sublayer_rows(p, layer, index):
+            yield row | {"params": 0.0} if sublayer.reused else row
+
+
+def _sublayer_rows(p: PassRows, layer: Layer, index: int) -> Iterator[OperatorRow]:
+    sublayer = layer.sublayers[index]
+    part = sublayer.part
+    mlp = part == Part.MLP
+    before, after = layer.norms(index, p.lowering.pre_norms, p.lowering.post_norms)
+    entry = sublayer.entry
+    if entry is not None:
+        yield from entry.before(p, part)
+    if before:
         role = "mlp_norm" if mlp else "attention_norm"
-        yield from p.norm_before(role, part, adds=not (layer.parallel and mlp))
-        yield from sublayer.rows(p)
-        outputs = sublayer.outputs(p.hidden)
+        streams = isinstance(entry, Streams)
+        yield p.norm_before(role, part, adds=not (layer.parallel and mlp) and not streams)
+    yield from sublayer.rows(p)
+    outputs = sublayer.outputs(p.hidden)
+    if sublayer.REDUCES:
         yield from p.collective("all_reduce", part, p.tokens, outputs)
-        yield from p.residual_projection(sublayer, outputs)
-        yield from p.norm_after(part)
-        if mlp and layer.parallel:
-            yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden)
+    yield from p.residual_projection(sublayer, outputs)
+    if after:
+        yield p.norm_after(part, adds=not before)
+    if entry is not None:
+        yield from entry.after(p, part)
+    if sublayer.scales:
+        yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden, p.hidden)
+    if layer.joined(index) or (mlp and layer.parallel):
+        yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden)
 
 
 def _embedding(p: PassRows, part: Model) -> Iterator[OperatorRow]:
-    features, positions = part.hidden, part.learned_positions
-    tables = 2 if positions else 1
-    owned = (part.vocab + positions) * features
-    row = p.move("embedding", Part.EMBEDDING, features, tables * features, features, owned)
+    hidden, positions = part.hidden, part.learned_positions
+    features = part.embedding_width or hidden
+    read = features + hidden * (positions > 0)
+    owned = part.vocab * features + positions * hidden + part.other_parameters
+    row = p.move("embedding", Part.EMBEDDING, features, read, features, owned)
     # tokens per sequence of a step
     yield row | {"q_len": p.q_len * p.decodes}
     yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
+    if part.embedding_width:
+        yield p.gemm("embedding_in", Part.EMBEDDING, hidden, features) | p.wide
+    if part.embedding_norm:
+        owned = features * part.norm_parameters // hidden
+        yield p.move("embedding_norm", Part.EMBEDDING, features, features, features, owned)
+    if part.input_features:
+        yield from _layer_inputs(p, part)
+    if part.streams > 1:
+        yield from _streams(p, part, Part.EMBEDDING)
 
 
-def _head(p: PassRows, part: Model, vocab: int) -> Iterator[OperatorRow]:
-    """Yield the final norm and the head; ``vocab`` is that of the whole model."""
+def _layer_inputs(p: PassRows, part: Model) -> Iterator[OperatorRow]:
+    """Yield the inputs of all layers: embeddings from their tables, and a projection of the usual
+    embedding, which is normed and added."""
+    features, tables = part.input_features, part.input_tables
+    yield p.move("layer_inputs", Part.EMBEDDING, features, features, features, tables)
+    yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
+    yield p.gemm("layer_inputs", Part.EMBEDDING, features, part.hidden) | p.wide
+    yield p.move("layer_inputs", Part.EMBEDDING, features, 2 * features, features)
+
+
+def _streams(p: PassRows, part: Model, place: Part) -> Iterator[OperatorRow]:
+    """Yield the products that make further residual streams of the first, or map them back."""
+    hidden, further = part.hidden, part.streams - 1
+    yield p.gemm("altup", place, hidden, hidden) | p.wide | {"count": further}
+    yield p.move("altup", place, hidden, further * hidden, further * hidden)
+
+
+def _head(p: PassRows, part: Model, logits: int) -> Iterator[OperatorRow]:
+    """Yield the final norm and the head; ``logits`` are those of the whole model."""
     # positions that the head computes; a check of drafted tokens needs all
     positions = p.tokens if p.lowering.engine.logits == "all" or p.decodes else p.batch
     width = part.head_hidden
+    if part.streams > 1:
+        yield from _streams(p, part, Part.HEAD)
     if part.final_norm:
         owned = width * part.norm_parameters // part.hidden
         yield p.move("final_norm", Part.HEAD, width, 2 * width, width, owned)
-    head = p.gemm("lm_head", Part.HEAD, part.vocab, width) | p.wide | {"m": positions}
-    yield head | {"params": 0 if part.tied else head["params"]}
-    yield from p.collective("all_gather", Part.HEAD, positions, vocab)
+    if part.embedding_width:
+        yield p.gemm("embedding_out", Part.HEAD, part.embedding_width, width) | p.wide
+        width = part.embedding_width
+    if part.head_projection:
+        yield p.gemm("embedding_out", Part.HEAD, width, width) | p.wide | {"m": positions}
+        owned = p.lowering.norm_parameters
+        yield p.move("inner_norm", Part.HEAD, width, width, width, owned, tokens=positions)
+    head = p.gemm("lm_head", Part.HEAD, part.logits, width) | p.wide | {"m": positions}
+    bias = part.head_bias * part.logits * p.owns
+    yield head | {"params": bias + (0 if part.tied else head["params"])}
+    yield from p.collective("all_gather", Part.HEAD, positions, logits)
     if part.logit_softcap:
-        yield p.move("softcap", Part.HEAD, vocab, vocab, vocab, tokens=positions)
+        yield p.move("softcap", Part.HEAD, logits, logits, logits, tokens=positions)
 
 
 def _attending(w: Workload, part: Model, lengths: Sequence[tuple[Array, Array]]) -> Workload:
-    """Return the workload with a row of attention for each cache length and window."""
-    attending = [
-        run
-        for run in part.runs
-        if isinstance(run.layer.of("attention"), Attention | LatentAttention)
-    ]
-    if not attending:
+    """Return the workload with a row of attention for each cache length and window. Each kind of
+    pass, which has its own lengths, has equally many such rows."""
+    rows = np.flatnonzero(w.attends)
+    if not len(rows):
         return w
+    windows = {run.first: run.windows for run in part.runs}
     attention = [
-        _attention_columns(run.windows, kv_len, executions, run.first)
-        for kv_len, executions in lengths
-        for run in attending
+        _attention_columns(windows[first], kv_len, executions, first)
+        for (kv_len, executions), firsts in zip(lengths, np.split(w.layer[rows], len(lengths)))
+        for first in firsts.tolist()
     ]
-    rows = np.flatnonzero(w.is_role("attention"))
     times = np.ones(len(w), dtype=np.int64)
     times[rows] = [columns.shape[1] for columns in attention]
     w = w.take(np.repeat(np.arange(len(w)), times))
-    attends = w.is_role("attention")
+    attends = w.attends
     names = ("layer", "layers", "window", "kv_len", "count")
     columns = {name: getattr(w, name).copy() for name in names}
     for column, values in zip(columns.values(), np.hstack(attention)):

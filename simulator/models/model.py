@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,7 +32,14 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, Part
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
-from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Mlp
+from simulator.models.sublayers import (
+    Attention,
+    DeltaNet,
+    Experts,
+    LatentAttention,
+    LayerInputs,
+    Mlp,
+)
 from simulator.models.sublayers.base import SharedSize, Sublayer, stacked
 
 PARTS = {"attention": Part.ATTENTION, "mlp": Part.MLP}
@@ -42,8 +49,8 @@ PART_NAMES = {part: name for name, part in PARTS.items()}
 
 _MOST_WIDTH = 2**31 - 1
 _CHOICES = {
-    "norm": ("rms", "layer", "none"),
-    "weight_dtype": ("", *DTYPES),
+    "norm": ("rms", "layer", "layer_without_bias", "none"),
+    **dict.fromkeys(("weight_dtype", "dtype", "kv_dtype"), ("", *DTYPES)),
     "declared": ("", "2:4", "unstructured"),
 }
 
@@ -78,6 +85,11 @@ class Layer:
         return self.each(attending)
 
     @property
+    def reused(self) -> bool:
+        """Whether an earlier layer holds all its weights, as in models that repeat layers."""
+        return bool(self.sublayers) and all(s.reused for s in self.sublayers)
+
+    @property
     def window(self) -> int:
         """Positions that a query sees; 0 for all, and without attention."""
         return max(map(window_of, self.sublayers), default=0)
@@ -94,10 +106,26 @@ class Layer:
 
     def with_part(self, part: str, sublayer: Sublayer | None) -> Layer:
         """Return the layer with another sublayer of a part, or without it."""
+        old = self.of(part)
+        if old is not None and sublayer is not None:  # others of the part stay
+            place = self.sublayers.index(old)
+            others = self.sublayers[:place], self.sublayers[place + 1 :]
+            return replace(self, sublayers=(*others[0], sublayer, *others[1]))
         rest = [s for s in self.sublayers if s.part != PARTS[part]]
         some = [] if sublayer is None else [sublayer]
         pair = (*some, *rest) if part == "attention" else (*rest, *some)
         return replace(self, sublayers=tuple(pair))
+
+    def joined(self, index: int) -> bool:
+        """Return whether a sublayer reads the normed input of the sublayer before it."""
+        return index > 0 and self.sublayers[index].joins
+
+    def norms(self, index: int, before: bool, after: bool) -> tuple[bool, bool]:
+        """Return whether a sublayer has a norm of its input and of its output, if the sublayers of
+        the model usually have norms ``before`` and ``after``."""
+        own = self.sublayers[index].norms
+        before, after = (before, after) if own is None else own
+        return before and not self.joined(index), after
 
     def each(self, change: Callable[[Sublayer], Sublayer]) -> Layer:
         return replace(self, sublayers=tuple(map(change, self.sublayers)))
@@ -114,6 +142,11 @@ def stacked_layer(layers: Sequence[Layer]) -> Layer:
         return layers[0]
     sublayers = zip(*(layer.sublayers for layer in layers))
     return Layer(tuple(stacked(alike) for alike in sublayers), layers[0].parallel)
+
+
+def _products(sublayer: Sublayer, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    around = sublayer.entry.products(hidden) if sublayer.entry else {}
+    return {**sublayer.products(hidden), **around}
 
 
 def window_of(sublayer: Sublayer) -> int:
@@ -156,8 +189,9 @@ class Model(Displayed):
         Positions that the model was trained for.
     tied : bool
         Whether the head shares the weights of the embedding.
-    norm : {"rms", "layer", "none"}
-        Norm with a weight, with a weight and a bias, or a layer norm without parameters.
+    norm : {"rms", "layer", "layer_without_bias", "none"}
+        Norm with a weight, with a weight and a bias, layer norm with a weight alone, or without
+        parameters.
     pre_norms, post_norms : bool
         Whether each sublayer has a norm of its input, and of its output.
     final_norm : bool
@@ -166,8 +200,29 @@ class Model(Displayed):
         Rows of a learned table of positions.
     logit_softcap : bool
         Whether logits are soft-capped.
+    head_bias : bool
+        Whether the head has a bias.
+    head_projection : bool
+        Whether a square product and a norm precede the head (ModernBERT).
+    head_vocab : int
+        Rows of a head that has fewer than the embedding, else 0.
+    embedding_norm : bool
+        Whether a norm follows the embedding.
+    embedding_width : int
+        Features of the embedding and the head, if projections map them to the hidden size and back;
+        else 0.
+    streams : int
+        Residual streams, of which layers compute one (AltUp).
+    other_parameters : int
+        Parameters outside the layers that take part in no timed operator.
     weight_dtype : str
         Format in which a checkpoint stores its projections; "" for that of the arithmetic.
+    dtype, kv_dtype : str
+        Formats of the arithmetic and of the K/V cache that a checkpoint states; "" for those of the
+        request.
+    unread_format : str
+        What is not understood of the number formats of a checkpoint, else "". A request must then
+        state the format of the weights.
     declared : {"", "2:4", "unstructured"}
         Sparsity that the configuration declares for weights that are stored plainly. Declared 2:4
         is timed as 2:4 in engines with kernels for it, and as dense in others; unstructured
@@ -212,7 +267,17 @@ class Model(Displayed):
     final_norm: bool = True
     learned_positions: int = 0
     logit_softcap: bool = False
+    head_bias: bool = False
+    head_projection: bool = False
+    head_vocab: int = 0
+    embedding_norm: bool = False
+    embedding_width: int = 0
+    streams: int = 1
+    other_parameters: int = 0
     weight_dtype: str = ""
+    dtype: str = ""
+    kv_dtype: str = ""
+    unread_format: str = ""
     declared: str = ""
     numbers: tuple[int, ...] = field(default=(), compare=False)
     found: str = field(default="", compare=False)
@@ -272,19 +337,34 @@ class Model(Displayed):
         complete = [
             layer.windowless
             for layer in self.layers
-            if isinstance(layer.of("attention"), Attention | LatentAttention)
+            if any(isinstance(s, Attention | LatentAttention) for s in layer.sublayers)
             and isinstance(layer.of("mlp"), Mlp | Experts)
         ]
         layers = complete or [layer.windowless for layer in self.layers] or [Layer(())]
         return Counter(layers).most_common(1)[0][0]
 
-    @property
+    def _usual_of(self, kinds: Any) -> Any:
+        """Return the sublayer of some kinds in the usual layer, else the most frequent one."""
+        for layers in ((self.usual,), self.layers):
+            sublayers = Counter(
+                s for layer in layers for s in layer.windowless.sublayers if isinstance(s, kinds)
+            )
+            if sublayers:
+                return sublayers.most_common(1)[0][0]
+        return None
+
+    @cached_property
     def attention(self) -> Attention | LatentAttention | DeltaNet | None:
         """The attention of the usual layer."""
-        attention = self.usual.of("attention")
-        if isinstance(attention, Attention | LatentAttention | DeltaNet):
-            return attention
-        return None
+        found: Attention | LatentAttention | DeltaNet | None
+        found = self._usual_of(Attention | LatentAttention) or self._usual_of(DeltaNet)
+        return found
+
+    @cached_property
+    def mlp(self) -> Mlp | Experts | None:
+        """The MLP or the experts of the usual layer."""
+        found: Mlp | Experts | None = self._usual_of(Mlp | Experts)
+        return found
 
     @property
     def heads(self) -> int:
@@ -309,17 +389,16 @@ class Model(Displayed):
 
     @property
     def routed(self) -> Experts | None:
-        """The routed experts of the usual layer, if it has some."""
-        mlp = self.usual.of("mlp")
-        return mlp if isinstance(mlp, Experts) else None
+        """The routed experts of the usual layer, else of the most frequent layer with some."""
+        found: Experts | None = self._usual_of(Experts)
+        return found
 
     @property
     def inner(self) -> int:
         """Inner width of the MLP of the usual layer; with routed experts, of the shared experts."""
-        mlp = self.usual.of("mlp")
-        if isinstance(mlp, Experts):
-            return mlp.shared_inner
-        return mlp.inner if isinstance(mlp, Mlp) else 0
+        if isinstance(self.mlp, Experts):
+            return self.mlp.shared_inner
+        return self.mlp.inner if self.mlp else 0
 
     @property
     def experts(self) -> int:
@@ -352,11 +431,51 @@ class Model(Displayed):
         sublayers = {s for layer in set(self.layers) for s in layer.sublayers}
         return any(form.zeros == "2:4" for s in sublayers for _, form in s.forms)
 
+    @cached_property
+    def products(self) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
+        """Outputs and inputs of all linear products of each layer, and how many there are, by the
+        number of the sublayer and role."""
+        by_layer = {
+            layer: {
+                f"{index}.{role}": product
+                for index, sublayer in enumerate(layer.sublayers)
+                for role, product in _products(sublayer, self.hidden).items()
+            }
+            for layer in dict.fromkeys(self.layers)
+        }
+        return tuple(by_layer[layer] for layer in self.layers)
+
+    @property
+    def logits(self) -> int:
+        """Outputs of the head."""
+        return self.head_vocab or self.vocab
+
     @property
     def head_hidden(self) -> int:
         """Features that the final norm and the head read."""
         last = self.layers[-1].sublayers[-1:] if self.layers else ()
         return last[0].outputs(self.hidden) if last else self.hidden
+
+    @cached_property
+    def input_features(self) -> int:
+        """Features of the inputs of all layers (:class:`LayerInputs`)."""
+        return sum(run.length * inputs.width for run, inputs in self._layer_inputs)
+
+    @property
+    def input_tables(self) -> int:
+        """Parameters of the tables of embeddings per layer."""
+        return sum(run.length * inputs.width * inputs.vocab for run, inputs in self._layer_inputs)
+
+    @property
+    def _layer_inputs(self) -> list[tuple[Run, LayerInputs]]:
+        pairs = ((run, s) for run in self.runs for s in run.layer.sublayers)
+        return [(run, inputs) for run, inputs in pairs if isinstance(inputs, LayerInputs)]
+
+    @cached_property
+    def kinds(self) -> Mapping[str, int]:
+        """Number of sublayers of each kind."""
+        sublayers = (s for layer in self.layers for s in layer.sublayers)
+        return Counter(s.label for s in sublayers if s.label)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -417,7 +536,8 @@ class Model(Displayed):
             return [self.hidden]
         if name.endswith("layers"):
             part = name.split()[0].lower()
-            having = (run for run in self.runs if part not in PARTS or run.layer.has(part))
+            kinds = ({s.kind for s in run.layer.sublayers} | {"layers"} for run in self.runs)
+            having = (run for run, known in zip(self.runs, kinds) if part in known)
             return [sum(run.length for run in having)]
         sizes = (s.sizes() for run in self.runs for s in run.layer.sublayers)
         return sorted({some[name] for some in sizes if name in some})
@@ -429,16 +549,19 @@ class Model(Displayed):
 
     @property
     def _norm_vectors(self) -> int:
-        return {"rms": 1, "layer": 2, "none": 0}[self.norm]
+        return {"rms": 1, "layer": 2, "layer_without_bias": 1, "none": 0}[self.norm]
 
     def parameters_of(self, layer: Layer) -> int:
         """Return the parameters of one decoder layer."""
-        hidden, norms = self.hidden, self.pre_norms + self.post_norms
+        hidden = self.hidden
         return sum(
             sublayer.parameters(hidden)
+            + (sublayer.entry.parameters(hidden) if sublayer.entry else 0)
             + sublayer.rotates * hidden * sublayer.outputs(hidden)
-            + norms * self.norm_parameters
-            for sublayer in layer.sublayers
+            + sublayer.scales * hidden
+            + sum(layer.norms(index, self.pre_norms, self.post_norms)) * self.norm_parameters
+            for index, sublayer in enumerate(layer.sublayers)
+            if not sublayer.reused
         )
 
     @property
@@ -449,10 +572,16 @@ class Model(Displayed):
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        width = self.head_hidden
-        head = self.final_norm * width * self._norm_vectors
-        head += 0 if self.tied else self.vocab * width
-        return self.layer_parameters + (self.vocab + self.learned_positions) * self.hidden + head
+        width, embedded = self.head_hidden, self.embedding_width or self.hidden
+        norms = self.final_norm + self.head_projection
+        head = norms * width * self._norm_vectors + self.head_bias * self.logits
+        head += self.head_projection * width * width
+        head += 0 if self.tied else self.logits * (self.embedding_width or width)
+        embedding = self.vocab * embedded + self.learned_positions * self.hidden
+        embedding += self.embedding_norm * embedded * self._norm_vectors
+        embedding += 2 * self.embedding_width * self.hidden
+        embedding += 2 * (self.streams - 1) * self.hidden**2
+        return self.layer_parameters + embedding + head + self.other_parameters
 
     @property
     def active_parameters(self) -> int:
@@ -488,7 +617,9 @@ def shard(model: Model, devices: int, parallel: str) -> Model:
     if parallel == "pipeline":
         return model
     share = model.each_layer(lambda layer: layer.each(lambda s: s.share(devices, parallel)))
-    return replace(share, vocab=-(-model.vocab // devices))  # engines pad the last part
+    # engines pad the last part
+    head = -(-model.head_vocab // devices)
+    return replace(share, vocab=-(-model.vocab // devices), head_vocab=head)
 
 
 def indivisible(model: Model, devices: int, parallel: str) -> str:

@@ -112,6 +112,11 @@ class PassRows:
         return self.request.seq + (self.steps + 1) / 2
 
     @property
+    def mean_positions(self) -> int:
+        """Mean cached positions of each sequence with those of this pass."""
+        return int(self.mean_length) if self.decodes else self.q_len
+
+    @property
     def wide(self) -> OperatorRow:
         """Formats of products that are never quantised."""
         return {"dtype": self.lowering.stream_dtype, "weight_dtype": self.lowering.stream_dtype}
@@ -121,6 +126,11 @@ class PassRows:
         """Share of the parameters that each execution of the rows counts."""
         counts = self.phase == Phase.PREFILL or self.request.phase == "decode"
         return self.first * counts / self.steps
+
+    def kept(self, positions: int) -> int:
+        """Return the last positions of a convolution that the cache holds: Transformers also keeps
+        the first, which the next token does not need."""
+        return positions - (self.lowering.engine.cache == "paged")
 
     def fuses(self, group: str) -> bool:
         return group in self.lowering.engine.fuse
@@ -205,23 +215,19 @@ class PassRows:
             row = self.gemm("residual_projection", sublayer.part, n, self.hidden)
             yield row | {"dtype": self.lowering.stream_dtype, "overhead": True}
 
-    def norm_before(self, role: str, part: Part, adds: bool = True) -> Iterator[OperatorRow]:
-        """Yield the norm before a sublayer; it ``adds`` the residual, unless sublayers read the
+    def norm_before(self, role: str, part: Part, adds: bool = True) -> OperatorRow:
+        """Return the norm before a sublayer; it ``adds`` the residual, unless sublayers read the
         same input."""
         features = self.hidden
         moved = 2 * features if adds else features
-        if self.lowering.pre_norms:
-            yield self.move(role, part, features, moved, moved, self.lowering.norm_parameters)
+        return self.move(role, part, features, moved, moved, self.lowering.norm_parameters)
 
-    def norm_after(self, part: Part) -> Iterator[OperatorRow]:
-        """Yield the norm of a sublayer's output; it adds the residual if no norm precedes the next
-        sublayer."""
+    def norm_after(self, part: Part, adds: bool) -> OperatorRow:
+        """Return the norm of a sublayer's output; it ``adds`` the residual if no norm precedes the
+        next sublayer."""
         features = self.hidden
-        read = features if self.lowering.pre_norms else 2 * features
-        if self.lowering.post_norms:
-            yield self.move(
-                "post_norm", part, features, read, features, self.lowering.norm_parameters
-            )
+        read = 2 * features if adds else features
+        return self.move("post_norm", part, features, read, features, self.lowering.norm_parameters)
 
     def move(
         self,

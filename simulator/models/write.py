@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,10 +18,22 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.write import write_whole
-from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS, Reader
+from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS, Reader, model_fields
 from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, list_models, load_model
 from simulator.models.model import Layer, Model
-from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
+from simulator.models.quantization import without_formats
+from simulator.models.sublayers import (
+    Attention,
+    DeltaNet,
+    Experts,
+    LatentAttention,
+    LightningAttention,
+    Linear,
+    Mamba,
+    Mamba2,
+    Mlp,
+    ShortConv,
+)
 from simulator.models.sublayers.base import Sublayer
 
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -28,26 +41,91 @@ _DECI = "nemotron-nas"
 # architectures that compute the same as DeciLM
 _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)
 
-_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+_HEADS = {
+    "heads": (
+        *("num_attention_heads", "num_attention_heads_per_layer", "swa_num_attention_heads"),
+    ),
+    "kv_heads": (
+        *("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"),
+        "attn_config.kv_n_heads",
+    ),
+    "head_dim": ("head_dim",),
+}
+_LINEAR_HEADS = ("linear_num_heads", "linear_attn_config.num_heads")  # of queries, keys and values
+_EXPANDED = ("mamba_expand", "expand")
+_KEYS: Mapping[type[Sublayer], Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        "hidden": ("hidden_size", "word_embed_proj_dim"),
-        "heads": ("num_attention_heads",),
-        "kv_heads": ("num_key_value_heads",),
-        "head_dim": ("head_dim",),
-        "inner": ("intermediate_size", "ffn_dim", "intermediate_size_mlp"),
-        "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-        "active": ("num_experts_per_tok",),
-        "expert_inner": ("moe_intermediate_size", "intermediate_size"),
-        "shared_inner": ("shared_expert_intermediate_size", "intermediate_size"),
-        "shared_experts": ("n_shared_experts",),
-        "value_heads": ("linear_num_value_heads",),
-        "key_heads": ("linear_num_key_heads",),
+        Attention: _HEADS,
+        LatentAttention: _HEADS,
+        LightningAttention: {"heads": _HEADS["heads"]},
+        DeltaNet: {
+            "heads": ("linear_num_value_heads", *_LINEAR_HEADS),
+            "kv_heads": ("linear_num_key_heads", *_LINEAR_HEADS),
+        },
+        Mamba: {
+            "channels": ("intermediate_size",),
+            "state": ("state_size", "mamba_d_state"),
+            "expand": _EXPANDED,
+        },
+        Mamba2: {
+            "heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads"),
+            "channels": ("mamba_head_dim", "mamba_d_head", "mamba_headdim", "head_dim"),
+            "state": ("ssm_state_size", "mamba_d_state", "state_size"),
+            "inner": ("mamba_d_ssm",),
+            "expand": _EXPANDED,
+        },
+        Mlp: {
+            "inner": (
+                *("intermediate_size", "ffn_dim", "intermediate_size_mlp"),
+                *("shared_intermediate_size", "ffn_hidden_size"),
+            ),
+            "expand": ("expansion_ratio",),
+        },
+        Experts: {
+            "experts": (
+                *("num_experts", "num_local_experts", "n_routed_experts"),
+                "ffn_config.moe_num_experts",
+            ),
+            "active": ("num_experts_per_tok", "ffn_config.moe_top_k"),
+            "inner": (
+                *("moe_intermediate_size", "intermediate_size"),
+                *("expert_ffn_hidden_size", "ffn_config.ffn_hidden_size"),
+            ),
+            "shared_inner": (
+                *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+                *("shared_intermediate_size", "intermediate_size"),
+            ),
+            "latent": ("moe_latent_size",),
+            "shared_experts": ("n_shared_experts", "num_shared_experts"),
+        },
     }
 )
-"""Size of a model -> keys that can state it, in some architectures."""
+"""Kind of sublayer -> its sizes -> keys that can state them, by their usual names."""
 
-_NUMBERED = ("mlp_only_layers", "moe_layers")
-"""Keys that list numbers of layers."""
+_SIZES: Mapping[str, Callable[[Any, int], float]] = MappingProxyType(
+    {
+        "expand": lambda one, hidden: (
+            (one.channels if isinstance(one, Mamba) else one.inner) / hidden
+        ),
+        "shared_experts": lambda experts, hidden: experts.shared_inner / experts.inner,
+    }
+)
+"""Sizes that are no fields of a sublayer, given the sublayer and the hidden size."""
+
+_NUMBERED = MappingProxyType(
+    {
+        **dict.fromkeys(("mlp_only_layers", "moe_layers", "full_attn_idxs"), 0),
+        **dict.fromkeys(("attn_layer_indices", "hybrid_layer_ids"), 0),
+        **dict.fromkeys(("full_attn_layers", "kda_layers"), 1),  # of linear_attn_config
+    }
+)
+"""Keys that list numbers of layers -> number of the first layer."""
+
+_OBJECTS = ("attn_config", "ffn_config", "linear_attn_config")
+"""Keys of objects with sizes."""
+
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""Keys of the number of first layers of one kind."""
 
 
 def config_content(content: Mapping[str, Any], dense: Model, pruned: Model) -> dict[str, Any]:
@@ -75,7 +153,8 @@ def plain_content(content: Mapping[str, Any], dense: Model, pruned: Model) -> di
     """Return the content of :func:`config_content` in the usual keys alone; InputError if these
     cannot state the shapes."""
     numbers = _numbers(dense, pruned)
-    for candidate in _plain(content, dense, pruned, numbers) if numbers is not None else ():
+    config = _Config(content, dense.architecture)
+    for candidate in _plain(config, dense, pruned, numbers) if numbers is not None else ():
         if states(candidate, pruned):
             return candidate
     raise _unstated(dense)
@@ -109,33 +188,95 @@ def _not_stated(model: Model) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class _Config:
+    """The content of a config.json. The decoder's keys are read and changed by their usual names; a
+    key of an object is "object.key"."""
+
+    content: Mapping[str, Any]
+    architecture: str
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise InputError(f"no table has the keys of model_type {self.architecture}")
+
+    @cached_property
+    def keys(self) -> Mapping[str, Any]:
+        """Stated keys of the decoder."""
+        inside = _inside(self.content)
+        nested = {
+            f"{key}.{name}": value
+            for key in _OBJECTS
+            if isinstance(inside.get(key), Mapping)
+            for name, value in inside[key].items()
+        }
+        return {**inside, **nested}
+
+    @cached_property
+    def known(self) -> set[str]:
+        """Keys that the architecture reads, and those that are stated."""
+        read = Reader(_inside(self.content), "config.json")
+        model_fields(ARCHITECTURES[self.architecture], read)
+        return read.known | {*self.keys}
+
+    def name(self, key: str) -> str:
+        """Return the name of a key in this content."""
+        return Reader(self.keys, "", names_of=ARCHITECTURES[self.architecture].keys).key(key)
+
+    def get(self, key: str) -> Any:
+        return self.keys.get(self.name(key))
+
+    def knows(self, key: str) -> bool:
+        return self.name(key) in self.known
+
+    def with_keys(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content with other values of some keys."""
+        inside = dict(_inside(self.content))
+        for key, value in keys.items():
+            part, _, name = self.name(key).rpartition(".")
+            inside |= {part: {**inside[part], name: value}} if part else {name: value}
+        if isinstance(self.content.get("text_config"), Mapping):
+            return {**self.content, "text_config": inside}
+        return inside
+
+
+def _inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the keys of the decoder, which multimodal models nest."""
+    text = content.get("text_config")
+    return text if isinstance(text, Mapping) else content
+
+
 def _candidates(
     content: Mapping[str, Any], dense: Model, pruned: Model
 ) -> Iterator[dict[str, Any]]:
     numbers = _numbers(dense, pruned)
     if numbers is not None:
-        yield from _plain(content, dense, pruned, numbers)
+        yield from _plain(_Config(content, dense.architecture), dense, pruned, numbers)
         if len(numbers) < len(dense.layers):
             fewer = dense.with_layers((dense.layers[number] for number in numbers), numbers)
             content, dense = plain_content(content, dense, fewer), fewer
-    yield from _by_layer(content, dense, pruned)
+    yield from _by_layer(_Config(content, dense.architecture), dense, pruned)
 
 
 def _plain(
-    content: Mapping[str, Any], dense: Model, pruned: Model, numbers: tuple[int, ...]
+    config: _Config, dense: Model, pruned: Model, numbers: tuple[int, ...]
 ) -> Iterator[dict[str, Any]]:
-    keys = _fewer_layers(content, dense, numbers) | _changed_keys(content, dense, pruned)
-    odd = pruned.heads and pruned.hidden % pruned.heads
-    if pruned.architecture == "llama" and odd and _inside(content) is content:
-        # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows computes
-        # the same
-        keys |= {
-            "model_type": "mistral",
-            "architectures": ["MistralForCausalLM"],
-            "sliding_window": None,
-        }
-    yield _with(content, keys)
-    yield _with(content, keys | _kinds_of_layers(content, pruned))
+    fewer = config.with_keys(_fewer_layers(config, len(dense.layers), numbers))
+    remaining = dense.with_layers(dense.layers[number] for number in numbers)
+    for stated in (fewer, *_literal(_Config(fewer, dense.architecture), remaining)):
+        base = _Config(stated, dense.architecture)
+        keys = _changed_keys(base, remaining, pruned)
+        odd = pruned.heads and pruned.hidden % pruned.heads
+        if pruned.architecture == "llama" and odd and base.content is _inside(base.content):
+            # LlamaConfig of Transformers from 5.5 refuses such heads; Mistral without windows
+            # computes the same
+            keys |= {
+                "model_type": "mistral",
+                "architectures": ["MistralForCausalLM"],
+                "sliding_window": None,
+            }
+        yield base.with_keys(keys)
+        yield base.with_keys(keys | _kinds_of_layers(config, pruned))
 
 
 def _numbers(dense: Model, pruned: Model) -> tuple[int, ...] | None:
@@ -146,108 +287,143 @@ def _numbers(dense: Model, pruned: Model) -> tuple[int, ...] | None:
     return numbers if known else None
 
 
-def _inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the keys of the decoder, which multimodal models nest."""
-    text = content.get("text_config")
-    return text if isinstance(text, Mapping) else content
+def _literal(config: _Config, model: Model) -> Iterator[dict[str, Any]]:
+    """Yield a content that states the width of MLPs which LFM2 computes from another width."""
+    adjusts, widths = "block_auto_adjust_ff_dim", {"intermediate_size", "block_ff_dim"}
+    if config.knows(adjusts):
+        stated = {key: model.inner for key in widths if key in config.keys}
+        yield config.with_keys({adjusts: False, **stated})
 
 
-def _known_keys(content: Mapping[str, Any], architecture: str) -> set[str]:
-    """Return the keys that an architecture reads, and those in a content."""
-    read = Reader(_inside(content), "config.json")
-    ARCHITECTURES[architecture].model(read)
-    return read.known | {*_inside(content)}
-
-
-def _with(content: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    if isinstance(content.get("text_config"), Mapping) and keys:
-        return {**content, "text_config": {**content["text_config"], **keys}}
-    return {**content, **keys}
-
-
-def _fewer_layers(
-    content: Mapping[str, Any], dense: Model, numbers: tuple[int, ...]
-) -> dict[str, Any]:
-    """Return the keys that state fewer layers: their number, lists by layer, and the number of
-    first layers without experts."""
-    many = len(dense.layers)
+def _fewer_layers(config: _Config, many: int, numbers: tuple[int, ...]) -> dict[str, Any]:
+    """Return the keys that state fewer layers: their number, lists and texts by layer, and numbers
+    of first or last layers of one kind."""
     if numbers == tuple(range(many)):
         return {}
-    keys: dict[str, Any] = {"num_hidden_layers": len(numbers)}
-    for key, value in _inside(content).items():
-        if key in _NUMBERED and isinstance(value, list):
-            keys[key] = [i for i, number in enumerate(numbers) if number in value]
-        elif isinstance(value, list) and len(value) == many:
-            keys[key] = [value[number] for number in numbers]
-        elif key == "first_k_dense_replace":
-            keys[key] = sum(number < value for number in numbers)
+    keys: dict[str, Any] = {}
+    first = {config.name(key) for key in _FIRST}
+    for key, value in config.keys.items():
+        least = _NUMBERED.get(key.rpartition(".")[2])
+        if least is not None and isinstance(value, list):
+            keys[key] = [i for i, number in enumerate(numbers, least) if number + least in value]
+        elif isinstance(value, list) and (len(value) == many or key == "compress_ratios"):
+            # further entries are those of layers that predict further tokens
+            keys[key] = [*(value[number] for number in numbers), *value[many:]]
+        elif isinstance(value, str) and len(value) == many and key.endswith("pattern"):
+            keys[key] = "".join(value[number] for number in numbers)
+        elif value is None:
+            continue
+        elif key == config.name("num_hidden_layers"):
+            keys[key] = len(numbers)
+        elif key in first:
+            keys[key] = dense = sum(number < value for number in numbers)
+            if dense != value and config.knows("mlp_layer_types"):  # some classes read this alone
+                keys["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (len(numbers) - dense)
+        elif key == "moe_layer_end_index" and value >= 0:
+            keys[key] = sum(number <= value for number in numbers) - 1
+        elif key == "num_kv_shared_layers":
+            keys[key] = sum(number >= many - value for number in numbers)
         elif key == "per_layer_config" and value:
             overrides = {int(number): override for number, override in value.items()}
             keys[key] = {str(i): overrides[n] for i, n in enumerate(numbers) if n in overrides}
     return keys
 
 
-def _changed_keys(content: Mapping[str, Any], dense: Model, pruned: Model) -> dict[str, Any]:
-    """Return the usual keys of sizes that differ between the dense model and the pruned one."""
-    inside, before, after = _inside(content), _sizes(dense), _sizes(pruned)
-    known, keys = _known_keys(content, dense.architecture), dict[str, Any]()
-    for name, value in after.items():
-        for key in known.intersection(_KEYS[name]):
-            stated = inside.get(key, before.get(name)) == before.get(name)
-            if value != before.get(name) and stated:
-                keys[key] = value
-    divided = ("hidden", "heads")
-    if "head_dim" in known & {*after} and any(before.get(n) != after[n] for n in divided):
-        keys["head_dim"] = after["head_dim"]  # else readers compute it from the other two keys
+# number of a layer, one of its sizes in the dense model, and in the pruned model
+_Change = tuple[int, float, float]
+
+
+def _changed_keys(config: _Config, dense: Model, pruned: Model) -> dict[str, Any]:
+    """Return the keys of sizes that differ, given a pruned model with as many layers. A key that is
+    not stated is added if no stated key has the size."""
+    keys = dict[str, Any]()
+    for names, changes in _size_changes(dense, pruned).items():
+        stated = [key for key in names if config.get(key) is not None]
+        others = [key for key in names if key not in stated and config.knows(key)]
+        for alternatives in (stated, others):
+            values = {key: _changed(config.get(key), changes) for key in alternatives}
+            changed = {key: value for key, value in values.items() if value is not None}
+            keys |= changed
+            if changed:
+                break
+    features = {a.head_dim for a in _attentions(pruned) if isinstance(a, Attention)}
+    resized = (dense.hidden, dense.heads) != (pruned.hidden, pruned.heads)
+    if resized and len(features) == 1 and config.knows("head_dim"):
+        # else readers compute it from the other two sizes
+        keys.setdefault("head_dim", features.pop())
     return keys
 
 
-def _sizes(model: Model) -> dict[str, int]:
-    """Return the sizes of a model by the names of :data:`_KEYS`, of each kind of sublayer those of
-    one."""
-    sizes = {"hidden": model.hidden}
-    for sublayer in {type(s): s for layer in model.layers for s in layer.sublayers}.values():
-        sizes |= _sublayer_sizes(sublayer)
-    return {name: size for name, size in sizes.items() if size}
+def _size_changes(dense: Model, pruned: Model) -> dict[tuple[str, ...], list[_Change]]:
+    """Return the sizes of both models by the keys that can state them."""
+    hidden = (0, dense.hidden, pruned.hidden)
+    changes: dict[tuple[str, ...], list[_Change]] = {
+        ("hidden_size", "word_embed_proj_dim"): [hidden]
+    }
+    for i, layers in enumerate(zip(dense.layers, pruned.layers)):
+        for old, new in _pairs(*layers):
+            for name, keys in _keys_of(old).items():
+                sizes = _size(old, name, dense.hidden), _size(new, name, pruned.hidden)
+                changes.setdefault(keys, []).append((i, *sizes))
+    return changes
 
 
-def _sublayer_sizes(sublayer: Sublayer) -> dict[str, int]:
-    if isinstance(sublayer, Attention | LatentAttention):
-        features = {"head_dim": sublayer.head_dim} if isinstance(sublayer, Attention) else {}
-        return {"heads": sublayer.heads, "kv_heads": sublayer.kv_heads, **features}
-    if isinstance(sublayer, DeltaNet):
-        return {"value_heads": sublayer.heads, "key_heads": sublayer.kv_heads}
-    if isinstance(sublayer, Mlp):
-        return {"inner": sublayer.inner}
-    if isinstance(sublayer, Experts):
-        shared, rest = divmod(sublayer.shared_inner, sublayer.inner)
-        whole = sublayer.active == int(sublayer.active)
-        return {
-            "experts": sublayer.experts,
-            "active": int(sublayer.active) if whole else 0,
-            "expert_inner": sublayer.inner,
-            "shared_inner": sublayer.shared_inner,
-            "shared_experts": 0 if rest else shared,
-        }
-    return {}
+def _pairs(old: Layer, new: Layer) -> Iterator[tuple[Sublayer, Sublayer]]:
+    """Yield the sublayers of a layer that remain, before and after pruning."""
+    rest = list(new.sublayers)
+    for sublayer in old.sublayers:
+        same = next((s for s in rest if type(s) is type(sublayer)), None)
+        if same is not None:
+            rest.remove(same)
+            yield sublayer, same
 
 
-def _kinds_of_layers(content: Mapping[str, Any], pruned: Model) -> dict[str, Any]:
+def _keys_of(sublayer: Sublayer) -> Mapping[str, tuple[str, ...]]:
+    return next((_KEYS[kind] for kind in type(sublayer).__mro__ if kind in _KEYS), {})
+
+
+def _size(sublayer: Sublayer, name: str, hidden: int) -> float:
+    size = _SIZES[name](sublayer, hidden) if name in _SIZES else getattr(sublayer, name)
+    return float(size)
+
+
+def _changed(stated: Any, changes: Sequence[_Change]) -> Any:
+    """Return the value that a key has after pruning: a number, or a list by layer. None if the
+    value stays, or if it would state several sizes."""
+    if isinstance(stated, list):
+        sizes = {i: after for i, before, after in changes if stated[i : i + 1] == [before]}
+        values = [int(sizes[i]) if i in sizes else value for i, value in enumerate(stated)]
+        return values if values != stated else None
+    pairs = {(before, after) for _, before, after in changes if stated in (None, before)}
+    afters = {after for _, after in pairs}
+    if len(afters) != 1 or all(before == after for before, after in pairs):
+        return None
+    (size,) = afters
+    return int(size) if size == int(size) else None
+
+
+def _kinds_of_layers(config: _Config, pruned: Model) -> dict[str, Any]:
     """Return keys that list the kinds of layers, for layers that follow no rule."""
-    known = _known_keys(content, pruned.architecture)
     lists: dict[str, list[Any]] = {
         "layer_types": [_layer_type(layer, pruned.architecture) for layer in pruned.layers],
+        "mlp_layer_types": [_mlp_type(layer) for layer in pruned.layers],
         "no_rope_layers": [int(_rotates(layer)) for layer in pruned.layers],
     }
-    stated = {key for key, value in _inside(content).items() if value}
-    return {key: names for key, names in lists.items() if key in known - stated}
+    return {key: names for key, names in lists.items() if config.knows(key) and not config.get(key)}
 
 
 def _layer_type(layer: Layer, architecture: str) -> str:
-    if isinstance(layer.of("attention"), DeltaNet):
+    mixer = layer.of("attention")
+    if isinstance(mixer, ShortConv):
+        return "conv"
+    if isinstance(mixer, DeltaNet | LightningAttention | Mamba | Mamba2):
         return "linear_attention"
     windowed = "chunked_attention" if architecture == "llama4_text" else "sliding_attention"
     return windowed if layer.window else "full_attention"
+
+
+def _mlp_type(layer: Layer) -> str:
+    return "sparse" if isinstance(layer.of("mlp"), Experts) else "dense"
 
 
 def _rotates(layer: Layer) -> bool:
@@ -255,17 +431,18 @@ def _rotates(layer: Layer) -> bool:
     return not isinstance(attention, Attention) or attention.rotary > 0
 
 
-def _by_layer(content: Mapping[str, Any], dense: Model, pruned: Model) -> Iterator[dict[str, Any]]:
+def _by_layer(config: _Config, dense: Model, pruned: Model) -> Iterator[dict[str, Any]]:
     """Yield contents that state each layer; ``dense`` has as many layers as the pruned model."""
     if len(dense.layers) != len(pruned.layers):
         return
     grouped = [s for s in _attentions(pruned) if isinstance(s, Attention)]
     heads = {attention.heads for attention in grouped}
     if len(heads) == 1:
-        keys = _changed_keys(content, dense, pruned)
+        keys = _changed_keys(config, dense, pruned)
         keys = {k: v for k, v in keys.items() if k in ("num_attention_heads", "head_dim")}
-        yield from _block_configs(_with(content, keys), _with_heads(dense, heads.pop()), pruned)
-    yield _per_layer_config(content, dense, pruned)
+        content = config.with_keys(keys)
+        yield from _block_configs(content, _with_heads(dense, heads.pop()), pruned)
+    yield _per_layer_config(config, dense, pruned)
 
 
 def _attentions(model: Model) -> Iterator[Sublayer]:
@@ -304,7 +481,7 @@ def _block_configs(
     yield {**content, "block_configs": configs}
 
 
-def _per_layer_config(content: Mapping[str, Any], dense: Model, pruned: Model) -> dict[str, Any]:
+def _per_layer_config(config: _Config, dense: Model, pruned: Model) -> dict[str, Any]:
     """Return a content whose ``per_layer_config`` overrides the keys of layers that differ."""
     overrides = {}
     for i, (old, new) in enumerate(zip(dense.layers, pruned.layers)):
@@ -312,9 +489,9 @@ def _per_layer_config(content: Mapping[str, Any], dense: Model, pruned: Model) -
             continue
         skipped = [part for part in ("attention", "mlp") if old.has(part) and not new.has(part)]
         alone = replace(dense, layers=(old,)), replace(pruned, layers=(new,))
-        keys = _changed_keys(content, *alone)
+        keys = {config.name(k): v for k, v in _changed_keys(config, *alone).items()}
         overrides[str(i)] = keys | ({"skip": skipped} if skipped else {})
-    return _with(content, {"per_layer_config": overrides})
+    return config.with_keys({"per_layer_config": overrides})
 
 
 def block_config(layer: Layer, dense: Layer) -> dict[str, Any]:
@@ -383,7 +560,7 @@ def states(content: Mapping[str, Any], model: Model) -> bool:
     except InputError:
         return False
     first, second = (
-        replace(_stated(compact(one)), name="", architecture="", weight_dtype="")
+        replace(without_formats(_stated(compact(one))), name="", architecture="")
         for one in (read, model)
     )
     return first == second
@@ -424,7 +601,10 @@ def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> 
     content."""
     file = Path(folder).expanduser() / "config.json"
     try:
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        # Transformers writes infinity as a limit of Mamba's time steps, and nowhere else
+        others = {key: value for key, value in content.items() if key != "time_step_limit"}
+        json.dumps(others, allow_nan=False)
+        text = json.dumps(content, indent=2) + "\n"
     except (ValueError, RecursionError):
         raise InputError(
             f"{file}: not written: the content has numbers or levels that JSON cannot hold"

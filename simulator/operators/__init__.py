@@ -12,6 +12,9 @@ from simulator.operators.delta_net import DeltaNet
 from simulator.operators.elementwise import Elementwise
 from simulator.operators.experts import Experts
 from simulator.operators.gemm import Gemm
+from simulator.operators.indexer import Indexer
+from simulator.operators.short_conv import ShortConv
+from simulator.operators.state_space import StateSpace
 
 OPERATORS: tuple[Operator, ...] = (
     Gemm(),
@@ -21,6 +24,9 @@ OPERATORS: tuple[Operator, ...] = (
     Collective(),
     Experts(),
     DeltaNet(),
+    Indexer(),
+    StateSpace(),
+    ShortConv(),
 )
 
 BY_CODE: Mapping[int, Operator] = MappingProxyType(

@@ -475,6 +475,21 @@ def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
     return np.where(w > 0, seen, full)
 
 
+def entry_pairs(q_len: Array, kv_len: Array, ratio: Array, topk: Array | float = 0.0) -> Array:
+    """Return the pairs of queries and entries, of ``ratio`` positions each, that are complete at a
+    query's position; a query sees at most ``topk`` of them (0: all)."""
+
+    def until(position: Array) -> Array:
+        entries = np.floor(position / ratio)
+        before = np.maximum(entries - 1.0, 0.0)
+        last = np.where(np.asarray(topk) > 0, np.minimum(entries, topk), entries)
+        rest = (position + 1.0 - ratio * entries) * last
+        return np.asarray(rest + ratio * attention_pairs(before, before, np.asarray(topk)))
+
+    q, kv = np.asarray(q_len, dtype=np.float64), np.asarray(kv_len, dtype=np.float64)
+    return np.asarray(until(kv) - until(kv - q))
+
+
 TILE = 64.0
 """Queries of a tile and keys of a block; FlashAttention kernels use 64 or 128."""
 
@@ -499,6 +514,7 @@ class Geometry(Sizes):
     warm: Any = False
     value_dim: Any = None  # features of a value; 0 or None: those of a key
     latent: Any = False  # values are the first features of the keys, which alone are stored
+    selected: Any = False  # an indexer or a compressed cache determines the keys of a query
 
     @classmethod
     def of(
@@ -820,6 +836,8 @@ class AttentionCalls(Calls):
             loadings["kernel"] = np.broadcast_to(self.distance, shape)
         if np.count_nonzero(np.asarray(g.density) < 1.0):
             loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
+        if np.count_nonzero(g.selected):
+            loadings["selected"] = np.broadcast_to(g.selected, shape) * (1.0 - loadings["launch"])
         sizes, warm = (
             (length, g.batch * g.kv_heads, g.heads / g.kv_heads),
             np.asarray(g.warm, dtype=np.bool_),
@@ -967,10 +985,11 @@ class Attention(Operator):
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Keys and values of all heads, or the latent vector, at the positions inside the
-        window."""
+        """Keys and values of all heads, or the latent vector, at the positions inside the window,
+        selected or not, and of the entries of a compressed cache."""
         elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
         seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
+        seen = seen + np.where(w.n > 0, positions // np.maximum(w.n, 1), 0)
         return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
 
     def section(self, w: Rows) -> str:
@@ -978,7 +997,13 @@ class Attention(Operator):
 
     def _calls(self, w: Rows, **options: Any) -> Geometry:
         sizes = (w.batch, w.q_len, w.kv_len, w.heads, w.kv_heads, w.head_dim)
-        options |= {"value_dim": w.value_dim, "window": w.window, "density": w.density}
+        options |= {"value_dim": w.value_dim, "window": w.limit, "density": w.density}
+        compressed = w.n > 0
+        if compressed.any():  # a share of all positions
+            share = w.pairs / attention_pairs(w.q_len, w.kv_len, np.zeros(1))
+            options["window"] = np.where(compressed, 0, w.limit)
+            options["density"] = w.density * np.where(compressed, share, 1.0)
+        options["selected"] = compressed | (w.k > 0)
         return Geometry(*(size.astype(np.float64) for size in sizes), **options)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
@@ -1005,6 +1030,7 @@ class PrefillAttention(Attention):
                     "latency": 0.48,
                     "occupancy": 0.5,
                     "sparse": 0.15,
+                    "selected": 0.4,
                     "default": 0.12,
                     "generic": 0.20,
                     "kernel": 0.12,
@@ -1035,6 +1061,7 @@ class DecodeAttention(Attention):
                     "latency": 0.3,
                     "merge": 0.5,
                     "sparse": 0.10,
+                    "selected": 0.4,
                     "compute": 0.12,
                     "default": 0.12,
                     "generic": 0.20,
@@ -1054,6 +1081,7 @@ class DecodeAttention(Attention):
                     "compute": 0.08,
                     "merge": 0.2,
                     "sparse": 0.10,
+                    "selected": 0.4,
                     "default": 0.20,
                     "generic": 0.20,
                     "kernel": 0.12,

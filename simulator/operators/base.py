@@ -310,6 +310,17 @@ class Calls(Sizes, ABC):
         return np.asarray(e.time * e.unit_s)
 
 
+def overlapped(
+    compute: FloatArray, memory: FloatArray, machine: Machine
+) -> tuple[FloatArray, tuple[FloatArray, FloatArray]]:
+    """Return the time of arithmetic and bytes, and the part of each in its slope. The kernels of a
+    recurrence overlap in part; on a CPU, torch runs products and moves one after the other."""
+    work = compute + memory if machine.packs else np.hypot(compute, memory)
+    power = 1.0 if machine.packs else 2.0
+    least = np.maximum(work, 1e-30)
+    return work, ((compute / least) ** power, (memory / least) ** power)
+
+
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
     """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over
     the axes."""

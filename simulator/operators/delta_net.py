@@ -1,10 +1,11 @@
-"""Gated delta net (arXiv 2412.06464): causal convolution, gates and recurrence of one layer,
-without its projections.
+"""Gated delta net (arXiv 2412.06464) and Kimi's delta attention (KDA, arXiv 2510.26692): causal
+convolution, gates and recurrence of one layer, without its projections.
 
 A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. A prompt
 is computed in chunks of 64 tokens (arXiv 2406.06484) by five kernels of small products, whose
 intermediate results cross memory. One of the kernels computes the chunks in sequence, because each
-needs the state of the previous chunk.
+needs the state of the previous chunk. KDA has the same products and reads a decay per feature of a
+key. On a CPU, Transformers forms the decays between all tokens of a chunk for every such feature.
 
 One constant, the bandwidth of states, is fitted on the decode steps of an H20 (alibaba/InferSim,
 Apache-2.0; 32 value heads). The others were chosen from similar kernels: docs/model.md has the
@@ -14,15 +15,17 @@ errors of nine rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from simulator.codes import DTYPE_BYTES, Kind
+from simulator.arrays import Array, FloatArray
+from simulator.codes import DTYPE_BYTES, ROLES, Kind
 from simulator.operators.base import (
+    Calls,
     Constant,
     Device,
     ErrorSize,
@@ -35,17 +38,19 @@ from simulator.operators.base import (
     Rows,
     element_bytes,
     largest_part,
+    overlapped,
     row,
 )
 
 # sources of the defaults of constants
+_FITTED = "; cpu: fitted to Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
 _DELTA = (
     "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in"
-    " docs/model.md"
+    f" docs/model.md{_FITTED}"
 )
 _STEPS = (
     "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2"
-    " MB of each"
+    f" MB of each{_FITTED}"
 )
 
 DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
@@ -92,6 +97,7 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
             _STEPS,
             "share of the datasheet bandwidth at which states and intermediate results move",
             other=0.57,
+            cpu=0.5,
         ),
         "e_conv": row(
             "1",
@@ -101,6 +107,7 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
             "share of that bandwidth in the convolution, whose state of a channel has "
             "three positions, 6 bytes of a sector of 32",
             other=0.3,
+            cpu=0.11,
         ),
     }
 )
@@ -108,6 +115,18 @@ DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
 
 CHUNK = 64.0
 """Tokens of a chunk."""
+
+# times that torch reads or writes each element in fp32 on a CPU, from
+# `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` of Transformers 5.24: scores
+# of a chunk (decays, masks, exponentials, solutions), keys with queries (norms, padding, scaling),
+# values, states per chunk, and the state of a decode step
+SCORES_MOVED, KEYS_MOVED, VALUES_MOVED, STATES_MOVED, STEP_MOVED = 18.0, 30.0, 20.0, 8.0, 14.0
+_FP32 = 4.0  # bytes
+# the same of a decay between two tokens of a chunk: 13.5 ns per feature of a key and pair of tokens
+# of `chunk_kimi_delta_attention` on one core of an EPYC
+_PAIRS_MOVED = 27.0
+_DECAY_BYTES = 4.0  # of a decay of KDA: fp32
+_KDA = ROLES.index("kda")
 
 
 @lru_cache(maxsize=128)
@@ -126,61 +145,95 @@ class DeltaSizes(NamedTuple):
     key: Any  # features of a key head
     value: Any  # features of a value head
     conv: Any = 4  # positions of the causal convolution; 0: none
+    channel_decay: Any = False  # whether each feature of a key has a decay (KDA)
+
+
+@dataclass(frozen=True)
+class DeltaNets(Calls):
+    """Gated delta nets on one device."""
+
+    operator = "delta_net"
+    machine: Machine  # weight_bytes: of an element of the state
+    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
+    batch: FloatArray  # sequences
+    heads: FloatArray  # value heads
+    key_heads: FloatArray  # heads of queries and keys, which value heads share
+    key: FloatArray  # features of a key head
+    value: FloatArray  # features of a value head
+    conv: FloatArray  # positions of the causal convolution; 0: none
+    channel_decay: FloatArray  # whether each feature of a key has a decay (KDA)
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        fixed time are added."""
+        m, heads, key, value = self.machine, self.heads, self.key, self.value
+        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
+        each, act = self.tokens / batch, m.element_bytes
+        step = each <= 1.0
+        channels = 2.0 * self.key_heads * key + heads * value
+        state = batch * heads * key * value * m.weight_bytes * np.where(step, 2.0, 1.0)
+        stream = act * self.tokens * (channels + heads * value)
+        stream = stream + _DECAY_BYTES * self.tokens * heads * key * self.channel_decay
+        tail = act * batch * np.maximum(self.conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
+        chunks = np.ceil(each / CHUNK)
+        padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
+        between = self._between(padded, step)
+        products = CHUNK * (3.0 * key + 2.0 * value) + 3.0 * key * value
+        bandwidth = m.bandwidth_bytes_per_s
+        memory = (state + stream + heads * between) / (c["e_d"] * bandwidth)
+        memory = memory + (2.0 * act * self.tokens * channels + tail) / (c["e_conv"] * bandwidth)
+        compute = 2.0 * padded * heads * products / (c["e_tc"] * m.peak_flop_per_s)
+        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
+        launch = np.where(step, c["t0_s"], c["prompt_s"])
+        bytes_s = (state + stream + tail) / bandwidth
+        flops_s = 6.0 * self.tokens * heads * key * value / m.peak_flop_per_s
+        work, shares = overlapped(compute, memory, m)
+        total = np.asarray(launch + chain + work)
+        position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
+        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
+        return Estimate(
+            operator=self.operator,
+            kind=int(Kind.DELTA_NET),
+            time=total,
+            floor=np.maximum(bytes_s, flops_s / m.headroom),
+            roofline=np.maximum(bytes_s, flops_s),
+            bottleneck=largest_part(parts, total.shape),
+            loadings={
+                "launch": launch / total,
+                "compute": shares[0] * work / total,
+                "memory": shares[1] * work / total,
+                "latency": chain / total,
+            },
+            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+            position=position,
+        )
+
+    def _between(self, padded: FloatArray, step: Array) -> FloatArray:
+        """Return the bytes of intermediate results that cross memory, of a value head; ``padded``
+        are tokens in whole chunks."""
+        m, key, value, act = self.machine, self.key, self.value, self.machine.element_bytes
+        if m.packs:
+            moved = SCORES_MOVED * CHUNK + KEYS_MOVED * key + VALUES_MOVED * value
+            moved = moved + _PAIRS_MOVED * CHUNK * key * self.channel_decay
+            moved = padded * (moved + STATES_MOVED * key * value / CHUNK)
+            # the operands of the state are counted apart
+            steps = np.minimum(self.batch, self.tokens) * (STEP_MOVED - 2.0) * key * value
+            return np.asarray(_FP32 * np.where(step, steps, moved))
+        # per token and head: scores of keys and their inverse, two transformed products, new
+        # values, states of chunks
+        each = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
+        return np.asarray(padded * (each + 2.0 * act * key * value / CHUNK))
 
 
 def delta_net(
     sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
 ) -> Estimate:
-    """Return the cost of gated delta nets: arithmetic and bytes overlap in part; the chain of
-    chunks and the fixed time are added."""
-    machine, section, c = _ready(hw, dtype, state_dtype)
+    """Return the cost of gated delta nets."""
+    machine, section, constants = _ready(hw, dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    tokens, batch, heads, key_heads, key, value, conv = arrays
-    batch = np.minimum(batch, tokens)  # a dynamic method may skip sequences
-    each, act = tokens / batch, machine.element_bytes
-    step = each <= 1.0
-    channels = 2.0 * key_heads * key + heads * value
-    state = batch * heads * key * value * machine.weight_bytes * np.where(step, 2.0, 1.0)
-    stream = act * tokens * (channels + heads * value)
-    tail = act * batch * np.maximum(conv - 1.0, 0.0) * channels * np.where(step, 2.0, 1.0)
-    chunks = np.ceil(each / CHUNK)
-    padded = np.where(step, 0.0, batch * CHUNK * chunks)  # tokens in whole chunks
-    # per token and head: scores of keys and their inverse, two transformed products, new values,
-    # states of chunks
-    between = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
-    between = between + 2.0 * act * key * value / CHUNK
-    products = CHUNK * (3.0 * key + 2.0 * value) + 3.0 * key * value
-    bandwidth = machine.bandwidth_bytes_per_s
-    memory = (state + stream + padded * heads * between) / (c["e_d"] * bandwidth)
-    memory = memory + (2.0 * act * tokens * channels + tail) / (c["e_conv"] * bandwidth)
-    compute = 2.0 * padded * heads * products / (c["e_tc"] * machine.peak_flop_per_s)
-    chain = np.where(step, 0.0, c["chunk_s"] * chunks)
-    launch = np.where(step, c["t0_s"], c["prompt_s"])
-    bytes_s = (state + stream + tail) / bandwidth
-    flops_s = 6.0 * tokens * heads * key * value / machine.peak_flop_per_s
-    work = np.hypot(compute, memory)
-    total = np.asarray(launch + chain + work)
-    rest = 1.0 / (np.maximum(work, 1e-30) * total)
-    position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
-    parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-    e = Estimate(
-        operator="delta_net",
-        kind=int(Kind.DELTA_NET),
-        time=total,
-        floor=np.maximum(bytes_s, flops_s / machine.headroom),
-        roofline=np.maximum(bytes_s, flops_s),
-        bottleneck=largest_part(parts, total.shape),
-        loadings={
-            "launch": launch / total,
-            "compute": compute**2 * rest,
-            "memory": memory**2 * rest,
-            "latency": chain / total,
-        },
-        coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-        position=position,
-    )
+    e = DeltaNets(machine, *arrays).estimate(constants)
     residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(position), section)
+    return e.with_residual(None if residual is None else residual(e.position), section)
 
 
 class DeltaNet(Operator):
@@ -215,10 +268,11 @@ class DeltaNet(Operator):
     def bytes(self, w: Rows) -> Any:
         """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
+        decays = _DECAY_BYTES * w.m * w.heads * w.head_dim * (w.role == _KDA)
         # a dynamic method may skip sequences
         computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)
         states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
-        return DTYPE_BYTES[w.dtype] * w.m * features + states
+        return DTYPE_BYTES[w.dtype] * w.m * features + decays + states
 
     def parameter_bytes(self, w: Rows) -> Any:
         return w.params * DTYPE_BYTES[w.dtype]
@@ -226,15 +280,16 @@ class DeltaNet(Operator):
     def state_bytes(self, w: Rows) -> Any:
         """Recurrent states of value heads (key x value), and the last positions of the channels of
         the convolution."""
-        channels = 2.0 * w.kv_heads * w.head_dim + 1.0 * w.heads * w.value_dim
-        states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
-        return w.batch * (states + np.maximum(w.window - 1, 0) * channels * DTYPE_BYTES[w.dtype])
+        return self.cache_bytes(w, w.batch, np.maximum(w.window - 1, 0))
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        return sequences / np.maximum(w.batch, 1) * self.state_bytes(w)
+        channels = 2.0 * w.kv_heads * w.head_dim + 1.0 * w.heads * w.value_dim
+        states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
+        return sequences * (states + positions * channels * DTYPE_BYTES[w.dtype])
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = DeltaSizes(w.m, w.batch, w.heads, w.kv_heads, w.head_dim, w.value_dim, w.window)
+        heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
+        sizes = DeltaSizes(w.m, w.batch, *heads, w.window, w.role == _KDA)
         yield slice(None), delta_net(sizes, hw, formats.dtype, formats.second)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:

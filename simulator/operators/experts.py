@@ -376,6 +376,7 @@ class Layers(Calls):
     part: Any = 0  # index into PARTS
     devices: Any = 1.0  # devices that share the experts, unless tokens are dealt
     unfitted: tuple[str, ...] = ()  # error factors of kernels without a fit
+    gated: Any = 1.0  # 1: an expert has a gate projection beside up and down; 0: it has none
 
     @cached_property
     def load(self) -> Load:
@@ -398,7 +399,7 @@ class Layers(Calls):
     def elements(self) -> FloatArray:
         """Weights of an expert in the timed products."""
         up, down = self.products
-        return np.asarray((2.0 * up + down) * self.n * self.k)
+        return np.asarray(((1.0 + self.gated) * up + down) * self.n * self.k)
 
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
@@ -416,11 +417,13 @@ class Layers(Calls):
         weights = self.elements * load.touched * machine.weight_bytes
         memory = weights / (c["e_d"] * machine.bandwidth_bytes_per_s) * slower
         if np.any(self.warm):
-            held = from_l2(3.0 * n * k * load.touched * machine.weight_bytes, machine, c)
+            whole_bytes = (2.0 + self.gated) * n * k * load.touched * machine.weight_bytes
+            held = from_l2(whole_bytes, machine, c)
             memory = memory * np.where(self.warm, held, 1.0)
         # 16-bit: permuted tokens, products of gate and up, their activation, and sums of the
         # results
-        moved = 2.0 * whole * (load.rows * (2.0 * k + 3.0 * n) + 2.0 * m * k)
+        inner = (2.0 + self.gated) * n
+        moved = 2.0 * whole * (load.rows * (2.0 * k + inner) + 2.0 * m * k)
         io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
         launch = (
             whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
@@ -511,7 +514,7 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
 
 
 class ExpertSizes(NamedTuple):
-    """Sizes of the gated experts of a layer on one device, which broadcast."""
+    """Sizes of the experts of a layer on one device, which broadcast."""
 
     m: Any  # tokens
     n: Any  # width of an expert
@@ -522,6 +525,7 @@ class ExpertSizes(NamedTuple):
     skew: Any = 0.0
     # devices that share the experts; the time is that of the device with the highest load
     devices: Any = 1
+    gated: Any = True  # whether experts have a gate projection beside up and down
 
 
 def experts(
@@ -533,14 +537,14 @@ def experts(
     warm: bool = False,
     part: str = "layer",
 ) -> Estimate:
-    """Return the cost of the gated experts of one layer on one device. For benchmarks, tokens are
+    """Return the cost of the experts of one layer on one device. For benchmarks, tokens are
     ``dealt`` by rule, weights are ``warm`` if one layer repeats without overwriting L2, and
     ``part`` is one of :data:`PARTS`."""
     given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
-    m, n, k, number, active, skew, devices = given
+    m, n, k, number, active, skew, devices, gated = given
     r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
     layers = Layers(
-        r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted
+        r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted, gated
     )
     e = layers.estimate(r.constants)
     return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
@@ -582,8 +586,8 @@ class Experts(Operator):
     weighted = True
 
     def flops(self, w: Rows) -> Any:
-        """6NK per token and expert in use."""
-        return 6.0 * w.m * w.n * w.k * w.active
+        """6NK per token and expert in use; 4NK without a gate projection."""
+        return (4.0 + 2.0 * w.gated) * w.m * w.n * w.k * w.active
 
     def bytes(self, w: Rows) -> Any:
         """Weights in use, input and output."""
@@ -592,7 +596,7 @@ class Experts(Operator):
     def weight_bytes(self, w: Rows) -> Any:
         """Weights of experts in use."""
         return (
-            3.0
+            (2.0 + w.gated)
             * w.n
             * w.k
             * DTYPE_BYTES[w.weight_dtype]
@@ -601,10 +605,11 @@ class Experts(Operator):
 
     def inner_elements(self, w: Rows) -> Any:
         """Gathered tokens, their gate and up."""
-        return w.m * w.active * (w.k + 2.0 * w.n)
+        return w.m * w.active * (w.k + (1.0 + w.gated) * w.n)
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        sizes = ExpertSizes(w.m, w.n, w.k, w.experts, w.active, w.skew, np.maximum(w.batch, 1))
+        devices = np.maximum(w.batch, 1)
+        sizes = ExpertSizes(w.m, w.n, w.k, w.experts, w.active, w.skew, devices, w.gated)
         yield slice(None), experts(sizes, hw, formats.dtype, formats.second)
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> FloatArray:

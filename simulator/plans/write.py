@@ -16,7 +16,7 @@ from simulator.display import runs
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.write import refuse_links, write_whole
-from simulator.models.lower import lower, stream_of
+from simulator.models.lower import lower, number_formats
 from simulator.models.model import PARTS, Layer, Model, pruned_from
 from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
@@ -165,8 +165,8 @@ def stats_args(model: Model, at: PricedRequest) -> dict[str, Any]:
     """Return a setting in ModelOpt's keys, by which Puzzletron selects prices
     (``subblock_stats_args``)."""
     request = at.request
-    formats = {"weights": request.weight_dtype or request.dtype, "activations": request.dtype}
-    formats["kv_cache"] = request.kv_dtype or stream_of(request.dtype)
+    own = number_formats(request, model)
+    formats = {"weights": own.weight_dtype, "activations": own.dtype, "kv_cache": own.kv_dtype}
     return {
         "gpu": device_text(at),
         "batch_size": at.batch,

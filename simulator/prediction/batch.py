@@ -128,7 +128,11 @@ def _parts(
 ) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
     if pruning.model is not None:
-        pruned = [pruning.apply(lower(request), request) for request in requests]
+        try:
+            pruned = [pruning.apply(lower(request), request) for request in requests]
+        except InputError as error:
+            reasons[str(error)] = None
+            return []
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
     model = load_model(requests[0].model)
     if lacks := pruning.lacking(model):

@@ -43,7 +43,9 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError, one_line
 from simulator.files.read import parse_json, read_bounded
 from simulator.models.library import load_model, shipped_model
+from simulator.models.lower import number_formats
 from simulator.models.model import Model
+from simulator.models.quantization import QUANT_ALGOS
 from simulator.request import Request
 
 TOOLS = (
@@ -58,19 +60,6 @@ _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "se
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
 """Engine by backend of ``vllm bench serve``; the other backends (openai) fit any server."""
 _TRTLLM_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_TRTLLM_QUANTISED: Mapping[str, tuple[str, str]] = {
-    "FP8": ("fp8", "fp8"),
-    "FP8_BLOCK_SCALES": ("fp8", "fp8_block"),
-    "NVFP4": ("nvfp4", "nvfp4"),
-    "W4A16_AWQ": ("", "int4"),
-    "W4A16_GPTQ": ("", "int4"),
-    "W4A16": ("", "int4"),
-    "W8A16": ("", "int8"),
-    "W4A16_MXFP4": ("", "mxfp4"),
-}
-"""Formats of arithmetic ("": that of the activations) and of weights by ``quantization`` of
-trtllm-bench."""
-
 Floats = NDArray[np.float64]
 
 
@@ -409,11 +398,9 @@ def trtllm_report(fields: Fields) -> BenchRun:
     quantised, base = engine.text("quantization"), engine.text("dtype").removeprefix("torch.")
     dtype = weight_dtype = _TRTLLM_DTYPES.get(base, "")
     note = ""
-    if quantised in _TRTLLM_QUANTISED:
-        dtype, weight_dtype = (
-            _TRTLLM_QUANTISED[quantised][0] or dtype,
-            _TRTLLM_QUANTISED[quantised][1],
-        )
+    if quantised in QUANT_ALGOS:
+        weight_dtype, arithmetic = QUANT_ALGOS[quantised]
+        dtype = arithmetic or dtype
     elif quantised:
         dtype = weight_dtype = ""
         note = (
@@ -633,10 +620,10 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
     notes = [*_model_notes(run, model, request), *([run.note] if run.note else [])]
     if run.devices and run.devices != request.devices:
         raise InputError(f"{run.source}: devices: expected {request.devices}, got {run.devices}")
-    weights = request.weight_dtype or model.weight_dtype or request.dtype
+    formats = number_formats(request, model)
     for what, stated, expected in (
-        ("dtype", run.dtype, request.dtype),
-        ("weight dtype", run.weight_dtype, weights),
+        ("dtype", run.dtype, formats.dtype),
+        ("weight dtype", run.weight_dtype, formats.weight_dtype),
     ):
         if stated and stated != expected:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {stated}")
@@ -818,12 +805,11 @@ def _model_notes(run: BenchRun, model: Model, request: Request) -> list[str]:
         )
     elif _shapes(known) != _shapes(model):
         raise InputError(f"{run.source}: model: expected {model.name}, got {run.model}")
-    plain = request.dtype in ("bf16", "fp16") and not (
-        request.weight_dtype or model.weight_dtype or run.weight_dtype
-    )
-    if plain and _QUANTISED.search(run.model):
-        formats = f"the prediction is for {request.dtype}; check --dtype and --weight-dtype"
-        notes.append(f"{run.source}: model {run.model} is quantised by its name, {formats}")
+    formats = number_formats(request, model)
+    wide = formats.weight_dtype in ("bf16", "fp16") and not run.weight_dtype
+    if wide and _QUANTISED.search(run.model):
+        check = f"the prediction is for {formats.dtype}; check --dtype and --weight-dtype"
+        notes.append(f"{run.source}: model {run.model} is quantised by its name, {check}")
     return notes
 
 

@@ -18,7 +18,7 @@ from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import DTYPES, EXPERTS, GEMM
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
-from simulator.models.lower import cached_tokens
+from simulator.models.lower import NumberFormats, cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
 from simulator.prediction.batch import Reject, batch_of, rejecting
@@ -192,22 +192,21 @@ def _identity(
 ) -> dict[str, Array]:
     """Return the columns of some workloads of a batch that follow from requests and prunings."""
     meta, pruning, request = batch.rows.meta, batch.pruning[rows], batch.dense[rows]
-    weights, cache = _formats(batch)
+    formats = _formats(batch, 0)
     of_pruning = {
         "family": [p.family for p in prunings],
         "options": [p.label for p in prunings],
         "method": [p.method for p in prunings],
         "prune": [p.prune for p in prunings],
         "parts": _parts(batch, prunings),
+        "formats": _other_formats(batch, prunings),
         "pruned": [p.model.name if p.model else "" for p in prunings],
     }
     equal = {
         "model": meta.model,
         "engine": load_engine(meta.engine).name,
         "phase": meta.phase,
-        "dtype": meta.dtype,
-        "weight_dtype": weights,
-        "kv_dtype": cache,
+        **vars(formats),
         "parallel": meta.parallel,
         "new_tokens": meta.new_tokens,
         "devices": meta.devices,
@@ -235,8 +234,7 @@ def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]
     """Return what each pruning removes of the parts of the model, from its first workload of the
     batch."""
     out = [""] * len(prunings)
-    for i in set(batch.pruning.tolist()) - {-1}:
-        first = int((batch.pruning == i).argmax())
+    for i, first in _firsts(batch):
         dense, pruned = batch.models[int(batch.dense[first])], batch.models[first]
         if dense is not None and pruned is not None:
             steps = () if prunings[i].model else prunings[i].steps
@@ -244,19 +242,34 @@ def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]
     return tuple(out)
 
 
-def _formats(batch: WorkloadBatch) -> tuple[str, str]:
-    """Return the number formats of the layers' weights (of routed experts, if the model has some)
-    and of the cache."""
-    rows, first = batch.rows, slice(int(batch.lengths[0]))
-    kind, formats, dtype = rows.kind[first], rows.weight_dtype[first], rows.meta.dtype
-    experts, gemm = kind == EXPERTS, (kind == GEMM) & (rows.layer[first] >= 0)
-    weights, caches = (
-        formats[experts if np.count_nonzero(experts) else gemm],
-        formats[rows.is_attention[first]],
+def _firsts(batch: WorkloadBatch) -> Iterator[tuple[int, int]]:
+    """Yield each pruning of a batch, and its first workload."""
+    for i in set(batch.pruning.tolist()) - {-1}:
+        yield i, int((batch.pruning == i).argmax())
+
+
+def _other_formats(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
+    """Return the number formats of each existing pruned model that has others than the dense
+    model."""
+    out = [""] * len(prunings)
+    for i, first in _firsts(batch):
+        if prunings[i].model is not None:
+            dense, pruned = _formats(batch, int(batch.dense[first])), _formats(batch, first)
+            out[i] = f"{pruned.text} against {dense.text}" if pruned != dense else ""
+    return tuple(out)
+
+
+def _formats(batch: WorkloadBatch, workload: int) -> NumberFormats:
+    """Return the number formats of a workload's layers (weights: of routed experts, if the model
+    has some)."""
+    w, at = batch.rows, batch.rows_of(workload)
+    experts, gemm = at[w.kind[at] == EXPERTS], at[(w.kind[at] == GEMM) & (w.layer[at] >= 0)]
+    codes = (
+        w.dtype[gemm],
+        w.weight_dtype[experts if len(experts) else gemm],
+        w.weight_dtype[at[w.is_attention[at]]],
     )
-    return DTYPES[weights[0]] if len(weights) else dtype, DTYPES[caches[0]] if len(
-        caches
-    ) else dtype
+    return NumberFormats(*(DTYPES[some[0]] if len(some) else w.meta.dtype for some in codes))
 
 
 def _uncalibrated(p: PredictedPass, dense: IndexArray) -> tuple[IndexArray, FloatArray]:

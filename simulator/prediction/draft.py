@@ -26,7 +26,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model
-from simulator.prediction.notes import dense_notes, uncalibrated
+from simulator.prediction.notes import dense_notes, overridden, uncalibrated
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Results
 from simulator.prediction.table import speedups
@@ -185,7 +185,11 @@ def draft(
         level=request.level,
         shared=drafter.shared,
         rows=tuple(rows),
-        notes=(*dense_notes(rounds.timed, request, [hw]), *uncalibrated(rounds.timed)),
+        notes=(
+            *overridden(request, (target, drafter.model)),
+            *dense_notes(rounds.timed, request, [hw]),
+            *uncalibrated(rounds.timed),
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from simulator.hardware.profile import SECTION_OF, HardwareProfile, link_choices
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model
+from simulator.models.quantization import FORMATS, stated_text
 from simulator.operators import BY_CODE, MOST_CODES, TITLES
 from simulator.operators.base import octaves_outside, unfitted
 from simulator.operators.gemm import GEMM_CONSTANTS
@@ -25,7 +26,7 @@ from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
 from simulator.prediction.requests import batch_name, by_key, on
 from simulator.prediction.result import Results
-from simulator.request import Request
+from simulator.request import SETTINGS, Request
 from simulator.uncertainty.forward import operator_times
 from simulator.uncertainty.intervals import Inferred
 from simulator.uncertainty.operators import OperatorTimes
@@ -49,6 +50,16 @@ def differences(models: Iterable[Model], prunings: Sequence[Pruning]) -> Iterato
     """Yield :func:`difference_lines` of every model and existing pruned model."""
     for pair in dict.fromkeys((model, p.model or model) for model in models for p in prunings):
         yield from difference_lines(*pair)
+
+
+def overridden(request: Request, models: Iterable[Model | None]) -> Iterator[str]:
+    """Yield a note on each model whose configuration states other number formats than the
+    request."""
+    asked = {name: value for name in FORMATS if (value := getattr(request, name))}
+    for model in filter(None, dict.fromkeys(models)):
+        if other := [name for name in asked if getattr(model, name) not in ("", asked[name])]:
+            options = " ".join(f"{SETTINGS[name].flags[0]} {asked[name]}" for name in other)
+            yield f"{model.name} states {stated_text(model)}, but {options} counts"
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:

@@ -26,7 +26,7 @@ from simulator.models.model import Model, pruned_from, undivided
 from simulator.prediction.requests import distinct, once, requests_of
 from simulator.pruning import FAMILIES, check_fraction, prune_model
 from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
-from simulator.request import Applied, Request
+from simulator.request import DEFAULT_DTYPE, Applied, Request
 from simulator.units import percent
 from simulator.workload import Workload
 
@@ -398,18 +398,24 @@ def difference_of(dense: Model, pruned: Model) -> tuple[tuple[str, ...], tuple[s
     words = (re.match("[a-z_]+", line) for line in lines)
     names = dict.fromkeys(word[0] for word in words if word and word[0] in FAMILIES)
     after, before = (
-        lower(model, phase="decode", seq=1, engine="").parameters for model in (pruned, dense)
+        lower(model, phase="decode", seq=1, engine="", weight_dtype=DEFAULT_DTYPE).parameters
+        for model in (pruned, dense)
     )
     return lines, tuple(names), 1.0 - after / before
 
 
 def check_alike(dense: Workload, pruned: Workload) -> None:
     for name in ALIKE:
-        theirs, ours = getattr(pruned.meta, name), getattr(dense.meta, name)
+        theirs, ours = _setting(pruned, name), _setting(dense, name)
         if theirs != ours:
             raise InputError(
                 f"{name}: the pruned model has {theirs!r}, the dense {ours!r}; expected the same"
             )
+
+
+def _setting(w: Workload, name: str) -> Any:
+    # checkpoints may state different arithmetic for one request
+    return w.meta.asked.dtype or DEFAULT_DTYPE if name == "dtype" else getattr(w.meta, name)
 
 
 def source_of(w: Workload) -> Model | None:
@@ -449,6 +455,9 @@ ROUNDED = 0.02
 mentioned."""
 
 
+_KIND = " sublayers"  # ending of the number of sublayers of one kind
+
+
 @lru_cache(maxsize=512)
 def sizes(model: Model) -> Mapping[str, float]:
     """Return the sizes of the parts of a model by name; those of sublayers are means over the
@@ -459,11 +468,12 @@ def sizes(model: Model) -> Mapping[str, float]:
             for name, size in sublayer.sizes().items():
                 counts[name] += run.length
                 totals[name] = totals.get(name, 0.0) + run.length * size
-    names = ("heads", "KV heads", "inner width", "experts", "expert width")
     return {
         "attention layers": model.sizes("attention layers")[0],
         "MLP layers": model.sizes("MLP layers")[0],
-        **{name: totals.get(name, 0.0) / (counts[name] or 1) for name in names},
+        "layers": len(model.layers),
+        **{f"{kind}{_KIND}": many for kind, many in model.kinds.items()},
+        **{name: total / counts[name] for name, total in totals.items()},
         "hidden size": model.hidden,
     }
 
@@ -476,7 +486,8 @@ def removed_parts(
     if any(family.parts is None for step in steps for family in step.families):
         return ""
     before, after, asked = dict(dense), dict(pruned), _requested(steps)
-    names = list(before)
+    kinds = [name for name in before if name.endswith(_KIND)]
+    names = [name for name in before if name not in ("layers", *kinds)]
     if (
         before["attention layers"] == before["MLP layers"]
         and after["attention layers"] == after["MLP layers"]
@@ -484,11 +495,13 @@ def removed_parts(
         for found in (before, after):
             found["layers"] = found.pop("attention layers")
         names = ["layers", *names[2:]]
+    elif len(kinds) > 2 and not asked.keys() & {*names[:2]}:  # parts of a hybrid: several kinds
+        names = ["layers", *kinds, *names[2:]]
     asked = {n: 1.0 - s / before[n] if is_size(s) else s for n, s in asked.items() if before.get(n)}
     changed = [
         name
         for name in names
-        if before[name] > 0 and (before[name] != after[name] or asked.get(name))
+        if before[name] > 0 and (before[name] != after.get(name, 0.0) or asked.get(name))
     ]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
@@ -496,8 +509,8 @@ def removed_parts(
         if grouped and name == "heads":
             continue
         share, sizes_text = (
-            1.0 - after[name] / before[name],
-            f"{_size(before[name])} to {_size(after[name])}",
+            1.0 - after.get(name, 0.0) / before[name],
+            f"{_size(before[name])} to {_size(after.get(name, 0.0))}",
         )
         if not share:
             sizes_text = f"still {_size(before[name])}"

@@ -48,7 +48,7 @@ class Result(Displayed):
     batch, seq : int
         Sequences, and tokens (prefill) or cached positions (decode).
     dtype : str
-        Number format of activations and arithmetic.
+        Number format of the dense model's activations and arithmetic.
     dense_s, dense_lower, dense_upper : float
         Time of a pass of the dense model, s, with the ends of its interval.
     pruned_s, pruned_lower, pruned_upper : float
@@ -96,7 +96,7 @@ class Result(Displayed):
     cached_prefix : int
         Tokens of each prompt in the prefix cache.
     weight_dtype, kv_dtype : str
-        Number formats of the weights and of the K/V cache.
+        Number formats of the dense model's weights and K/V cache.
     devices : int
         Number of devices.
     parallel : str
@@ -119,6 +119,8 @@ class Result(Displayed):
         model.
     parts : str
         Share that the pruning removes of layers, heads, widths and experts, after rounding.
+    formats : str
+        Number formats of an existing pruned model against those of the dense model, if they differ.
 
     Examples
     --------
@@ -195,6 +197,7 @@ class Result(Displayed):
     options: str
     prune: str
     parts: str
+    formats: str
 
     @property
     def lower(self) -> float:

@@ -23,11 +23,12 @@ from simulator.display import Displayed, with_and
 from simulator.engines.engine import FEATURES, Engine, Loading, load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
+from simulator.models.checkpoint import NAMED
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model, indivisible, shard, undivided
 from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp, Sublayer
-from simulator.models.write import config_content, content_of
+from simulator.models.write import config_content, content_of, plain_content
 from simulator.operators.base import ELEMENT_BYTES
 from simulator.operators.gemm import aligned_elements, gemm_kernel
 from simulator.passes import by_formats, refusal
@@ -49,7 +50,7 @@ _DIVIDED = {
 """Widths that devices share."""
 
 
-DIVIDING = frozenset(("llama", "gemma2", "gemma3", "gemma3_text"))
+DIVIDING = frozenset(("llama", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "aria_text"))
 """Architectures whose configuration in Transformers from 5.5 requires heads that divide the hidden
 size, also if head_dim is stated (``validate_architecture``; tried in vLLM 0.32 with Transformers
 5.19, and in Transformers 5.24)."""
@@ -145,16 +146,34 @@ def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = No
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
-    config = pruning.model or replace(load_model(request.model), mismatch="")
+    dense = load_model(request.model)
+    config = pruning.model or replace(dense, mismatch="")
     if request.devices == 1:
-        return will_run(whole, hw, config=config)
+        return _stated(will_run(whole, hw, config=config, dense=dense), request, pruning, whole)
     devices, parallel = request.devices, request.parallel
     reason, share = indivisible(whole.meta.config, devices, parallel), whole
     if not reason:
         share = pruning.apply(lower(request), request)
     elif size := undivided(whole.meta.config.layers, devices, parallel):
         reason += f"; {size.nearest(devices)}"
-    return will_run(whole, hw, config=config, share=share, divisible_reason=reason)
+    found = will_run(whole, hw, config=config, dense=dense, share=share, divisible_reason=reason)
+    return _stated(found, request, pruning, whole)
+
+
+def _stated(found: Runnable, request: Request, pruning: Pruning, whole: Workload) -> Runnable:
+    """Return the answer for a new ``config.json``: No if the keys of its architecture cannot state
+    the pruned shapes. For :data:`NAMED` architectures, the engines' files state this."""
+    dense, model = load_model(request.model), whole.meta.config
+    new = pruning.model is None and model.layers != dense.layers
+    content = content_of(request.model, dense) if found.loadable and new else {}
+    if not content or dense.architecture in NAMED:
+        return found
+    try:
+        plain_content(content, dense, model)
+    except InputError as error:
+        reason = f"its shapes: {str(error).split(': ', 1)[1]}"
+        return replace(found, loadable=False, works=False, load_reason=reason)
+    return found
 
 
 def runnables(found: Results, hardware: Sequence[HardwareProfile] = ()) -> list[Runnable]:
@@ -182,12 +201,14 @@ def will_run(
     hw: HardwareProfile | None = None,
     *,
     config: Model | None = None,
+    dense: Model | None = None,
     share: Workload | None = None,
     divisible_reason: str = "",
 ) -> Runnable:
     """Return whether the stock engine of a workload on one device runs its model. ``config`` is the
-    configuration of an existing checkpoint (default: that of the dense model), ``share`` the share
-    of each of several devices, ``divisible_reason`` why they cannot divide the model."""
+    configuration of an existing checkpoint (default: that of the dense model), ``dense`` the model
+    before pruning, ``share`` the share of each of several devices, ``divisible_reason`` why they
+    cannot divide the model."""
     if pruned.meta.devices > 1 and pruned.meta.parallel != "pipeline":
         raise InputError(
             f"pruned: expected a model on one device, got a share of {pruned.meta.devices} devices"
@@ -195,7 +216,7 @@ def will_run(
     own = pruned if share is None else share
     model, meta = pruned.meta.config, own.meta
     engine = load_engine(meta.engine)
-    loadable, load_reason = loading(pruned, engine, config or model)
+    loadable, load_reason = loading(pruned, engine, config or model, dense)
     if loadable is not False and config is not None and (reason := as_it_is(config, model, engine)):
         loadable, load_reason = False, reason
     part = shard(model, meta.devices, meta.parallel if meta.devices > 1 else "tensor")
@@ -307,7 +328,7 @@ def _units(w: Workload, engine: Engine) -> tuple[int, int]:
     """Return the number of which the engine's kernels need a multiple, and the elements in 16
     bytes."""
     dtype = w.meta.dtype
-    weight = w.meta.weight_dtype or w.meta.config.weight_dtype or dtype
+    weight = w.meta.weight_dtype or dtype
     sixteen = aligned_elements(ELEMENT_BYTES[dtype])
     # formats of weights alone have kernels of their own
     alone = weight != dtype and weight in engine.widths
@@ -357,17 +378,34 @@ def _kernels(
     return ""
 
 
-def loading(w: Workload, engine: Engine, config: Model | None) -> tuple[bool | None, str]:
+_STATED = (
+    *("heads", "sublayers", "layer_inner", "layer_heads", "layer_kv_heads", "layer_experts"),
+)
+"""Features that the usual keys of some model types state."""
+
+
+def loading(
+    w: Workload, engine: Engine, config: Model | None, dense: Model | None = None
+) -> tuple[bool | None, str]:
     """Return whether the stock engine loads the checkpoint of a model (None: its file does not
     state it), and how, or why not. ``config`` is the configuration of the checkpoint, or of the
-    dense model."""
-    present = tuple(features(w, config.architecture if config else ""))
+    ``dense`` model."""
+    custom = engine.loads.get("custom_code")
+    if config is not None and (absent := _without_class(engine, config.architecture)):
+        coded = config.custom_code and custom is not None and custom.value
+        return (True, custom.how) if custom and coded else absent
+    # pruned in Python, without a configuration
+    made = dense is None and config is w.meta.config and w.meta.applied
+    alike = config and dense and config.architecture == dense.architecture
+    own = frozenset[str]() if made else _stated_features(dense if alike else config)
+    present = [
+        name for name in features(w, config.architecture if config else "") if name not in own
+    ]
     how = {name: engine.loads[name].how for name in present if name in engine.loads}
     missing: dict[str, list[str]] = {}  # reason -> features
     for name in how:
         if reason := _refusal(engine.loads[name], name, w, config):
             missing.setdefault(reason, []).append(FEATURES[name])
-    custom = engine.loads.get("custom_code")
     if (
         config is not None
         and config.custom_code
@@ -395,6 +433,27 @@ def loading(w: Workload, engine: Engine, config: Model | None) -> tuple[bool | N
         )
     special = dict.fromkeys(text for name, text in how.items() if name != "uniform")
     return True, " and ".join(special) or how["uniform"]
+
+
+def _without_class(engine: Engine, architecture: str) -> tuple[bool | None, str] | None:
+    """Return the answer for a model type that an engine has no class for; None if it has one."""
+    usual = engine.loads.get("uniform")
+    if usual is None or architecture not in usual.missing:
+        return None
+    if usual.backend:
+        return (
+            None,
+            f"stock {engine.name} has no class for model_type {architecture}; {usual.backend}",
+        )
+    return False, f"model_type {architecture}: it has no class for it"
+
+
+def _stated_features(config: Model | None) -> frozenset[str]:
+    """Return the features that a configuration states in the usual keys of its model type, which
+    its class reads (hybrids)."""
+    if config is None or config.layer_key or config.mismatch:
+        return frozenset()
+    return frozenset(name for name in model_features(config) if name in _STATED)
 
 
 def as_it_is(config: Model, model: Model, engine: Engine) -> str:
@@ -425,7 +484,13 @@ def as_it_is(config: Model, model: Model, engine: Engine) -> str:
 def features(w: Workload, architecture: str = "") -> Iterator[str]:
     """Yield the features (:data:`simulator.engines.engine.FEATURES`) of the checkpoint of a model
     on one device."""
-    model: Model = w.meta.config
+    yield from model_features(w.meta.config, architecture)
+    if (w.is_role("router") & w.overhead).any():
+        yield "routers"
+
+
+def model_features(model: Model, architecture: str = "") -> Iterator[str]:
+    """Yield the features of a model that its layers show."""
     layers = tuple(dict.fromkeys(layer.windowless for layer in model.layers))
     sublayers = tuple(dict.fromkeys(s for layer in layers for s in layer.sublayers))
     grouped = [s for s in sublayers if isinstance(s, Attention)]
@@ -457,8 +522,6 @@ def features(w: Workload, architecture: str = "") -> Iterator[str]:
         yield "low_rank"
     if any(s.rotates for s in sublayers):
         yield "residual_projections"
-    if (w.is_role("router") & w.overhead).any():
-        yield "routers"
 
 
 def _differ(values: Iterable[Any]) -> bool:

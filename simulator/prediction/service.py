@@ -42,6 +42,7 @@ from simulator.prediction.compare import request_results
 from simulator.prediction.notes import (
     dense_notes,
     differences,
+    overridden,
     uncalibrated,
 )
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
@@ -615,7 +616,8 @@ class _Servers:
             return
         self.services.append(service)
         notes = *dense_notes(results, request, [hw]), *_too_many(service), *uncalibrated(results)
-        self.notes.update(dict.fromkeys(notes))
+        models = (request.model, *(pruning.model for pruning in self.prunings))
+        self.notes.update(dict.fromkeys((*overridden(request, models), *notes)))
 
     def service(self, request: Request, hw: HardwareProfile, results: Results) -> Service:
         prunings = [self.prunings[i] for i in results.pruning.tolist()]

@@ -26,7 +26,10 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
         gains = [gain_text(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
-        places = [f"{setting(r)}, {r.bottleneck}-bound{ends.get(r, '')}" for r in results]
+        places = [
+            f"{setting(r)}, {r.bottleneck}-bound{formats_clause(r)}{ends.get(r, '')}"
+            for r in results
+        ]
         return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
     several = len({r.model for r in results}) > 1
     groups = by_key(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
@@ -45,9 +48,15 @@ def _fastest(
         f", {losses} slower" if losses else ""
     )
     return (
-        f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}{ends.get(best, '')};"
-        f" {counts}."
+        f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}"
+        f"{formats_clause(best)}{ends.get(best, '')}; {counts}."
     )
+
+
+def formats_clause(r: Result) -> str:
+    """Return the number formats of an existing pruned model as the end of a sentence, if they
+    differ from those of the dense model."""
+    return f"; {r.formats}" if r.formats else ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ class BreakEven:
             many = len(self.too_large) > 1
             values = f"{self.too_large[0]:,} and more do" if many else f"{self.too_large[0]:,} does"
             beyond = f"; {self._name} {values} not fit into the memory"
-        return f"{self.results[0].pruning} on {self.where} {self.verdict}{beyond}."
+        first = self.results[0]
+        return f"{first.pruning} on {self.where} {self.verdict}{beyond}{formats_clause(first)}."
 
     @property
     def _name(self) -> str:

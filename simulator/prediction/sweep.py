@@ -99,9 +99,9 @@ WHOLE = tuple(name for name in SETTINGS if name not in _OWN)  # settings of the 
 
 @dataclass(frozen=True)
 class Formats:
-    """Number formats of a run; None: the format follows from ``dtype``."""
+    """Number formats of a run; None: that of the checkpoint, or it follows from ``dtype``."""
 
-    dtype: Annotated[str, SETTINGS["dtype"]] = "bf16"
+    dtype: Annotated[str | None, SETTINGS["dtype"]] = None
     weight_dtype: Annotated[str | None, SETTINGS["weight_dtype"]] = None
     kv_dtype: Annotated[str | None, SETTINGS["kv_dtype"]] = None
 

@@ -22,7 +22,7 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.model import Model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
-from simulator.prediction.notes import above_bound, dense_notes, differences
+from simulator.prediction.notes import above_bound, dense_notes, differences, overridden
 from simulator.prediction.prunings import (
     KEYWORDS,
     Excluded,
@@ -95,6 +95,7 @@ def table(
         able = [hw for hw in devices if hw.label not in rows.without]
         notes |= dict.fromkeys(
             (
+                *overridden(request, (request.model, *(p.model for p in prunings))),
                 *dense_notes(results, request, able),
                 *above_bound(results, prunings, request, able),
             )

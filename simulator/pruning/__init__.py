@@ -27,6 +27,8 @@ from simulator.models.lower import lower_again
 from simulator.models.model import Model, undivided
 from simulator.pruning._family import (
     GROUPS,
+    KINDS,
+    MAMBA,
     NESTED,
     ONE_SIZE,
     SUBLAYERS,
@@ -382,7 +384,7 @@ def _check_whole(family: Family, choice: Choice) -> None:
     if family.whole:
         return
     if any(table.any() for (_, role), table in choice.weights.items() if role in WHOLE):
-        reason = "routed experts, latent attention and delta nets have no such kernels"
+        reason = "routed experts, latent attention and recurrent layers have no such kernels"
         raise InputError(
             f"family {family.name}: {reason}; name the projections to prune, such as {{'o': 0.5}}"
         )
@@ -416,12 +418,13 @@ class Target:
         if part in SUBLAYERS:
             return inside == part
         if part in NESTED:
-            queries = ("q", "o", "q_b", "kv_b")
-            return role in (queries if part == "heads" else ("k", "v"))
+            return role in NESTED[part]
+        if part in KINDS:
+            return role in {"mamba": NESTED["mamba_heads"], "conv": ("conv_in",)}[part]
         return role in GROUPS.get(part, (part,))
 
     def has(self, part: str) -> bool:
-        if part in NESTED:
+        if part in NESTED and part not in MAMBA:
             return any(inside == "attention" for inside, _ in self.weights) or part in ONE_SIZE
         return any(self.share(part, key) for key in self.weights)
 

@@ -27,13 +27,21 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("gate", "up", "gate_up"),
 }
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
-# parts of width that remove a share of the rest of other parts
-NESTED: tuple[str, ...] = ("heads", "kv", "hidden")
+# kinds of sublayers that depth removes
+KINDS: tuple[str, ...] = (*SUBLAYERS, "mamba", "conv")
+MAMBA: tuple[str, ...] = ("mamba_heads", "mamba_channels", "mamba_state")  # parts of width
+# parts of width that remove a share of the rest of other parts -> weights that lose it
+NESTED: Mapping[str, tuple[str, ...]] = {
+    "heads": ("q", "o", "q_b", "kv_b"),
+    "kv": ("k", "v"),
+    "hidden": (),
+    **dict.fromkeys(MAMBA, ("mamba_in", "mamba_x", "mamba_dt")),
+}
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
-# weights of latent attention, experts and delta nets, which only families that remove heads,
+# weights of latent attention, experts and recurrences, which only families that remove heads,
 # channels or more prune
-WHOLE: tuple[str, ...] = ("q_a", "kv_a", "q_b", "kv_b", "experts", "delta_in", "delta_ba")
+WHOLE = frozenset(role for kind in Sublayer.__subclasses__() for role in kind.WHOLE)
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
@@ -55,9 +63,9 @@ class Choice:
     by_layer: bool = False  # whether layers can differ
 
     def of(self, part: str) -> FloatArray:
-        """Return the sparsity of every layer for a part; without parts it applies to attention and
-        MLP."""
-        if self.form == "part" or part not in SUBLAYERS:
+        """Return the sparsity of every layer for a part; without parts it applies to attention,
+        MLP and heads of Mamba."""
+        if self.form == "part" or part not in (*SUBLAYERS, "mamba_heads"):
             return self.parts.get(part, np.zeros(len(self.fractions)))
         return self.fractions
 

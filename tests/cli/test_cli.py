@@ -267,11 +267,11 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert sum(g["flops"] for g in model["gemms"]) < model["flops"]
     shown = cli.out("models show deepseek-v3")
     assert "671,026,419,200 parameters, 37,552,297,472 of them active" in shown
-    assert (
-        "61 layers of 2 kinds, hidden 7168, mostly 128 heads of 192 on a latent of 512 + 64"
-        in shown
-    )
-    assert "gated MLP of 2048 and 256 experts of 2048, 8 per token" in shown
+    latent = "61 latent attention (128 heads of 192 on a latent of 512 + 64)"
+    assert f"61 layers, hidden 7168, vocabulary 129,280: {latent}, 3 MLP" in shown
+    assert "58 experts (256 of a width of 2,048, 8 per token, beside an MLP of 2,048)" in shown
+    hybrid = cli.out("models show nemotron-nano-9b-v2")
+    assert "27 Mamba-2 (128 heads of 80, state 128), 25 MLP (plain, width 15,680), 4" in hybrid
     # six of 80 layers
     assert re.search(r"down +2048 +8192 +14336 +6 ", cli.out("models show nemotron-super-49b"))
 
@@ -342,7 +342,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
     ("line", "offers"),
     [
         ("prunesim sp", ["speedup"]),
-        ("prunesim speedup llama-3.1", ["llama-3.1-70b", "llama-3.1-8b"]),
+        ("prunesim speedup llama-3.1", ["llama-3.1-405b", "llama-3.1-70b", "llama-3.1-8b"]),
         ("prunesim speedup x --hardware rtx_4090,h100_s", ["rtx_4090,h100_sxm"]),
         ("prunesim explain x --engine hf,vl", ["hf,vllm"]),
         ("prunesim sweep x --sch", ["--scheduler"]),

@@ -27,7 +27,12 @@ from calibration.devices.operators import (  # noqa: E402
     rotary,
     rotary_tables,
 )
-from calibration.devices.protocol import ELEMENTWISE_ROLES, LAYER_LAUNCHES  # noqa: E402
+from calibration.devices.protocol import (  # noqa: E402
+    ELEMENTWISE_ROLES,
+    LAYER_LAUNCHES,
+    RECURRENT,
+)
+from calibration.devices.recurrent import BUILDERS, lacks, state_shape  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 
@@ -155,14 +160,30 @@ def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
 
 def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None:
     shape = {"batch": 1, "q_len": 32, "kv_len": 32, "heads": 4, "kv_heads": 2, "head_dim": 16}
-    shape |= {"m": 4, "n": 32, "k": 32, "rank": 8, "rows": 2, "block": 16}
+    shape |= {"m": 4, "n": 32, "k": 32, "rank": 8, "rows": 2, "block": 16, "window": 4}
     for op in (op for dtype in device.dtypes() for op in every_kind(dtype, **shape)):
         if device.refuses(op):
-            assert op.dtype == "int8" or op.kind in ("gemm_2to4", "launch_graph"), op.key
+            assert op.dtype == "int8" or op.kind in ("gemm_2to4", "launch_graph", *RECURRENT), (
+                op.key
+            )
             continue
         prepared = device.prepare(op)
         assert 0 < prepared.sample(3) < 1.0, op.key
         assert "perf_counter_ns" in prepared.method
+
+
+@pytest.mark.skipif(bool(lacks()), reason="Transformers is not installed")
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrences_change_the_states_of_their_copy(kind: str, tokens: int) -> None:
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "block": 16} if kind != "short_conv" else {}
+    op = Operator(kind, "fp32", m=2 * tokens, n=8, batch=2, window=4, **sizes)
+    states = [torch.zeros(state_shape(op)) for _ in range(2)]
+    with torch.inference_mode():
+        BUILDERS[kind](op, torch.float32, states)(1)
+    assert not states[0].any()
+    assert states[1].any()
+    assert torch.isfinite(states[1]).all()
 
 
 class MadeData(TorchDispatchMode):  # type: ignore[misc]

@@ -436,7 +436,8 @@ def test_where_no_child_can_open_the_gpu_nothing_is_known_and_none_is_started_ag
 def test_every_operator_on_a_real_gpu() -> None:
     device: Any = open_device("cuda")
     attention = {"batch": 1, "q_len": 256, "kv_len": 256, "heads": 8, "kv_heads": 2, "head_dim": 64}
-    ops = every_kind("bf16", **attention, m=64, n=1024, k=1024, rank=128, rows=32, block=128)
+    sizes = {"m": 64, "n": 1024, "k": 1024, "rank": 128, "rows": 32, "block": 128, "window": 4}
+    ops = every_kind("bf16", **attention, **sizes)
     ops += [Operator("gemm", dtype, m=64, n=1024, k=1024) for dtype in device.dtypes()]
     ops += [
         Operator("gemm", m=64, n=1001, k=999),

@@ -24,6 +24,11 @@ def in_vllm() -> list[RecordedRow]:
 
 
 @pytest.fixture(scope="module")
+def hybrids() -> list[RecordedRow]:
+    return recorded_rows("hybrids")
+
+
+@pytest.fixture(scope="module")
 def rows() -> list[RecordedRow]:
     return recorded_rows("transformers")
 
@@ -57,12 +62,24 @@ def test_speedups_in_vllm_meet_their_targets(in_vllm: list[RecordedRow]) -> None
     assert calibrated["dense_time"] < 0.5 * plain["dense_time"]
 
 
+def test_speedups_of_hybrids_meet_their_targets(hybrids: list[RecordedRow]) -> None:
+    assert len(hybrids) >= 40
+    found = scores(hybrids)
+    assert found["median"] < 0.03
+    assert found["inside"] > 0.85
+    assert found["half_width"] < 0.10
+    assert found["spearman"] > 0.9
+
+
 @pytest.mark.parametrize("page", list(FOLDERS))
 def test_the_pages_have_the_tables_of_the_records(
-    page: str, rows: list[RecordedRow], in_vllm: list[RecordedRow]
+    page: str,
+    rows: list[RecordedRow],
+    hybrids: list[RecordedRow],
+    in_vllm: list[RecordedRow],
 ) -> None:
     text = (FOLDERS[page].parents[1] / "generated" / f"{page}.md").read_text()
-    for one in tables({"transformers": rows, "vllm": in_vllm}[page]):
+    for one in tables({"transformers": rows, "hybrids": hybrids, "vllm": in_vllm}[page]):
         assert one in text
 
 

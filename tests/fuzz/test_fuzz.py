@@ -167,6 +167,27 @@ SMALL = {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 LAYERED = {**SMALL, "block_configs": BLOCKS}
+_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+_GROUP = {"targets": ["Linear"], "weights": _WEIGHTS, "input_activations": _WEIGHTS}
+_CACHE = {"num_bits": 8, "type": "float"}
+MODELOPT = {
+    "quantization": {
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["*q_proj"],
+    }
+}
+QUANTISED = [
+    {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": _GROUP},
+        "kv_cache_scheme": _CACHE,
+    },
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["layers.0.mlp"]},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
+    {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["mlp.up_proj"]]},
+    {"quant_method": "modelopt", **MODELOPT},
+]
 OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_value_heads": 2}}
 CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
 _STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
@@ -396,6 +417,13 @@ READERS: dict[str, tuple[Any, str]] = {
     ),
     "config.json": (st.sampled_from(CONFIGS).flatmap(trees), "models show {}"),
     "layered.json": (LAYERED, f"speedup {{}} {ON} --family depth --sparsity 0.5"),
+    "quantised.json": (
+        st.sampled_from([{**SMALL, "quantization_config": one} for one in QUANTISED]).flatmap(
+            trees
+        ),
+        f"speedup {{}} {ON} --family depth --sparsity 0.5",
+    ),
+    "hf_quant_config.json": (MODELOPT, f"speedup DIR {ON} --family depth --sparsity 0.5"),
     "model.safetensors": (
         st.sampled_from(CHECKPOINTS).flatmap(trees).map(safetensors),
         "models show DIR",
@@ -424,7 +452,7 @@ READERS: dict[str, tuple[Any, str]] = {
 path, TEXT: content)."""
 CONFIG = {"config.json": json.dumps(SMALL)}
 BESIDE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("model.safetensors", "library.json"), CONFIG),
+    **dict.fromkeys(("model.safetensors", "library.json", "hf_quant_config.json"), CONFIG),
     "model.safetensors.index.json": {**CONFIG, "a": safetensors(CHECKPOINTS[0])},
     "solution_0.json": CONFIG | {f"solution_{i}.json": json.dumps(validation(i)) for i in (1, 2)},
     "results.json": {"dense.json": json.dumps(HARNESS), "listed.csv": LISTED},

@@ -10,7 +10,6 @@ import pytest
 from shaped import Sizes, sizes_of, value_of
 
 from simulator.errors import InputError
-from simulator.models.architectures import ARCHITECTURES
 from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
 
@@ -185,28 +184,3 @@ def test_qwen_experts_are_counted_under_both_names() -> None:
     renamed = {key: value for key, value in MOE.items() if key != "num_experts"}
     assert from_hf_config({**renamed, "num_local_experts": 8}) == from_hf_config(MOE)
     assert value_of(from_hf_config(MOE), "mlp.experts") == 8
-
-
-NO_CLASS = ("kimi_k2", "nemotron-nas")
-"""Model types whose configuration classes are not in Transformers."""
-
-STATED: dict[str, dict[str, int]] = {
-    "deepseek_v2": {"num_experts_per_tok": 6},
-    "glm4_moe": {"head_dim": 128},
-    "glm4v_moe_text": {"head_dim": 128},
-}
-"""Keys that published files state, and whose defaults make no model."""
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_no_default_of_a_configuration_class_is_unknown(kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    if kind in NO_CLASS:
-        with pytest.raises(ValueError, match="Unrecognized model identifier"):
-            transformers.AutoConfig.for_model(kind)
-        return
-    config = transformers.AutoConfig.for_model(kind, **STATED.get(kind, {}))
-    model = from_hf_config(json.loads(json.dumps(config.to_dict())))
-    assert (model.architecture, len(model.layers)) == (kind, config.num_hidden_layers)
-    assert (model.hidden, model.vocab) == (config.hidden_size, config.vocab_size)
-    assert model.heads == config.num_attention_heads

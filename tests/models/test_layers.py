@@ -113,6 +113,14 @@ def test_mixtral_on_eight(parallel: str) -> None:
     assert part.is_role("all_reduce").sum() == 3
 
 
+def test_biases_of_latent_attention() -> None:
+    plain, biased = (from_hf_config(DEEPSEEK | {"attention_bias": flag}) for flag in (False, True))
+    # of the projections to both ranks and of the output, in 4 layers
+    assert biased.parameters - plain.parameters == 4 * (1536 + (32 + 8) + 768)
+    w = lower(biased, phase="decode", batch=1, seq=10, engine="vllm")
+    assert w.parameters == biased.parameters
+
+
 def test_latent_attention_of_deepseek() -> None:
     model, batch, seq = load_model("deepseek-v3"), 2, 999
     assert model.latent == LatentAttention(
@@ -419,7 +427,6 @@ def test_a_delta_net_has_a_state_per_value_head() -> None:
             QWEN3 | {"mlp_only_layers": [4]},
             "mlp_only_layers: expected a list of layers from 0 to 3, got",
         ),
-        (DEEPSEEK | {"attention_bias": True}, "attention_bias: expected false"),
         (LLAMA4 | {"moe_layers": [0]}, "intermediate_size_mlp: missing"),
         (
             LLAMA4 | {"layer_types": ["linear_attention"] * 4},

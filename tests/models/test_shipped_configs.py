@@ -14,16 +14,17 @@ from simulator.models.sublayers import Attention, LatentAttention
 from simulator.models.write import config_content, content_of
 from simulator.pruning import prune_model
 
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 BASES = ("rope_theta", "rotary_emb_base")
 
-EXTENDED = {"kimi_k2": "deepseek_v3", "nemotron-nas": "llama"}
+EXTENDED = {"kimi_k2": "deepseek_v3", "nemotron-nas": "llama", "nemotron_h_puzzle": "nemotron_h"}
 """Model type that Transformers does not have -> the one whose configuration its code extends."""
 
 CONVERTED = {
     *("architectures", "model_type", "torch_dtype", "rope_scaling"),
     *("no_rope_layers", "sliding_window"),  # an empty or unused value becomes another
+    *("layer_types", "layers_block_type"),  # types have other names in Transformers 5
 }
 """Keys that Transformers keeps under another name, in another form or in the whole model's
 configuration."""
@@ -39,9 +40,22 @@ def _stated(content: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((content[key] for key in keys if key in content), None)
 
 
+def _parameters(decoder: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the stated rotary parameters, of layers without windows if those differ."""
+    stated: Mapping[str, Any] = decoder.get("rope_parameters", {})
+    return stated.get("full_attention", stated)
+
+
+def _base(decoder: Mapping[str, Any]) -> Any:
+    """Return the base of the rotary positions."""
+    return _stated(decoder, BASES) or _parameters(decoder).get("rope_theta")
+
+
 def _rotates(model: Model) -> bool:
-    attentions = (layer.of("attention") for layer in model.layers)
-    return any(isinstance(a, Attention | LatentAttention) and a.rotary > 0 for a in attentions)
+    sublayers = [s for layer in model.layers for s in layer.sublayers]
+    grouped = any(s.rotary for s in sublayers if isinstance(s, Attention))
+    latent = (s for s in sublayers if isinstance(s, LatentAttention))
+    return grouped or any(s.rotary and s.rotates_positions for s in latent)
 
 
 @pytest.mark.quick
@@ -50,8 +64,9 @@ def test_files_state_class_activation_positions_and_norms(name: str) -> None:
     content, model = content_of(name), load_model(name)
     decoder = _decoder(content)
     assert content["architectures"]
-    assert _stated(decoder, ACTIVATIONS)
-    assert bool(_stated(decoder, BASES)) == _rotates(model)
+    # the activation of LFM2 is no key
+    assert _stated(decoder, ACTIVATIONS) or model.architecture in ("lfm2", "lfm2_moe")
+    assert _base(decoder) or not _rotates(model)
     # OPT uses the constant of torch
     assert bool(_stated(decoder, EPSILONS)) == (model.architecture != "opt")
 
@@ -73,17 +88,18 @@ def _rope(config: Any) -> Mapping[str, Any]:
 @pytest.mark.parametrize("name", list_models())
 def test_values_reach_the_configuration_of_transformers(name: str) -> None:
     decoder, config = _decoder(content_of(name)), _config(content_of(name))
-    read = {key for key in {*decoder} - CONVERTED if hasattr(type(config), key)}
-    assert {key: getattr(config, key) for key in read} == {key: decoder[key] for key in read}
+    values = config.to_dict()
+    read = {key for key in {*decoder} - CONVERTED if key in values}
+    assert {key: values[key] for key in read} == {key: decoder[key] for key in read}
     for keys in (ACTIVATIONS, EPSILONS):
         # the class has such a key, and the file states it
         assert {key for key in keys if hasattr(type(config), key)} <= {*decoder}
     if _rotates(load_model(name)):
-        scaling = decoder.get("rope_scaling", {})
+        scaling = decoder.get("rope_scaling", _parameters(decoder))
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         expected = {
             **scaling,
-            "rope_theta": _stated(decoder, BASES),
+            "rope_theta": _base(decoder),
             "rope_type": "default" if kind == "mrope" else kind,
         }
         assert expected.items() <= _rope(config).items()

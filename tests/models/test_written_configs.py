@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,7 @@ def test_widths_of_experts_are_usual_keys() -> None:
     assert changed_keys(content, config_content(content, dense, pruned)) == {
         "num_hidden_layers": 59,
         "first_k_dense_replace": 2,
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 57,
         "intermediate_size": 9216,
         "moe_intermediate_size": 1024,
     }
@@ -474,3 +476,121 @@ def test_a_model_without_a_file_or_of_unknown_layers_is_not_written() -> None:
     for pruned in (unknown, dense.with_layers(longer)):
         with pytest.raises(InputError, match="cannot state these shapes"):
             config_content(LLAMA, dense, pruned)
+
+
+NEW_TYPES = (
+    *("bamba-9b", "deepseek-v3.2", "ernie-4.5-21b-a3b", "exaone-4.0-32b", "gemma-3n-e4b"),
+    *("gemma-4-26b-a4b", "gemma-4-e2b", "granite-4.0-h-tiny", "hunyuan-a13b", "jamba-1.5-mini"),
+    *("kimi-linear-48b-a3b", "lfm2-1.2b", "lfm2-8b-a1b", "minimax-m2", "nemotron-nano-12b-v2"),
+    *("nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b", "olmo-3-7b", "olmoe-1b-7b"),
+    *("qwen3.5-4b", "qwen3.5-35b-a3b", "glm-4.7-flash"),
+)
+NEW_PRUNINGS = {
+    "depth layers=0-7": set[str](),
+    "depth layers=1,3": {"jamba-1.5-mini"},
+    "width mlp=0.5": set[str](),
+    "width attention=0.5": {"olmoe-1b-7b"},
+    "experts 0.5": set[str](),
+    "width mamba_heads=0.5": set[str](),
+    "width mamba_state=0.5": set[str](),
+    "width mamba_channels=0.5": set[str](),
+}
+"""Prunings, and the models whose usual keys cannot state them: layers of Jamba follow periods, and
+the norm of OLMoE's queries is as wide as the hidden size."""
+
+
+@pytest.mark.parametrize("pruning", NEW_PRUNINGS)
+@pytest.mark.parametrize("name", NEW_TYPES)
+def test_hybrids_and_new_types_are_read_back_and_built(name: str, pruning: str) -> None:
+    dense, content = load_model(name), content_of(name)
+    try:
+        pruned = prune_model(dense, pruning)
+    except InputError:
+        pytest.skip("it has no such part")
+    if pruned == dense:
+        pytest.skip("it has a single key/value head")
+    if name in NEW_PRUNINGS[pruning]:
+        with pytest.raises(InputError, match="cannot state these shapes"):
+            config_content(content, dense, pruned)
+        return
+    written = config_content(content, dense, pruned)
+    assert not written.keys() & {"block_configs", "per_layer_config"}
+    read = from_hf_config(json.loads(json.dumps(written)), name=name)
+    assert pruned_from(dense, read) == pruned
+    assert read.parameters == pruned.parameters < dense.parameters
+    if find_spec("transformers") is not None:
+        from simulator.models.traced import trace, transformers_config
+
+        built = trace(transformers_config(written, name), name).parameters
+        experts = [s for one in read.layers for s in one.sublayers if isinstance(s, Experts)]
+        biases = sum(one.routes for one in experts)  # buffers in most classes
+        assert built in (read.parameters, read.parameters + biases, read.parameters - biases)
+
+
+def test_layers_of_hybrids_keep_their_kinds() -> None:
+    dense, content = load_model("nemotron-nano-12b-v2"), content_of("nemotron-nano-12b-v2")
+    written = config_content(content, dense, prune_model(dense, "depth layers=0,1,7,8"))
+    assert changed_keys(content, written) == {
+        "num_hidden_layers": 58,
+        "hybrid_override_pattern": content["hybrid_override_pattern"][2:7]
+        + content["hybrid_override_pattern"][9:],
+    }
+    dense, content = load_model("lfm2-1.2b"), content_of("lfm2-1.2b")
+    written = config_content(content, dense, prune_model(dense, "depth layers=0,2 + width mlp=0.5"))
+    assert changed_keys(content, written) == {
+        "num_hidden_layers": 14,
+        "full_attn_idxs": [3, 6, 8, 10, 12],
+        "block_auto_adjust_ff_dim": False,  # 12,288 was adjusted to 8,192
+        "block_ff_dim": 4096,
+    }
+    dense, content = load_model("kimi-linear-48b-a3b"), content_of("kimi-linear-48b-a3b")
+    stated = config_content(content, dense, prune_model(dense, "depth layers=0,3"))
+    inside = stated["linear_attn_config"]
+    assert inside["full_attn_layers"] == [6, 10, 14, 18, 22, 25]  # numbers from 1
+    assert (inside["kda_layers"][:4], stated["first_k_dense_replace"]) == ([1, 2, 3, 4], 0)
+
+
+def test_the_limit_of_time_steps_may_be_infinite(tmp_path: Path) -> None:
+    content = {**content_of("nemotron-nano-9b-v2"), "time_step_limit": [0.0, float("inf")]}
+    file = write_config(tmp_path, content)
+    assert load_model(file.parent).layers == load_model("nemotron-nano-9b-v2").layers
+
+
+def test_layers_of_puzzle_are_those_of_their_blocks() -> None:
+    name = "nemotron-3-puzzle-75b-a9b"
+    puzzle, content = load_model(name), content_of(name)
+    sizes = [
+        (s.inner, s.active) for one in puzzle.layers for s in one.sublayers if s.label == "experts"
+    ]
+    assert (sizes[0], sizes[11], sizes[-1]) == ((1280, 4.0), (1536, 14.0), (2048, 18.0))
+    pruned = prune_model(puzzle, "depth layers=0,1")
+    written = config_content(content, puzzle, pruned)
+    assert changed_keys(content, written) == {
+        key: content[key][2:] for key in ("block_configs", "layers_block_type")
+    }
+    assert from_hf_config(written, name=name) == pruned
+    blocks = [dict(block) for block in content["block_configs"]]
+    blocks[1] |= {"n_routed_experts": 256}
+    fewer = from_hf_config({**content, "block_configs": blocks})
+    # up and down projections of 256 experts, and rows and biases of the router
+    assert puzzle.parameters - fewer.parameters == 256 * (2 * 1024 * 1280 + 4096 + 1)
+    for key in ("ssm_state_size", "num_key_value_heads"):
+        blocks[1] = content["block_configs"][1] | {key: 8}
+        with pytest.raises(InputError, match=rf"block_configs\[1\].{key}: is not understood"):
+            from_hf_config({**content, "block_configs": blocks})
+
+
+def test_gpt_oss_has_experts_and_windows_by_layer() -> None:
+    content, dense = content_of("gpt-oss-20b"), load_model("gpt-oss-20b")
+    blocks = [
+        {
+            "attention": {"num_key_value_heads": 8, "window_length": 128 * (i % 3 > 0)},
+            "ffn": {"moe": {"num_local_experts": 32 if i < 12 else 16}},
+        }
+        for i in range(24)
+    ]
+    model = from_hf_config({**content, "block_configs": blocks})
+    assert model.windows == (0, 128, 128) * 8
+    # an expert has three products of 2,880 x 2,880 with biases, and a row and a bias of the router
+    expert = 3 * 2880 * 2880 + 3 * 2880 + 2881
+    assert dense.parameters - model.parameters == 12 * 16 * expert

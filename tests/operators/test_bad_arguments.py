@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {"phase": "generate", "new_tokens": 2},
         dict.fromkeys(("batch", "seq", "new_tokens", "devices"), SIZES)
         | {"skew": [*(n for n in NUMBERS if n is not None), INF], "parallel": [[], 3]}
-        | {"engine": [0, None, {}], "dtype": [None, 8]},
+        | {"engine": [0, None, {}], "dtype": [8, "fp7"]},
     ),
     "prune": (
         simulator.prune,

@@ -6,16 +6,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from layouts import folder_of, save, tensors_of
 from shaped import changed, each_sublayer, resized
 
 import simulator
+from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.models.form import SPARSE24
 from simulator.models.model import Layer, Model
+from simulator.models.write import content_of
 from simulator.prediction.explain import explanations
 from simulator.prediction.prunings import ALIKE
+from simulator.prediction.runnable import runnables
 from simulator.prediction.table import table
 
 pytestmark = pytest.mark.quick
@@ -148,3 +152,71 @@ def test_pruned_models_stand_alone() -> None:
             table(["llama-2-7b"], ["h100"], pruned=[LLM_PRUNER], **given)
     with pytest.raises(InputError, match="expected one dense model"):
         table(["llama-2-7b", "llama-2-13b"], ["h100"], pruned=[LLM_PRUNER])
+
+
+def products(name: str | Model, kinds: tuple[Kind, ...] = (Kind.GEMM, Kind.EXPERTS)) -> float:
+    """FLOPs of the products of one token."""
+    w = simulator.lower(name, phase="decode", batch=1, seq=64, engine="vllm")
+    return float(w.flops[np.isin(w.kind, kinds)].sum())
+
+
+def nemotron(hidden: int, inner: int, mamba: int, attention: int, mlp: int) -> int:
+    """FLOPs of the products of one token in Nemotron-Nano-v2: 128 Mamba heads of 80 channels, B and
+    C of 8 groups with a state of 128, 40 query and 8 KV heads of 128."""
+    mixer = hidden * (2 * 10240 + 2 * 8 * 128 + 128) + 10240 * hidden
+    heads = hidden * (40 + 2 * 8) * 128 + 40 * 128 * hidden
+    return 2 * (mamba * mixer + attention * heads + mlp * 2 * hidden * inner + 131072 * hidden)
+
+
+def test_nemotron_nano_is_narrower_and_lacks_six_layers() -> None:
+    dense, pruned = "nemotron-nano-12b-v2", "nemotron-nano-9b-v2"
+    counts = nemotron(5120, 20480, 28, 6, 28), nemotron(4480, 15680, 27, 4, 25)
+    assert (products(dense), products(pruned)) == counts
+    rows = table([dense], [H100], pruned=[pruned])
+    assert rows[0].flop_bound == pytest.approx(counts[0] / counts[1], rel=0.01)
+    assert 1.2 < rows[0].speedup < rows[0].byte_bound < 1.41
+    assert rows[0].parts == (
+        "layers 9.7 % (62 to 56); Mamba-2 sublayers 3.6 % (28 to 27); MLP sublayers 10.7 % (28 to 25); attention sublayers"
+        " 33.3 % (6 to 4); inner width 23.4 % (20,480 to 15,680); hidden size 12.5 % (5,120 to"
+        " 4,480)"
+    )
+    (note,) = [note for note in rows.notes if "width_cross" in note]
+    assert "depth: 1 Mamba-2, 3 MLP and 2 attention of 62 layers removed" in note
+    assert "an MLP of 15,680 of 20,480" in note
+    assert runnables(rows)[0].works
+
+
+def test_puzzle_halves_the_active_experts() -> None:
+    """40 layers of experts, with 440 active ones in all; the state shrinks by a quarter."""
+    dense, pruned = "nemotron-3-super-120b-a12b", "nemotron-3-puzzle-75b-a9b"
+    experts = [
+        s
+        for one in simulator.load_model(pruned).layers
+        for s in one.sublayers
+        if s.label == "experts"
+    ]
+    widths = sum(s.inner * int(s.active) for s in experts)
+    assert (len(experts), sum(s.active for s in experts)) == (40, 440)
+    # up and down projections of experts on a latent of 1,024
+    assert products(pruned, (Kind.EXPERTS,)) == 2 * 2 * 1024 * widths
+    assert products(dense, (Kind.EXPERTS,)) == 2 * 2 * 1024 * 40 * 22 * 2688
+    rows = table([dense], [H100], pruned=[pruned], devices=8, engine="vllm")
+    assert rows[0].parts == (
+        "Mamba state 25 % (128 to 96); active experts 50 % (22 to 11); expert width 40.1 % (2,688 to"
+        " 1,610)"
+    )
+    assert runnables(rows)[0].works
+
+
+def test_experts_that_reap_removes_save_no_time_of_one_token() -> None:
+    """A token of MiniMax-M2 uses 8 experts of 256, or of 180."""
+    content = {**content_of("minimax-m2"), "num_local_experts": 180}
+    pruned = simulator.load_model(content)
+    expert = 3 * 3072 * 1536 + 3072 + 1
+    dense = simulator.load_model("minimax-m2")
+    assert dense.parameters - pruned.parameters == 62 * 76 * expert
+    router = 2 * 62 * 3072 * 76
+    assert products("minimax-m2") - products(pruned) == router
+    rows = table([dense], [H100], pruned=[pruned], devices=8)
+    assert rows[0].lower < 1.0 < rows[0].upper
+    assert rows[0].parts == "experts 29.7 % (256 to 180)"

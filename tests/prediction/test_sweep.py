@@ -393,7 +393,7 @@ def test_a_grid_file_is_read(tmp_path: Path) -> None:
     assert grid.families == (Pruning.of("depth"), Pruning.of("width", options={"align": 64}))
     assert grid.sparsities == (0.1, 0.2, 0.3, 0.4, 0.5)
     assert grid.batches == (1, 2, 4, 8)
-    assert grid.dtypes == (Formats(), Formats("bf16", "int4"))
+    assert grid.dtypes == (Formats("bf16"), Formats("bf16", "int4"))
     assert (grid.request.level, grid.request.ideal, grid.devices, grid.engines) == (
         0.8,
         True,

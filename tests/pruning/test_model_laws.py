@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shaped import Attention, DeltaNet, Experts, LatentAttention, Mlp
 
 import simulator
 from simulator.errors import InputError
@@ -134,42 +133,24 @@ def test_layers_of_dynamic_steps_keep_the_numbers_of_the_dense_model(
 
 
 def parts_on_every_device(model: Model, devices: int, parallel: str) -> float:
-    """Parameters that each device holds, counted by hand."""
-    hidden = model.hidden
-    norm = hidden * {"rms": 1, "layer": 2, "none": 0}[model.norm]
-    total = model.final_norm * norm + model.learned_positions * hidden
+    """Parameters that each device holds: norms, and what sublayers do not divide."""
+    hidden, norm = model.hidden, model.norm_parameters
+    total = model.final_norm * norm + model.learned_positions * hidden + model.other_parameters
+    total += model.embedding_norm * norm + 2 * model.embedding_width * hidden
+    total += 2 * (model.streams - 1) * hidden**2
     for layer in model.layers:
-        total += len(layer.sublayers) * (model.pre_norms + model.post_norms) * norm
-        total += sum(map(lambda s: held(s, hidden, devices, parallel), layer.sublayers))
+        for index, sublayer in enumerate(layer.sublayers):
+            if not sublayer.reused:
+                total += sum(layer.norms(index, model.pre_norms, model.post_norms)) * norm
+                total += sublayer.entry.parameters(hidden) if sublayer.entry else 0
+                total += held(sublayer, hidden, devices, parallel)
     return total
 
 
 def held(s: Sublayer, hidden: int, devices: int, parallel: str) -> float:
-    copies = 0.0  # per device, beyond its share
-    if isinstance(s, Attention):
-        copies += s.o_bias * hidden + {"head": 2 * s.head_dim}.get(s.norm, 0)
-        if s.kv_heads < devices:
-            own = (2 * hidden + 2 * s.qkv_bias) * s.head_dim * (devices - s.kv_heads) / devices
-            copies += own * devices / (devices - 1)
-            if s.norm == "width":
-                copies += (devices - s.kv_heads) * s.head_dim / (devices - 1)
-    if isinstance(s, LatentAttention):
-        ranks = s.query_rank + s.rank
-        copies += (
-            hidden * (s.query_rank + s.cached) + ranks
-            if s.query_rank
-            else (hidden * s.cached + ranks)
-        )
-    if isinstance(s, DeltaNet):
-        copies += s.value
-    if isinstance(s, Mlp):
-        copies += (s.bias or s.down_bias) * hidden
-    if isinstance(s, Experts):
-        copies += (hidden + s.router_bias) * s.routes + s.shared_gate * hidden
-        copies += s.shared_bias * hidden
-        if parallel == "tensor":
-            copies += s.experts * s.bias * hidden
-    return copies
+    """Return the parameters of a sublayer that each device holds beyond its equal share."""
+    share = s.share(devices, parallel).parameters(hidden)
+    return (devices * share - s.parameters(hidden)) / max(devices - 1, 1)
 
 
 @given(st.sampled_from(MODELS), texts(("depth {}", "width {}", "experts {}", "width_cross {}")))
@@ -181,8 +162,9 @@ def test_parameters_of_devices_add_up_to_the_model_and_what_all_hold(name: str, 
         except InputError:
             continue
         model: Model = w.meta.config
-        padding = (-(-model.vocab // devices) * devices - model.vocab) * model.hidden
-        padding *= 1 if model.tied else 2
+        width = model.embedding_width or model.hidden
+        padding = -(-model.vocab // devices) * devices - model.vocab
+        padding *= width * (1 if model.tied else 2) + model.head_bias
         every = parts_on_every_device(model, devices, parallel)
         whole = model.parameters + padding + (devices - 1) * every
         assert devices * w.parameters == pytest.approx(whole, rel=1e-9)

@@ -101,7 +101,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
             for s in (1.0, -0.1, np.nan, np.inf)
         ),
         ("depth", [0.5] * 6, {}, "family depth: expected one fraction, got a sparsity by layer"),
-        ("depth", {"q": 0.5}, {}, r"part \(for family depth\) 'q' is unknown; .*attention, mlp"),
+        ("depth", {"q": 0.5}, {}, r"part \(for family depth\) 'q' is unknown; .*attention, conv"),
         (
             "depth",
             0.5,
@@ -140,7 +140,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
             "width",
             {},
             {},
-            "sparsity by part: expected some of attention, mlp, heads, kv, hidden, got none",
+            "sparsity by part: expected some of attention, mlp, heads, kv, hidden, mamba_heads, .*, got none",
         ),
         (
             "semi_structured",

@@ -58,7 +58,8 @@ def test_work_never_grows(name: str, engine: str) -> None:
             for family in FAMILIES if routed else general_families():
                 if routed and family in DENSE:
                     with pytest.raises(
-                        InputError, match="routed experts, latent attention and delta nets have no"
+                        InputError,
+                        match="routed experts, latent attention and recurrent layers have",
                     ):
                         prune(w, family, 0.5)
                     continue

@@ -326,7 +326,7 @@ def test_every_operator_a_device_offers_becomes_a_record() -> None:
     shape |= {"heads": 4, "kv_heads": 2, "head_dim": 64}
     for kind in KINDS:
         role = {"elementwise": "activation", "grouped_gemm": "up"}.get(kind, "")
-        operator = Operator(kind, **shape, block=8, role=role)
+        operator = Operator(kind, **shape, block=8, window=4, role=role)
         records = records_of([{"operator": vars(operator), "median_s": 1e-6}], HEADER)
         assert OPERATORS[int(records.operator[0])] == kind
         assert int(records.kv_len[0]) == 16

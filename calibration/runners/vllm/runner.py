@@ -51,11 +51,13 @@ from calibration.runners.cases import (
     in_turns,
 )
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
+from simulator.codes import Kind
 from simulator.engines.engine import numbers
 from simulator.errors import InputError, one_line
 from simulator.models.library import from_hf_config
 from simulator.models.lower import lower
 from simulator.models.model import Model
+from simulator.models.sublayers import DeltaNet, Mamba, Mamba2, ShortConv
 from simulator.models.write import plain_content, write_config
 from simulator.prediction.runnable import will_run
 from simulator.workload import WorkloadBatch
@@ -71,6 +73,7 @@ _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget 
 _MOST_BATCHED = 32768  # tokens of one step in prefill and generate cases
 _BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
+_STATES = {DeltaNet, Mamba, Mamba2, ShortConv}  # kinds of sublayers that keep a state
 _SHARE = 0.92  # usable share of the memory, vLLM's default
 
 
@@ -142,7 +145,9 @@ class VllmRunner(Runner):
 
     def check(self, case: Case) -> None:
         formats = {case.dense.meta.dtype, self.dtype}
-        if len(formats) > 1 or (case.dense.weight_dtype != case.dense.dtype).any():
+        w = case.dense
+        stored = w.params * (w.kind == Kind.GEMM) + w.is_attention
+        if len(formats) > 1 or ((w.weight_dtype != w.dtype) & (stored > 0)).any():
             raise InputError(
                 f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM"
             )
@@ -334,12 +339,24 @@ class VllmRunner(Runner):
 
     def _cache_bytes(self, one: Served) -> int:
         """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make
-        it smaller."""
+        it smaller. In a model with states, the pages of all layers are as large as the largest
+        state, and vLLM keeps one page free."""
         model, sizes = one[0], self._sizes(one)
         full = model.each_layer(lambda layer: layer.windowless)
         tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
-        held = lower(full, phase="decode", batch=sizes.sequences, seq=tokens, dtype=self.dtype)
-        return int(1.1 * cache_bytes(WorkloadBatch.of([held]))[0])
+
+        def held(model: Model, sequences: int) -> float:
+            w = lower(model, phase="decode", batch=sequences, seq=tokens, dtype=self.dtype)
+            return float(cache_bytes(WorkloadBatch.of([w]))[0])
+
+        found = held(full, sizes.sequences)
+        kinds = {type(layer.of("attention")) for layer in full.layers}
+        if kinds & _STATES:
+            each = (
+                held(full.with_layers((layer,)), sizes.sequences + 1) for layer in {*full.layers}
+            )
+            found = max(each) * len(full.layers)
+        return int(1.1 * found)
 
     def _bytes(self, one: Served) -> float:
         w = WorkloadBatch.of(
@@ -554,21 +571,28 @@ def cause(output: str) -> str:
 CLASSES: Mapping[str, str] = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "opt": "OPTForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }

@@ -10,54 +10,117 @@ from simulator.codes import Part
 from simulator.models.form import present
 from simulator.models.pass_rows import OperatorRow, PassRows
 from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.models.sublayers.indexer import Indexer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Sublayer):
     """Grouped-query attention: query heads share the key/value heads."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("heads", "kv_heads", "head_dim", "rotary")
+    LABEL: ClassVar[str] = "attention"
+    SIZES: ClassVar[tuple[str, ...]] = (
+        *("heads", "kv_heads", "head_dim", "rotary", "value_dim", "gates"),
+    )
 
     heads: int
     kv_heads: int
     head_dim: int  # features of a query or key head
     rotary: int = 0  # rotated features of a head
     window: int = 0  # positions that a query sees; 0: all
-    norm: str = ""  # of queries and keys: per "head", over their "width", "unit" without weights
+    # norm of queries and keys: one for every "head", over their "width" (or with weights of each
+    # head), "layer" norms with biases for every head, "unit" without weights
+    norm: str = ""
+    value_dim: int = 0  # features of a value head; 0: as of a key head
+    reads: int = 1  # hidden sizes that it reads; 2: the embedding too, after a norm of both (Zamba)
     qkv_bias: bool = False
     o_bias: bool = False
     sinks: bool = False  # each head has a learned logit in addition to its keys
     gate: bool = False  # the query projection also makes a gate of the outputs
+    gates: int = 0  # outputs of a further projection, which gates the outputs of the heads
+    gate_bias: bool = False  # each head has a bias of its gates
+    output_norm: bool = False  # a norm precedes the output projection
     softcap: bool = False  # scores are soft-capped
+    topk: int = 0  # positions that a query attends to, as its indexer selects them; 0: all
+    indexer: Indexer | None = None
+    # two softmaxes, which share queries and keys, attend to half of the value heads each; their
+    # difference is normed per pair of heads (DiffLlama, arXiv 2410.05258)
+    two_softmaxes: bool = False
+    masks: bool = False  # a projection of all cached values makes a mask per key head (Doge)
+    # learned vectors scale queries and gates, and norms have no weights (nGPT, arXiv 2410.01131)
+    channel_scales: bool = False
 
     @property
     def part(self) -> Part:
         return Part.ATTENTION
 
     @property
+    def shape(self) -> str:
+        window = f", window {self.window:,}" if self.window else ""
+        return f"{self.heads} heads on {self.kv_heads} KV heads of {self.head_dim}{window}"
+
+    @property
+    def value_features(self) -> int:
+        """Features of a value head."""
+        return self.value_dim if present(self.value_dim) else self.head_dim
+
+    @property
+    def attended(self) -> int:
+        """Features that the output projection reads."""
+        return self.heads * self.value_features
+
+    @property
     def projected(self) -> dict[str, int]:
         """Outputs of the projections that read the residual stream."""
-        keys = self.kv_heads * self.head_dim
-        return {"q": (1 + self.gate) * self.heads * self.head_dim, "k": keys, "v": keys}
+        keys, values = self.kv_heads * self.head_dim, self.kv_heads * self.value_features
+        return {"q": (1 + self.gate) * self.heads * self.head_dim, "k": keys, "v": values}
 
     def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
-        queries = self.heads * self.head_dim
+        read = self.reads * hidden
         if self.stores("qkv"):
-            inputs = {"qkv": (sum(self.projected.values()), hidden)}
+            inputs = {"qkv": (sum(self.projected.values()), read)}
         else:
-            inputs = {role: (n, hidden) for role, n in self.projected.items()}
-        return {**inputs, "o": (hidden, queries)}
+            inputs = {role: (n, read) for role, n in self.projected.items()}
+        gates = {"head_gate": (self.gates, hidden)} if present(self.gates) else {}
+        return {**inputs, **gates, "o": (hidden, self.attended)}
+
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        mask = {"mask_values": (self.kv_heads, self.kv_heads * self.value_features, 1)}
+        indexer = self.indexer.products(hidden) if self.indexer else {}
+        return {**super().products(hidden), **(mask if self.masks else {}), **indexer}
 
     def parameters(self, hidden: int) -> int:
         weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
         biases = self.qkv_bias * sum(self.projected.values()) + self.o_bias * hidden
-        return weights + biases + self.norm_weights + self.sinks * self.heads
+        indexer = self.indexer.parameters(hidden) if self.indexer else 0
+        norms = self.norm_weights + self.output_weights + (self.reads > 1) * self.reads * hidden
+        return weights + biases + norms + self.score_weights + self.mask_weights + indexer
+
+    @property
+    def score_weights(self) -> int:
+        """Parameters of the heads: logits of sinks, biases of gates, and four vectors for the
+        weight of the second softmax."""
+        of_heads = (self.sinks + self.gate_bias) * self.heads
+        return of_heads + self.two_softmaxes * 4 * self.head_dim
+
+    @property
+    def mask_weights(self) -> int:
+        """Parameters of the mask: a projection, one factor and, with biases, one bias per key
+        head."""
+        features = self.kv_heads * self.value_features
+        return self.masks * self.kv_heads * (features + 1 + self.qkv_bias)
 
     @property
     def norm_weights(self) -> int:
         """Parameters of the norms of queries and keys."""
         width = (self.heads + self.kv_heads) * self.head_dim
-        return {"head": 2 * self.head_dim, "width": width}.get(self.norm, 0)
+        kinds = {"head": 2 * self.head_dim, "width": width, "layer": 4 * self.head_dim}
+        return kinds.get(self.norm, 0)
+
+    @property
+    def output_weights(self) -> int:
+        """Parameters of the norm before the output projection, or of the vectors that scale queries
+        and gates."""
+        return (2 if self.channel_scales else self.output_norm) * self.attended
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         # without groups, a query head goes with its key/value head
@@ -70,7 +133,8 @@ class Attention(Sublayer):
     def share(self, devices: int, parallel: str) -> Attention:
         # devices beyond the number of key/value heads hold copies of them
         kv_heads = max(self.kv_heads // devices, 1)
-        return replace(self, heads=self.heads // devices, kv_heads=kv_heads)
+        gates = self.gates // devices
+        return replace(self, heads=self.heads // devices, kv_heads=kv_heads, gates=gates)
 
     def sizes(self) -> Mapping[str, float]:
         return {"heads": self.heads, "KV heads": self.kv_heads}
@@ -78,23 +142,43 @@ class Attention(Sublayer):
     def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Attention:
         groups = remaining(self.kv_heads, shares["attention"])
         heads = remaining(self.heads * groups // self.kv_heads, shares["heads"])
-        return replace(self, heads=heads, kv_heads=remaining(groups, shares["kv"]))
+        gates = self.gates * heads // self.heads
+        return replace(self, heads=heads, kv_heads=remaining(groups, shares["kv"]), gates=gates)
 
     def rows(self, p: PassRows) -> Iterator[OperatorRow]:
         part, hidden, features = self.part, p.hidden, self.head_dim
         queries, keys = self.heads * features, self.kv_heads * features
-        yield from p.quantized("qkv", part, hidden)
+        attended, values = self.attended, self.kv_heads * self.value_features
+        read = self.reads * hidden
+        if self.reads > 1:
+            yield p.move("attention_norm", part, read, read, read, read)
+        yield from p.quantized("qkv", part, read)
         yield from p.products(
-            self, "qkv", self.projected, hidden, self.qkv_bias, fuses=p.fuses("qkv")
+            self, "qkv", self.projected, read, self.qkv_bias, fuses=p.fuses("qkv")
         )
         if self.norm and (self.norm != "unit" or present(self.rotary)):
             width = queries + keys
             yield p.move("qk_norm", part, width, width, width, self.norm_weights)
         yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
-        yield p.cache_write(2 * keys, self.heads, self.kv_heads)
-        row = p.attend(self.heads, kv_heads=self.kv_heads, head_dim=features)
-        yield row | {"params": self.sinks * self.heads * p.owns}
-        if self.gate:
-            yield p.move("output_gate", part, queries, 2 * queries, queries)
-        yield from p.quantized("o", part, queries)
-        yield from p.product(self, "o", hidden, queries, self.o_bias)
+        yield p.cache_write(keys + values, self.heads, self.kv_heads)
+        if self.masks:  # Transformers projects the whole cache in each step
+            row = p.gemm("mask_values", part, self.kv_heads, values) | p.wide
+            yield row | {"params": self.mask_weights * p.owns, "m": p.batch * p.mean_positions}
+        if self.indexer:
+            yield from self.indexer.rows(p, self.topk)
+        # without a paged cache (Transformers), other positions are masked and computed
+        topk = self.topk if p.lowering.engine.cache == "paged" else 0
+        sizes = {"kv_heads": self.kv_heads, "head_dim": features, "value_dim": self.value_dim}
+        sizes["k"] = topk
+        yield p.attend(self.heads, **sizes) | {"params": self.score_weights * p.owns}
+        if self.two_softmaxes:
+            yield p.attend(self.heads, **sizes)
+            yield p.move("inner_norm", part, attended, 2 * attended, attended)
+        if present(self.gates):
+            yield p.gemm("head_gate", part, self.gates, hidden)
+        if self.gate or present(self.gates):
+            yield p.move("output_gate", part, attended, 2 * attended, attended)
+        if self.output_norm:
+            yield p.move("inner_norm", part, attended, attended, attended, self.output_weights)
+        yield from p.quantized("o", part, attended)
+        yield from p.product(self, "o", hidden, attended, self.o_bias)

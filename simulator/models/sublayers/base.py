@@ -13,6 +13,7 @@ import numpy as np
 from simulator.codes import Part
 from simulator.models.form import PLAIN, Form
 from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.sublayers.entry import Entry
 
 S = TypeVar("S", bound="Sublayer")
 
@@ -56,21 +57,53 @@ class Sublayer:
     SIZES: ClassVar[tuple[str, ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
     WHOLE: ClassVar[tuple[str, ...]] = ()
+    LABEL: ClassVar[str] = ""  # name of the kind; "": a small addition to other sublayers
+    # whether devices that share a layer add their parts of its output; else each computes it whole
+    REDUCES: ClassVar[bool] = True
 
     forms: tuple[tuple[str, Form], ...] = ()  # weights that are not stored plainly, by role
     rotates: bool = False  # a product rotates its residual (SliceGPT)
+    joins: bool = False  # reads the normed input of the sublayer before it, and has no own norm
+    scales: bool = False  # a learned vector scales the residual stream before it is added (Doge)
+    reused: bool = False  # an earlier layer holds its weights, and norms before and after it
+    # whether norms of the residual stream precede and follow it; None: as in the whole model
+    norms: tuple[bool, bool] | None = None
+    entry: Entry | None = None  # how it reads the residual stream, besides a norm
 
     @property
     def part(self) -> Part:
         raise NotImplementedError
 
+    @property
+    def kind(self) -> str:
+        """The name of the sublayer in the family depth."""
+        return "mlp" if self.part == Part.MLP else "attention"
+
+    @property
+    def label(self) -> str:
+        return self.LABEL
+
+    @property
+    def shape(self) -> str:
+        """The sizes in words."""
+        return ""
+
     def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
         """Return outputs and inputs of the weights that pruning counts, by role."""
         raise NotImplementedError
 
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        """Return outputs and inputs of all linear products, and how many there are, by role.
+        Low-rank factors are excluded."""
+        return {role: (n, k, 1) for role, (n, k) in self.weights(hidden).items()}
+
     def parameters(self, hidden: int) -> int:
         """Return the parameters, without norms of the residual stream and residual projections."""
         raise NotImplementedError
+
+    def stored_outside(self, hidden: int) -> int:
+        """Return how many of the parameters a checkpoint stores outside the layer."""
+        return 0
 
     def outputs(self, hidden: int) -> int:
         """Return the features that the sublayer writes."""
@@ -90,7 +123,8 @@ class Sublayer:
 
     def narrower(self: S, shares: Mapping[str, float], align: int, inner: int | None) -> S:
         """Return the sublayer without shares of its parts: "attention" (KV heads with their query
-        heads), "heads", "kv" and "mlp". Inner widths are multiples of ``align``, or ``inner``."""
+        heads), "heads", "kv", "mlp", "mamba_heads", "mamba_channels" and "mamba_state". Inner
+        widths are multiples of ``align``, or ``inner``."""
         return self
 
     def rows(self, p: PassRows) -> Iterator[OperatorRow]:

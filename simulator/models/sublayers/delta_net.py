@@ -1,4 +1,4 @@
-"""Gated delta net (arXiv 2412.06464)."""
+"""Gated delta net (arXiv 2412.06464), and Kimi's delta attention (arXiv 2510.26692)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,38 @@ from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNet(Sublayer):
-    """A state of key x value features per value head instead of a cache."""
+    """A state of key x value features per value head instead of a cache.
+
+    Projections make queries, keys and values, a gate of the outputs, the strength of the update and
+    the decay of the state. In Kimi's delta attention every feature of a key has a decay."""
 
     SIZES: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
-    WHOLE: ClassVar[tuple[str, ...]] = ("delta_in", "delta_ba")
+    LABEL: ClassVar[str] = "gated delta net"
+    WHOLE: ClassVar[tuple[str, ...]] = ("delta_in", "delta_ba", "delta_rank", "delta_up")
 
     heads: int  # value heads
     kv_heads: int  # key heads
     key: int  # features of a query or key head
     value: int  # features of a value head
     conv: int  # positions of the causal convolution of queries, keys and values
+    # projections that a checkpoint stores as one weight: "all" (two weights: queries to gate;
+    # strength and decay), "qkv" (queries, keys and values), or "none"
+    joint: str = "all"
+    channel_decay: bool = False  # a decay per feature of a key
+    rank: int = 0  # of the projections that make gate and decays; 0: one projection each
 
     @property
     def part(self) -> Part:
         return Part.ATTENTION
+
+    @property
+    def label(self) -> str:
+        return "Kimi delta attention" if self.channel_decay else self.LABEL
+
+    @property
+    def shape(self) -> str:
+        heads = f"{self.heads} value heads of {self.value}"
+        return f"{heads} on {self.kv_heads} key heads of {self.key}"
 
     @property
     def keys(self) -> int:
@@ -38,17 +56,52 @@ class DeltaNet(Sublayer):
         """Features of all values."""
         return self.heads * self.value
 
+    @property
+    def decays(self) -> int:
+        return self.heads * self.key if self.channel_decay else self.heads
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Outputs of the projections that read the residual stream."""
+        made = {"q": self.keys, "k": self.keys, "v": self.values}
+        if self.rank:
+            return {**made, "strength": self.heads}
+        return {**made, "gate": self.values, "strength": self.heads, "decay": self.decays}
+
+    def _sum(self, *names: str) -> int:
+        return sum(self.projected.get(name, 0) for name in names)
+
     def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        factors = {
+            "delta_rank": (2 * self.rank, hidden),
+            "delta_up": (self.values + self.decays, self.rank),
+        }
         return {
-            "delta_in": (2 * self.keys + 2 * self.values, hidden),
-            "delta_ba": (2 * self.heads, hidden),
+            "delta_in": (self._sum("q", "k", "v", "gate"), hidden),
+            "delta_ba": (self._sum("strength", "decay"), hidden),
+            **(factors if self.rank else {}),
             "o": (hidden, self.values),
         }
 
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        if self.joint == "all":
+            return super().products(hidden)
+        out = {role: (n, hidden, 1) for role, n in self.projected.items()}
+        if self.joint == "qkv":
+            out = {"qkv": (self._sum("q", "k", "v"), hidden, 1)} | out
+            out = {role: product for role, product in out.items() if role not in ("q", "k", "v")}
+        if self.rank:
+            out |= {
+                "delta_rank": (self.rank, hidden, 2),
+                "gate_up": (self.values, self.rank, 1),
+                "decay_up": (self.decays, self.rank, 1),
+            }
+        return {**out, "o": (hidden, self.values, 1)}
+
     @property
     def state_parameters(self) -> int:
-        """Parameters of the convolution and of the decay of the heads."""
-        return self.conv * (2 * self.keys + self.values) + 2 * self.heads
+        """Parameters of the convolution and of the decays."""
+        return self.conv * (2 * self.keys + self.values) + self.heads + self.decays
 
     def parameters(self, hidden: int) -> int:
         weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
@@ -64,25 +117,43 @@ class DeltaNet(Sublayer):
         kv_heads = max(self.kv_heads // devices, 1)
         return replace(self, heads=self.heads // devices, kv_heads=kv_heads)
 
+    def sizes(self) -> Mapping[str, float]:
+        return {"value heads": self.heads, "key heads": self.kv_heads}
+
     def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone
         groups = remaining(self.kv_heads, shares["attention"])
         return replace(self, heads=self.heads * groups // self.kv_heads, kv_heads=groups)
 
     def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, keys, values = self.part, p.hidden, self.keys, self.values
+        part, hidden, values = self.part, p.hidden, self.values
+        weights = self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
-        yield from p.product(self, "delta_in", 2 * keys + 2 * values, hidden)
-        yield p.gemm("delta_ba", part, 2 * self.heads, hidden) | p.wide
+        if self.joint == "all" or p.fuses("qkv"):
+            yield from p.product(self, "delta_in", *weights["delta_in"])
+            yield p.gemm("delta_ba", part, *weights["delta_ba"]) | p.wide
+        else:
+            made = self.products(hidden)
+            for name in ("qkv", "q", "k", "v", "gate"):
+                if name in made:
+                    yield from p.product(self, "delta_in", *made[name][:2])
+            for name in ("strength", "decay"):
+                if name in made:
+                    yield p.gemm("delta_ba", part, *made[name][:2]) | p.wide
+        if self.rank:
+            for n in (self.decays, values):
+                yield from p.product(self, "delta_rank", self.rank, hidden)
+                yield from p.product(self, "delta_up", n, self.rank)
         yield {
             "kind": Kind.DELTA_NET,
-            "role": "delta_net",
+            "role": "kda" if self.channel_decay else "delta_net",
             "part": part,
             "params": self.state_parameters * p.owns,
             "m": p.tokens,
             "n": values,
             "batch": p.batch,
             "window": self.conv,
+            "kv_len": p.kept(self.conv),
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "head_dim": self.key,

@@ -23,18 +23,31 @@ class Experts(Sublayer):
 
     SIZES: ClassVar[tuple[str, ...]] = (
         *("experts", "active", "inner", "outputs_of_router", "trained", "choices"),
-        "shared_inner",
+        *("shared_inner", "latent", "zero_experts", "router_inner"),
     )
-    WHOLE: ClassVar[tuple[str, ...]] = ("experts",)
+    LABEL: ClassVar[str] = "experts"
+    WHOLE: ClassVar[tuple[str, ...]] = ("experts", "latent_in", "latent_out")
 
     experts: int
     active: float  # experts that a token uses; on one of several devices, on average
     inner: int  # inner width of an expert
+    gated: bool = True  # experts and shared MLP have a gate projection
+    latent: int = 0  # features of the projection that experts read and write; 0: the hidden size
     shared_inner: int = 0  # inner width of the MLP that all tokens use; 0: none
-    shared_bias: bool = False  # biases of all projections of that MLP
+    shared_parts: int = 1  # MLPs of equal width that it consists of
+    shared_bias: bool = False  # biases of all projections of that MLP, and to and from the latent
     shared_gate: bool = False  # a scalar weighs that MLP
-    router_bias: bool = False
+    # norms of the shared MLP's output, of the router's input, and of the input and output of the
+    # experts (Gemma 4)
+    branch_norms: bool = False
+    router_bias: bool = False  # an addend or a factor of every output
+    # inner width of a router of a product, a norm, two products and the last product, with biases
+    # except of the last (ZAYA); 0: a router is one product
+    router_inner: int = 0
+    router_carry: bool = False  # such a router adds the scaled inner features of the layer before
+    zero_experts: int = 0  # experts without work that the router can choose too
     bias: bool = False  # of the experts
+    output_bias: bool = False  # of the sum of the experts
     outputs_of_router: int = 0  # of a router whose choices a table maps to merged experts
     trained: float = 0  # experts of the model before pruning, which determine the skew; 0: the same
     # choices of the router per token that a kernel maps to experts (merging, a number per token);
@@ -46,31 +59,79 @@ class Experts(Sublayer):
         return Part.MLP
 
     @property
+    def shape(self) -> str:
+        shared = f", beside an MLP of {self.shared_inner:,}" if self.shared_inner else ""
+        count = f"{self.experts} of a width of {self.inner:,}, {self.active:g} per token"
+        return f"{count}{shared}"
+
+    @property
     def shared(self) -> Mlp | None:
         """The MLP that all tokens use."""
         if not present(self.shared_inner):
             return None
-        return Mlp(inner=self.shared_inner, bias=self.shared_bias, forms=self.forms)
+        bias, forms = self.shared_bias, self.forms
+        return Mlp(inner=self.shared_inner, gated=self.gated, bias=bias, forms=forms)
 
     @property
     def routes(self) -> int:
         """Outputs of the router."""
-        return self.outputs_of_router if present(self.outputs_of_router) else self.experts
+        known = present(self.outputs_of_router)
+        return self.outputs_of_router if known else self.experts + self.zero_experts
+
+    def features(self, hidden: int) -> int:
+        """Return the features that experts read and write."""
+        return self.latent if present(self.latent) else hidden
 
     def expert_parameters(self, hidden: int) -> int:
         """Return the parameters of one routed expert."""
-        return 3 * hidden * self.inner + self.bias * (2 * self.inner + hidden)
+        features, inputs = self.features(hidden), (1 + self.gated) * self.inner
+        return features * (inputs + self.inner) + self.bias * (inputs + features)
 
     def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
         shared = self.shared.weights(hidden) if self.shared is not None else {}
-        return {**shared, "experts": (self.experts * self.expert_parameters(hidden), 1)}
+        experts = {"experts": (self.experts * self.expert_parameters(hidden), 1)}
+        return {**shared, **self._latents(hidden), **experts}
+
+    def _latents(self, hidden: int) -> dict[str, tuple[int, int]]:
+        if not present(self.latent):
+            return {}
+        return {"latent_in": (self.latent, hidden), "latent_out": (hidden, self.latent)}
+
+    def _routers(self, hidden: int) -> dict[str, tuple[int, int, int]]:
+        """Return outputs and inputs of the products of the router, and how many there are."""
+        inner = self.router_inner
+        if not present(inner):
+            return {"router": (self.routes, hidden, 1)}
+        first = {"router_in": (inner, hidden, 1), "router_inner": (inner, inner, 2)}
+        return {**first, "router": (self.routes, inner, 1)}
+
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        shared = self._shared_products(hidden)
+        features, roles = self.features(hidden), ("gate", "up") if self.gated else ("up",)
+        inputs = {f"expert_{role}": (self.inner, features, self.experts) for role in roles}
+        outputs = {"expert_down": (features, self.inner, self.experts)}
+        gate = {"shared_gate": (1, hidden, 1)} if shared and self.shared_gate else {}
+        latents = {role: (n, k, 1) for role, (n, k) in self._latents(hidden).items()}
+        return {**shared, **gate, **self._routers(hidden), **latents, **inputs, **outputs}
+
+    def _shared_products(self, hidden: int) -> dict[str, tuple[int, int, int]]:
+        if self.shared is None:
+            return {}
+        parts = self.shared_parts
+        each = replace(self.shared, inner=self.shared_inner // parts)
+        return {role: (n, k, parts) for role, (n, k, _) in each.products(hidden).items()}
 
     def parameters(self, hidden: int) -> int:
-        router = (hidden + self.router_bias) * self.routes
+        router = sum(n * k * many for n, k, many in self._routers(hidden).values())
+        # biases of three products and a norm
+        router += (4 + self.router_carry) * self.router_inner + self.router_bias * self.routes
+        latents = sum(n * k + self.shared_bias * n for n, k in self._latents(hidden).values())
+        others = (4 * self.branch_norms + self.output_bias) * hidden
         routed = self.experts * self.expert_parameters(hidden)
+        total = router + routed + latents + others
         if self.shared is None:
-            return router + routed
-        return router + routed + self.shared.parameters(hidden) + self.shared_gate * hidden
+            return total
+        return total + self.shared.parameters(hidden) + self.shared_gate * hidden
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         shared = SharedSize("an MLP width of {}", self.shared_inner, "width mlp={}")
@@ -104,7 +165,9 @@ class Experts(Sublayer):
 
     def sizes(self) -> Mapping[str, float]:
         shared = {"inner width": self.shared_inner} if self.shared_inner else {}
-        return {**shared, "experts": self.experts, "expert width": self.inner}
+        latent = {"latent features": self.latent} if self.latent else {}
+        counts = {"experts": self.experts, "active experts": self.active}
+        return {**shared, **latent, **counts, "expert width": self.inner}
 
     def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Experts:
         if not shares["mlp"]:
@@ -121,10 +184,11 @@ class Experts(Sublayer):
             yield from shared.rows(p)
             if self.shared_gate:
                 yield p.gemm("shared_gate", part, 1, hidden) | p.wide
-        router = p.gemm("router", part, self.routes, hidden) | p.wide
-        if self.router_bias:
-            router["params"] = router["params"] + self.routes * p.owns
-        yield router
+        if self.branch_norms:
+            yield p.norm_after(part, adds=False)
+            for _ in ("router", "experts"):
+                yield p.norm_before("mlp_norm", part, adds=False)
+        yield from self._router_rows(p)
         devices = p.request.devices if p.request.parallel == "expert" else 1
         tokens = p.tokens
         captured = p.lowering.engine.captured
@@ -132,15 +196,36 @@ class Experts(Sublayer):
             tokens += 1  # the padding repeats one token, which uses experts too
         if present(self.choices) and not p.lowering.ideal:
             yield self._select(p, tokens, devices)
-        row = p.gemm("experts", part, self.inner, hidden) | {
+        owned = self.experts * self.expert_parameters(hidden) + self.output_bias * hidden
+        row = p.gemm("experts", part, self.inner, self.features(hidden)) | {
             "kind": Kind.EXPERTS,
             "m": tokens,
             "experts": self.experts,
             "active": self.active,
             "skew": self.skew(p.request.skew or 0.0),
-            "params": self.experts * self.expert_parameters(hidden) * p.owns,
+            "params": owned * p.owns,
+            "gated": self.gated,
         }
+        latents = self._latents(hidden)
+        if latents:
+            yield from p.product(self, "latent_in", *latents["latent_in"], self.shared_bias)
         yield row | ({"batch": devices} if devices > 1 else {})
+        if latents:
+            yield from p.product(self, "latent_out", *latents["latent_out"], self.shared_bias)
+        if self.branch_norms:
+            yield p.norm_after(part, adds=False)
+            yield p.move("residual", part, hidden, 2 * hidden, hidden)
+
+    def _router_rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        part, inner = self.part, self.router_inner
+        for role, (n, k, many) in self._routers(p.hidden).items():
+            row = p.gemm("router", part, n, k) | p.wide
+            bias = self.router_bias if role == "router" else True
+            for _ in range(many):
+                yield row | {"params": row["params"] + bias * n * p.owns}
+            if role == "router_in":
+                owned = (1 + self.router_carry) * inner
+                yield p.move("mlp_norm", part, inner, inner, inner, owned)
 
     def _select(self, p: PassRows, tokens: int, devices: int) -> OperatorRow:
         """Return the kernel that changes which experts each token uses."""

@@ -10,6 +10,7 @@ from simulator.codes import Part
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRow, PassRows
 from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.models.sublayers.indexer import Indexer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class LatentAttention(Sublayer):
     """One vector per position gives keys and values of all heads."""
 
     SIZES: ClassVar[tuple[str, ...]] = ("heads",)
+    LABEL: ClassVar[str] = "latent attention"
     WHOLE: ClassVar[tuple[str, ...]] = ("q_a", "kv_a", "q_b", "kv_b")
 
     heads: int
@@ -27,10 +29,26 @@ class LatentAttention(Sublayer):
     value: int  # features of a value head
     rotates_positions: bool = True
     window: int = 0  # positions that a query sees; 0: all
+    topk: int = 0  # positions that a query attends to, as an indexer selects them; 0: all
+    indexer: Indexer | None = None  # None: the selection is that of an earlier layer
+    bias: bool = False  # of the projections to the ranks and of the output
+    sinks: bool = False  # each head has a learned logit in addition to its keys
+    key_norm: bool = False  # the key that all heads share has a norm
+    second: bool = False  # another attention precedes it in its layer
+    # gate of the outputs: from the residual stream per "head" or per "value" feature, or from the
+    # "query" rank, normed and not, in one product with the queries
+    gate: str = ""
 
     @property
     def part(self) -> Part:
         return Part.ATTENTION
+
+    @property
+    def shape(self) -> str:
+        window = f", window {self.window:,}" if self.window else ""
+        selected = f", {self.topk:,} positions selected" if self.topk else ""
+        cached = f"a latent of {self.rank} + {self.rotary}"
+        return f"{self.heads} heads of {self.head_dim} on {cached}{window}{selected}"
 
     @property
     def kv_heads(self) -> int:
@@ -47,10 +65,12 @@ class LatentAttention(Sublayer):
         return self.rank + self.rotary
 
     def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
-        queries = self.heads * self.head_dim
+        queries, joint = self.heads * self.head_dim, self.gate == "query"
         made = {"q": (queries, hidden)}
         if self.query_rank:
-            made = {"q_a": (self.query_rank, hidden), "q_b": (queries, self.query_rank)}
+            outputs = queries + joint * self.heads * self.value
+            q_b = (outputs, (1 + joint) * self.query_rank)
+            made = {"q_a": (self.query_rank, hidden), "q_b": q_b}
         return {
             **made,
             "kv_a": (self.cached, hidden),
@@ -58,9 +78,31 @@ class LatentAttention(Sublayer):
             "o": (hidden, self.heads * self.value),
         }
 
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        gates = {"head_gate": (self.gates, hidden, 1)} if self.projects_gates else {}
+        indexer = self.indexer.products(hidden) if self.indexer else {}
+        return {**super().products(hidden), **gates, **indexer}
+
+    @property
+    def projects_gates(self) -> bool:
+        return self.gate in ("head", "value")
+
+    @property
+    def gates(self) -> int:
+        """Outputs of the projection of the residual stream that makes gates."""
+        return {"head": self.heads, "value": self.heads * self.value}.get(self.gate, 0)
+
+    @property
+    def normed(self) -> int:
+        """Features of the norms of the ranks."""
+        return self.query_rank + self.rank + self.key_norm * self.rotary
+
     def parameters(self, hidden: int) -> int:
         weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
-        return weights + self.query_rank + self.rank
+        biases = self.bias * (self.query_rank + self.cached + hidden)
+        indexer = self.indexer.parameters(hidden) if self.indexer else 0
+        others = self.gates * hidden + self.sinks * self.heads + indexer
+        return weights + biases + self.normed + others
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         return (SharedSize("{} attention heads", self.heads, "width heads={}"),)
@@ -84,36 +126,50 @@ class LatentAttention(Sublayer):
 
     def rows(self, p: PassRows) -> Iterator[OperatorRow]:
         """Yield the operators. A copied cache has keys and values of every head, and a decode step
-        computes those of its token."""
+        computes those of its token.
+
+        Kernels that attend to selected positions read the latent vector, in prompts too
+        (deepseek-ai/FlashMLA, pull request 98); prompts of at most as many positions run as without
+        selection (SGLang, pull request 11892). Without a paged cache (Transformers), positions that
+        are not selected are masked, so attention computes them."""
         part, hidden, heads = self.part, p.hidden, self.heads
         whole = p.lowering.engine.cache != "paged"
-        absorbs = p.decodes and not whole
-        queries, inner = heads * self.head_dim, heads * self.value
+        selects = 0 < self.topk < p.request.seq
+        absorbs = (p.decodes or selects) and not whole
+        inner, weights = heads * self.value, self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
         if not self.query_rank:
-            yield from p.product(self, "q", queries, hidden)
+            yield from p.product(self, "q", *weights["q"])
         elif p.fuses("qkv"):
-            yield p.gemm("qkv_a", part, self.query_rank + self.cached, hidden)
+            yield from p.product(self, "qkv_a", self.query_rank + self.cached, hidden, self.bias)
         else:
-            yield p.gemm("q_a", part, self.query_rank, hidden)
+            yield from p.product(self, "q_a", *weights["q_a"], self.bias)
         if not (self.query_rank and p.fuses("qkv")):
-            yield p.gemm("kv_a", part, self.cached, hidden)
-        normed = self.query_rank + self.rank
-        yield p.move("latent_norm", part, normed, normed, normed, normed)
+            yield from p.product(self, "kv_a", *weights["kv_a"], self.bias)
+        yield p.move("latent_norm", part, self.normed, self.normed, self.normed, self.normed)
         if self.query_rank:
-            yield p.gemm("q_b", part, queries, self.query_rank)
+            yield p.gemm("q_b", part, *weights["q_b"])
         if absorbs:
             yield p.gemm("absorb_k", part, heads * self.rank, self.plain)
         else:
-            yield p.gemm("kv_b", part, heads * (self.plain + self.value), self.rank)
+            yield p.gemm("kv_b", part, *weights["kv_b"])
         yield from p.rotary((heads + 1) * self.rotary * self.rotates_positions)
         elements = heads * (self.head_dim + self.value) if whole else self.cached
         yield p.cache_write(elements, heads, heads)
+        if self.indexer:
+            yield from self.indexer.rows(p, self.topk)
         sizes = {"kv_heads": heads, "head_dim": self.head_dim, "value_dim": self.value}
         if absorbs:
             sizes = {"kv_heads": 1, "head_dim": self.cached, "value_dim": self.rank}
-        yield p.attend(heads, **sizes, latent=0 if whole else self.cached)
+        row = p.attend(
+            heads, **sizes, latent=0 if whole else self.cached, k=self.topk * (not whole)
+        )
+        yield row | {"params": self.sinks * heads * p.owns, "stage": self.second}
         if absorbs:
             yield p.gemm("absorb_v", part, inner, self.rank)
+        if self.projects_gates:
+            yield p.gemm("head_gate", part, self.gates, hidden)
+        if self.gate:
+            yield p.move("output_gate", part, inner, 2 * inner, inner)
         yield from p.quantized("o", part, inner)
-        yield from p.product(self, "o", hidden, inner)
+        yield from p.product(self, "o", hidden, inner, self.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from simulator.codes import Part
 from simulator.models.pass_rows import OperatorRow, PassRows
@@ -13,6 +14,8 @@ from simulator.models.sublayers.base import Sublayer
 @dataclass(frozen=True, kw_only=True)
 class Linear(Sublayer):
     """One hidden x hidden product instead of attention or an MLP."""
+
+    LABEL: ClassVar[str] = "linear product"
 
     replaces: Part  # ATTENTION or MLP
 

@@ -16,17 +16,26 @@ from simulator.models.sublayers.base import SharedSize, Sublayer, aligned
 class Mlp(Sublayer):
     """Gate, up and down projections, or up and down."""
 
+    LABEL: ClassVar[str] = "MLP"
     SIZES: ClassVar[tuple[str, ...]] = ("inner", "out")
 
     inner: int
     gated: bool = True
     bias: bool = False  # of all projections
     down_bias: bool = False  # of an MLP without other biases
+    inner_norm: bool = False  # a norm precedes the down projection
+    # learned vectors scale the gate and up projections, and norms have no weights (nGPT)
+    channel_scales: bool = False
+    scalars: int = 0  # learned numbers of the activation (two of xIELU, arXiv 2411.13010)
     out: int = 0  # features that it writes, in the last layer of SliceGPT; 0: the hidden size
 
     @property
     def part(self) -> Part:
         return Part.MLP
+
+    @property
+    def shape(self) -> str:
+        return f"{'gated' if self.gated else 'plain'}, width {self.inner:,}"
 
     @property
     def projected(self) -> dict[str, int]:
@@ -46,7 +55,14 @@ class Mlp(Sublayer):
     def parameters(self, hidden: int) -> int:
         weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
         biases = self.bias * sum(self.projected.values())
-        return weights + biases + (self.bias or self.down_bias) * self.outputs(hidden)
+        biases += (self.bias or self.down_bias) * self.outputs(hidden)
+        return weights + biases + self.inner_weights + self.scalars
+
+    @property
+    def inner_weights(self) -> int:
+        """Parameters of the norm before the down projection, or of the vectors that scale the
+        others."""
+        return (2 if self.channel_scales else self.inner_norm) * self.inner
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         return (SharedSize("an MLP width of {}", self.inner, "width mlp={}"),)
@@ -67,7 +83,10 @@ class Mlp(Sublayer):
         yield from p.quantized("gate_up", part, hidden)
         fuses = self.gated and p.fuses("gate_up")
         yield from p.products(self, "gate_up", self.projected, hidden, self.bias, fuses)
-        yield p.move("activation", part, inner, (2 if self.gated else 1) * inner, inner)
+        read = (2 if self.gated else 1) * inner
+        yield p.move("activation", part, inner, read, inner, self.scalars)
+        if self.inner_norm:
+            yield p.move("inner_norm", part, inner, inner, inner, self.inner_weights)
         yield from p.quantized("down", part, inner)
         bias = self.bias or self.down_bias
         yield from p.product(self, "down", self.outputs(hidden), inner, bias)

@@ -28,7 +28,10 @@ KEYS = (
         "latent_norm",
         "cache_write",
     ),
-    *("delta_in", "delta_ba", "delta_net"),
+    *("delta_in", "delta_ba", "delta_rank", "delta_up", "delta_net", "kda"),
+    *("mamba_in", "mamba_x", "mamba_dt", "mamba_norm", "mamba", "conv_in", "short_conv"),
+    *("lightning", "index_q", "index_k", "index_weights", "index_norm", "indexer"),
+    *("compress", "compressed"),
 )
 # "reference": the kernels of the taxonomy's benchmark (github.com/EIT-NLP/LLM-Pruning,
 # PruningInferSim); GEMMs skip tiles of tokens sorted by a mask. "gathered": dense GEMMs of gathered

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import flag
-from simulator.codes import DTYPE_BYTES, Kind
+from simulator.codes import DTYPE_BYTES, Kind, Phase
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, removed, whole
 from simulator.pruning.dynamic.rows import (
     changed,
@@ -55,7 +55,8 @@ def kv_cache(
     length = w.kv_len - evicted
     if rolling:
         length = np.where(pruned | (budget is not None), np.minimum(length, most), length)
-    out = shorter_copies(w, changed(w, decode, kv_len=length))
+    shorter = w.attends & (w.phase == Phase.DECODE)
+    out = shorter_copies(w, changed(w, shorter, kv_len=length))
     rows = prefill if prefill.any() else decode
     realised = removed(
         float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows])

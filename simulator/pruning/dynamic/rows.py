@@ -28,7 +28,8 @@ from simulator.workload import Workload
 
 OTHERS = (
     *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
-    *("experts", "delta_in", "delta_ba", "linear"),
+    *("experts", "latent_in", "latent_out", "attention_experts"),
+    *("delta_in", "delta_ba", "linear"),
 )
 """Weights other than the seven projections."""
 

@@ -55,8 +55,9 @@ def sparse_attention(
 def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
     """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all
     rows."""
-    most = np.where(w.window > 0, np.minimum(w.window, budget), budget)
-    pairs = np.where(w.is_attention, w.pairs, 0.0)
+    most = np.where(w.limit > 0, np.minimum(w.limit, budget), budget)
+    # entries of a compressed cache are few already
+    pairs = np.where(w.is_attention & (w.n == 0), w.pairs, 0.0)
     share = np.where(
         pairs > 0, 1.0 - attention_pairs(w.q_len, w.kv_len, most) / np.maximum(pairs, 1.0), 0.0
     )

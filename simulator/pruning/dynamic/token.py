@@ -74,7 +74,7 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
     sampled = w.is_role("lm_head", "all_gather", "softcap") & few
     fewer = (w.phase == Phase.PREFILL) & (s > 0) & ~sampled & (w.m > 0)
     m = np.where(fewer, np.maximum(w.m * kept // prompt, 1), w.m)
-    prefill, share = w.kind == Kind.PREFILL_ATTENTION, kept / prompt
+    prefill, share = w.attends & (w.phase == Phase.PREFILL), kept / prompt
     q_len, kv_len = (  # in the prefill, the same share of each chunk of a prompt
         np.where(
             prefill,
@@ -83,7 +83,7 @@ def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
         )
         for length in (w.q_len, w.kv_len)
     )
-    out = _rows.shorter_copies(w, _rows.changed(w, w.is_attention, q_len=q_len, kv_len=kv_len))
+    out = _rows.shorter_copies(w, _rows.changed(w, w.attends, q_len=q_len, kv_len=kv_len))
     return out.replace(m=m, **_rows.moved(out, np.where(fewer, m / np.maximum(w.m, 1), 1.0))), share
 
 

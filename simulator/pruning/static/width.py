@@ -2,7 +2,9 @@
 Sheared LLaMA).
 
 In a gated delta net, a group is a key head with its value heads: projections, convolution and state
-shrink. It has no query heads or KV heads alone.
+shrink. It has no query heads or KV heads alone. Mamba-2 loses heads (equally many of each group of
+B and C), channels of a head, or features of its state, as in Nemotron-H's pruning (arXiv
+2504.11409); a head of Mamba is one channel.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 from simulator.errors import InputError
 from simulator.models.model import Layer, Model
 from simulator.pruning._family import (
+    MAMBA,
     NESTED,
     SUBLAYERS,
     Choice,
@@ -22,7 +25,7 @@ from simulator.pruning._family import (
 )
 from simulator.pruning.static.width_cross import narrowed
 
-PARTS = ("attention", "heads", "kv", "mlp")
+PARTS = ("attention", "heads", "kv", "mlp", *MAMBA)
 
 
 def width(
@@ -32,7 +35,8 @@ def width(
     to ``align``.
 
     Parts are ``attention`` (KV groups with their query heads), ``mlp``, ``heads`` (query heads
-    alone; the cache stays), ``kv`` (KV heads alone) and ``hidden`` (hidden size of all layers).
+    alone; the cache stays), ``kv`` (KV heads alone), ``hidden`` (hidden size of all layers),
+    ``mamba_heads``, ``mamba_channels`` (of a head) and ``mamba_state``.
     ``inner`` sets the inner width, for an existing pruned checkpoint."""
     align = whole("align", align)
     wanted = None if inner is None else _inner(model, whole("inner", inner))
@@ -60,15 +64,19 @@ FAMILY = Family(
     axis="static N -> K",
     loading="config",
     parts={
-        "": ("KV heads", "inner width", "expert width"),
+        "": ("KV heads", "inner width", "expert width", "Mamba heads"),
         "attention": ("KV heads",),
         "heads": ("heads",),
         "kv": ("KV heads",),
         "mlp": ("inner width", "expert width"),
         "hidden": ("hidden size",),
+        "mamba_heads": ("Mamba heads",),
+        "mamba_channels": ("Mamba channels",),
+        "mamba_state": ("Mamba state",),
     },
     narrows=True,
     order=2,
-    summary="removes KV groups with their query heads, and MLP channels; the cache shrinks too",
+    summary="removes KV groups with their query heads, MLP channels, and heads of Mamba; the cache"
+    " shrinks too",
     targets=(*SUBLAYERS, *NESTED),
 )

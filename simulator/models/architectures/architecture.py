@@ -1,0 +1,217 @@
+"""Define an architecture: how the keys of a ``config.json`` state a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from simulator.models.architectures.reader import MAX_POSITIONS, ConfigFields, Reader
+from simulator.models.model import Layer
+from simulator.models.sublayers import Attention, Experts, LatentAttention, Mlp
+from simulator.models.sublayers.base import Sublayer
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Keys of one architecture, with the defaults of its configuration class in transformers."""
+
+    positions: int  # max_position_embeddings
+    flags: Mapping[str, tuple[str, bool]]  # field -> key and default
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that all its models share
+    # default of num_key_value_heads; None: the query heads, also for null
+    kv_heads: int | None = None
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    divides: bool = True  # whether heads must divide the hidden size if no head_dim is given
+    grouped: bool = True  # whether the keys num_key_value_heads and head_dim exist
+    square: bool = False  # whether its class needs heads of hidden_size together
+    inner: str = "intermediate_size"  # key of the inner width; "": no such key
+    widening: int = 0  # inner width in hidden sizes, if the key is null or missing
+    window: int | None = None  # sliding_window; None: no such key
+    windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
+    # key and default of the rotated share of a head; None: all of it
+    rotary: tuple[str, float] | None = None
+    # rows of a learned table of positions beyond these; None: no such table
+    learned: int | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)  # usual name of a key -> its own name
+    # defaults of shape keys that published files omit
+    absent: Mapping[str, int] = field(default_factory=dict)
+    blocks: bool = False  # whether block_configs states the layers
+    unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
+    many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
+    more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
+
+    def values(self, read: Reader) -> ConfigFields:
+        hidden, heads = (
+            read.integer("hidden_size"),
+            read.integer("num_attention_heads", self.absent.get("heads")),
+        )
+        kv_heads, head_dim = heads, self.head_dim
+        if self.grouped:
+            missing = read.raw("num_key_value_heads") is None
+            absent = self.kv_heads if missing and not read.has("num_key_value_heads") else None
+            kv_heads = read.integer("num_key_value_heads", absent or heads)
+        if read.has("head_dim") and read.raw("head_dim") is None:
+            head_dim = None
+        if head_dim is None and (not self.grouped or read.raw("head_dim") is None):
+            if hidden % heads and self.divides:
+                given = " (no head_dim is given)" if self.grouped else ""
+                wrong = f"expected a divisor of hidden_size {hidden}{given}, got {heads}"
+                raise read.fail("num_attention_heads", wrong)
+            head_dim = hidden // heads
+        else:
+            head_dim = read.integer("head_dim", head_dim)
+        if self.square and heads * head_dim != hidden:
+            needs = f"hidden_size {hidden} / num_attention_heads {heads}"
+            raise read.fail("head_dim", f"expected {needs}, got {head_dim}")
+        layers = self.many(read)
+        positions = read.integer("max_position_embeddings", self.positions, high=MAX_POSITIONS)
+        values = {
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "inner": read.integer(self.inner, self.widening * hidden or None) if self.inner else 0,
+            "layers": layers,
+            "vocab": read.integer("vocab_size", self.absent.get("vocab")),
+            "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
+            "windows": (
+                (0,) * layers
+                if self.window is None
+                else read.windows(layers, self.window, self.windowed)
+            ),
+            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
+            "max_positions": positions,
+            "learned_positions": 0 if self.learned is None else positions + self.learned,
+            **self.fixed,
+        }
+        values |= self.more(read, values)
+        kv_heads = values["kv_heads"]
+        if heads % kv_heads:
+            raise read.fail(
+                "num_key_value_heads",
+                f"expected a divisor of num_attention_heads {heads}, got {kv_heads}",
+            )
+        return values
+
+
+MODEL_FIELDS: tuple[str, ...] = (
+    *("hidden", "vocab", "max_positions", "tied", "norm", "pre_norms", "post_norms"),
+    *("final_norm", "learned_positions", "logit_softcap", "head_bias", "head_projection"),
+    *("head_vocab", "embedding_norm", "embedding_width", "streams", "other_parameters"),
+)
+
+
+def attention_of(values: ConfigFields) -> Attention:
+    """Return the usual attention, without a window."""
+    flags = (
+        *("qkv_bias", "o_bias", "sinks", "output_norm", "two_softmaxes", "masks"),
+        *("scales", "channel_scales"),
+    )
+    return Attention(
+        heads=values["heads"],
+        kv_heads=values["kv_heads"],
+        head_dim=values["head_dim"],
+        rotary=values["rotary_dim"],
+        norm=values.get("qk_norm", ""),
+        gate=values.get("output_gate", False),
+        gates=values.get("gates", 0),
+        softcap=values.get("attention_softcap", False),
+        **{name: values.get(name, False) for name in flags},
+    )
+
+
+def mlp_of(values: ConfigFields) -> Mlp:
+    flags = ("down_bias", "inner_norm", "joins", "scales", "channel_scales")
+    return Mlp(
+        inner=values["inner"],
+        gated=values.get("gated", True),
+        bias=values.get("mlp_bias", False),
+        scalars=values.get("scalars", 0),
+        **{name: values.get(name, False) for name in flags},
+    )
+
+
+def layers_of(values: ConfigFields) -> list[Layer]:
+    if "sublayers" in values:
+        return [Layer(tuple(sublayers)) for sublayers in values["sublayers"]]
+    many, parallel = values["layers"], values.get("parallel_residual", False)
+    attentions: list[Sublayer] = values.get("attentions") or [attention_of(values)] * many
+    mlps: list[Sublayer] = values.get("mlps") or [mlp_of(values)] * many
+    after_attention, after_mlp = values.get("others", ((), ()))
+    known: dict[Any, Layer] = {}
+    layers = []
+    for attention, window, mlp in zip(attentions, values["windows"], mlps):
+        key = (attention, window, mlp)
+        if key not in known:
+            if window and isinstance(attention, Attention | LatentAttention):
+                attention = replace(attention, window=window)
+            known[key] = Layer((attention, *after_attention, mlp, *after_mlp), parallel)
+        layers.append(known[key])
+    return layers
+
+
+def routed(
+    read: Reader,
+    values: ConfigFields,
+    count: str,
+    width: int,
+    shared: int,
+    dense: Callable[[int], bool],
+    **others: Any,
+) -> ConfigFields:
+    """Return the MLPs of layers with experts, whose number is the key ``count``; layers that are
+    ``dense`` have an MLP. ``others`` are further fields of the experts."""
+    experts, layers = read.integer(count), values["layers"]
+    active = read.integers("num_experts_per_tok", values.get("active"), layers, high=experts)
+    routed = Experts(
+        experts=experts,
+        active=0.0,
+        inner=width,
+        **others,
+        shared_inner=shared,
+        shared_bias=values.get("mlp_bias", False),
+        shared_gate=values.get("shared_gate", False) and shared > 0,
+        router_bias=values.get("router_bias", False),
+        bias=values.get("expert_bias", False),
+    )
+    plain = mlp_of(values)
+    by_active = {many: replace(routed, active=float(many)) for many in set(active)}
+    mlps = [plain if dense(layer) else by_active[many] for layer, many in enumerate(active)]
+    return {"mlps": mlps}
+
+
+def dense_layers(read: Reader, layers: int, first: int) -> Callable[[int], bool]:
+    """Return which layers have no experts: those of the list ``mlp_layer_types``, else the first
+    ones, whose number has the default ``first``."""
+    types = read.types("mlp_layer_types", layers, ("dense", "sparse"))
+    start = read.integer("first_k_dense_replace", first, low=0)
+    return lambda layer: types[layer] == "dense" if types else layer < start
+
+
+def rotated(values: ConfigFields, rotary: Sequence[bool]) -> list[Attention]:
+    """Return the attention of each layer, with and without rotary positions."""
+    attention = attention_of(values)
+    still = replace(attention, rotary=0)
+    return [attention if turns else still for turns in rotary]
+
+
+def rotary_layers(read: Reader, layers: int) -> list[bool]:
+    step = read.integer("no_rope_layer_interval", 4)
+    usual = [(layer + 1) % step > 0 for layer in range(layers)]
+
+    def right(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and (not value or len(value) >= layers)
+            and all(f in (0, 1) for f in value)
+        )
+
+    given = read.value("no_rope_layers", [], f"a list of {layers} of 0 or 1", right)
+    return [bool(flag) for flag in (given or usual)[:layers]]
+
+
+TIED, UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_embeddings", False)}
+BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
+GROUPED = ("num_key_value_heads", "head_dim")  # keys of grouped heads
+MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}

@@ -1,0 +1,943 @@
+"""Architectures whose layers hold a recurrent state instead of a cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from simulator.codes import Part
+from simulator.errors import one_line
+from simulator.models.architectures.architecture import (
+    BIAS,
+    GROUPED,
+    MLP_BIAS,
+    TIED,
+    UNTIED,
+    Architecture,
+    attention_of,
+    dense_layers,
+    mlp_of,
+    routed,
+)
+from simulator.models.architectures.experts import qwen_layers
+from simulator.models.architectures.reader import ConfigFields, Reader
+from simulator.models.sublayers import (
+    Attention,
+    DeltaNet,
+    Experts,
+    LatentAttention,
+    LightningAttention,
+    Mamba,
+    Mamba2,
+    Projection,
+    RelativeAttention,
+    ShortConv,
+)
+from simulator.models.sublayers.base import Sublayer
+from simulator.models.sublayers.relative import Blocks
+
+# a state has no largest number of positions
+_UNLIMITED = 1_048_576
+
+_ATTENTION, _LINEAR = "full_attention", "linear_attention"
+# names that published files use for the types of layers of Transformers 5
+_OLD_NAMES = {"attention": _ATTENTION, "mamba": _LINEAR}
+# characters of a hybrid_override_pattern of Nemotron-H -> type of layer
+_PATTERN = {"M": _LINEAR, "*": _ATTENTION, "-": "mlp", "E": "moe"}
+
+
+def _types(
+    read: Reader, layers: int, known: Sequence[str], usual: Callable[[int], str]
+) -> list[str]:
+    """Return the type of each layer: from a list of names, else by the rule ``usual``."""
+    key = "layers_block_type" if read.raw("layers_block_type") is not None else "layer_types"
+    stated = [_OLD_NAMES.get(name, name) for name in read.names(key)]
+    if not stated:
+        return [usual(layer) for layer in range(layers)]
+    if len(stated) != layers or not set(stated) <= set(known):
+        expected = f"a list of {layers} of {' or '.join(known)}"
+        raise read.fail(key, f"expected {expected}, got {read.data[key]!r:.200}")
+    return stated
+
+
+def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
+    return {"attentions": [kinds[kind] for kind in types]}
+
+
+def _multiple(read: Reader, key: str, of: str, size: int) -> int:
+    """Return a number that divides a size; ``of`` names the size."""
+    divisor = read.integer(key)
+    if size % divisor:
+        raise read.fail(key, f"expected a divisor of {of} {size}, got {divisor}")
+    return divisor
+
+
+def _rank(read: Reader, key: str, hidden: int) -> int:
+    """Return the rank of Mamba's step sizes."""
+    return math.ceil(hidden / 16) if read.raw(key) in (None, "auto") else read.integer(key)
+
+
+def _mamba(norm: str = "") -> Callable[[Reader, ConfigFields], ConfigFields]:
+    """Return the rule for layers of Mamba alone."""
+
+    def more(read: Reader, values: ConfigFields) -> ConfigFields:
+        hidden = values["hidden"]
+        mixer = Mamba(
+            channels=read.integer("intermediate_size", read.integer("expand", 2) * hidden),
+            state=read.integer("state_size", 16),
+            rank=_rank(read, "time_step_rank", hidden),
+            conv=read.integer("conv_kernel", 4),
+            conv_bias=read.flag("use_conv_bias", True),
+            bias=read.flag("use_bias"),
+            norm=norm,
+        )
+        return {"sublayers": [(mixer,)] * values["layers"]}
+
+    return more
+
+
+def _mamba2(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers of Mamba-2 alone."""
+    heads, channels = read.integer("num_heads", 128), read.integer("head_dim", 64)
+    inner = read.integer("expand", 2) * values["hidden"]
+    if heads * channels != inner:
+        wrong = f"expected {inner} / head_dim {channels}, as expand x hidden_size is {inner}"
+        raise read.fail("num_heads", f"{wrong}, got {heads}")
+    mixer = Mamba2(
+        heads=heads,
+        channels=channels,
+        state=read.integer("state_size", 128),
+        groups=_groups(read, "n_groups", 8, heads),
+        conv=read.integer("conv_kernel", 4),
+        chunk=read.integer("chunk_size", 256),
+        conv_bias=read.flag("use_conv_bias", True),
+        bias=read.flag("use_bias"),
+    )
+    return {"sublayers": [(mixer,)] * values["layers"]}
+
+
+def _groups(read: Reader, key: str, default: int, heads: int) -> int:
+    groups = read.integer(key, default)
+    if heads % groups:
+        raise read.fail(key, f"expected a divisor of the {heads} Mamba heads, got {groups}")
+    return groups
+
+
+def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
+    """Return Mamba-2 from keys that begin with ``mamba_``; ``inner`` is the width of all heads."""
+    heads = read.integer("mamba_n_heads", 128)
+    stated = read.raw("mamba_d_head")
+    channels = inner // heads if stated in (None, "auto") else read.integer("mamba_d_head")
+    if heads * channels != inner:
+        raise read.fail(
+            "mamba_n_heads", f"expected a divisor of {inner}, the width of all heads, got {heads}"
+        )
+    mixer = Mamba2(
+        heads=heads,
+        channels=channels,
+        state=read.integer("mamba_d_state", 256),
+        groups=_groups(read, "mamba_n_groups", 1, heads),
+        conv=read.integer("mamba_d_conv", 4),
+        chunk=read.integer("mamba_chunk_size", 256),
+        conv_bias=read.flag("mamba_conv_bias", True),
+        bias=read.flag("mamba_proj_bias"),
+    )
+    return replace(mixer, **changes)
+
+
+def _bamba(read: Reader, values: ConfigFields) -> ConfigFields:
+    hidden, layers = values["hidden"], values["layers"]
+    inner = read.integer("mamba_expand", 2) * hidden
+    attends = read.numbers("attn_layer_indices", [], layers)
+    types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
+    mixer = _hybrid_mamba2(read, hidden, inner)
+    return _mixers(types, full_attention=attention_of(values), linear_attention=mixer)
+
+
+def _falcon_h1(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers with Mamba-2 and attention side by side."""
+    hidden = values["hidden"]
+    expanded = read.integer("mamba_expand", 2) * hidden
+    inner = (
+        read.integer("mamba_d_ssm", 1024)
+        if read.raw("mamba_d_ssm") or not read.has("mamba_d_ssm")
+        else expanded
+    )
+    mixer = _hybrid_mamba2(read, hidden, inner, norm=read.flag("mamba_rms_norm"))
+    attention = replace(attention_of(values), joins=True)
+    return {"sublayers": [(mixer, attention, mlp_of(values))] * values["layers"]}
+
+
+def _granite(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
+    MLP alone."""
+    hidden, layers = values["hidden"], values["layers"]
+    types = _types(read, layers, (_ATTENTION, _LINEAR), lambda layer: _LINEAR)
+    mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
+    rotates = read.raw("position_embedding_type") == "rope"
+    attention = replace(attention_of(values), rotary=rotates * values["rotary_dim"])
+    shared = read.integer("shared_intermediate_size", 1024)
+    if read.integer("num_local_experts", 8, low=0):
+        mlps = routed(
+            read, values, "num_local_experts", values["inner"], shared, lambda layer: False
+        )
+    else:
+        mlps = {"mlps": [replace(mlp_of(values), inner=shared)] * layers}
+    return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
+
+
+def _nemotron_types(read: Reader) -> list[str]:
+    """Return the type of each layer, from block_configs (Puzzle), a list, or a pattern; those that
+    a configuration states must agree."""
+    stated: dict[str, list[str]] = {}
+    blocks, pattern = read.raw("block_configs"), read.raw("hybrid_override_pattern")
+    if blocks is not None:
+        parts = read.parts("block_configs", len(blocks) if isinstance(blocks, list) else 1)
+        stated["block_configs"] = [part.text("block_type") for part in parts]
+    if read.raw("layers_block_type") is not None:
+        stated["layers_block_type"] = read.names("layers_block_type")
+    if pattern is not None:
+        letters = read.text("hybrid_override_pattern")
+        stated["hybrid_override_pattern"] = [_PATTERN.get(letter, letter) for letter in letters]
+    if not stated:
+        raise read.fail("layers_block_type", "missing; expected a list with the type of each layer")
+    by_key = {key: [_OLD_NAMES.get(name, name) for name in names] for key, names in stated.items()}
+    first, types = next(iter(by_key.items()))
+    if not types or not set(types) <= set(_PATTERN.values()):
+        raise read.fail(first, f"expected layers of {', '.join(_PATTERN.values())}")
+    for key, others in by_key.items():
+        if others != types:
+            raise read.fail(key, f"expected the layers of {first}")
+    if read.raw("num_hidden_layers") is not None and read.layers() != len(types):
+        raise read.fail("num_hidden_layers", f"expected {len(types)}, the layers of {first}")
+    return types
+
+
+def _nemotron_h(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers of one sublayer each. Keys of a layer's object in ``block_configs`` take
+    precedence over those of the file (Puzzle)."""
+    types, blocks = _nemotron_types(read), read.raw("block_configs")
+    # keys of all kinds, as Transformers saves those of kinds without layers too
+    kinds = {kind: (_nemotron_layer(read, kind, values),) for kind in _PATTERN.values()}
+    if blocks is None:
+        return {"sublayers": [kinds[kind] for kind in types]}
+    layers = []
+    for i, (kind, block) in enumerate(zip(types, blocks)):
+        place = f"{read.place}block_configs[{i}]."
+        own = Reader({**read.data, **block}, read.source, place, read.names_of)
+        layers.append((_nemotron_layer(own, kind, values),))
+        if unread := sorted(block.keys() - own.known - {"block_type"}):
+            raise own.fail(one_line(unread[0], 80), f"is not understood in a layer of {kind}")
+    return {"sublayers": layers, "blocks_read": True}
+
+
+def _nemotron_layer(read: Reader, kind: str, values: ConfigFields) -> Sublayer:
+    if kind == "mlp":
+        return replace(mlp_of(values), inner=read.integer("intermediate_size"))
+    kinds = {_LINEAR: _nemotron_mamba, "moe": _nemotron_experts}
+    return kinds[kind](read, values) if kind in kinds else attention_of(values)
+
+
+def _nemotron_mamba(read: Reader, values: ConfigFields) -> Mamba2:
+    heads = read.integer("mamba_num_heads", 128)
+    return Mamba2(
+        heads=heads,
+        channels=read.integer("mamba_head_dim", 64),
+        state=read.integer("ssm_state_size", 128),
+        groups=_groups(read, "n_groups", 8, heads),
+        conv=read.integer("conv_kernel", 4),
+        chunk=read.integer("chunk_size", 128),
+        conv_bias=read.flag("use_conv_bias", True),
+        bias=read.flag("use_bias"),
+    )
+
+
+def _nemotron_experts(read: Reader, values: ConfigFields) -> Experts:
+    """Return experts without gates."""
+    experts = read.integer("n_routed_experts", 8)
+    return Experts(
+        experts=experts,
+        active=float(read.integer("num_experts_per_tok", 2, high=experts)),
+        inner=read.integer("moe_intermediate_size", 7688),
+        gated=False,
+        latent=read.or_none("moe_latent_size", 0),
+        shared_inner=read.integer("moe_shared_expert_intermediate_size", 7688),
+        shared_bias=values["mlp_bias"],
+        router_bias=True,
+    )
+
+
+def _every(read: Reader, name: str, period: int, offset: int) -> Callable[[int], bool]:
+    """Return whether a layer is one of a period, from its keys."""
+    step = read.integer(f"{name}_layer_period", period)
+    first = read.integer(f"{name}_layer_offset", offset, low=0)
+    return lambda layer: layer % step == first
+
+
+def _jamba(read: Reader, values: ConfigFields) -> ConfigFields:
+    hidden, layers = values["hidden"], values["layers"]
+    mixer = Mamba(
+        channels=read.integer("mamba_expand", 2) * hidden,
+        state=read.integer("mamba_d_state", 16),
+        rank=_rank(read, "mamba_dt_rank", hidden),
+        conv=read.integer("mamba_d_conv", 4),
+        conv_bias=read.flag("mamba_conv_bias", True),
+        bias=read.flag("mamba_proj_bias"),
+        norm="rms",
+    )
+    attends, routes = _every(read, "attn", 8, 4), _every(read, "expert", 2, 1)
+    several = read.integer("num_experts", 16) > 1
+    mlps = routed(
+        read,
+        values,
+        "num_experts",
+        values["inner"],
+        0,
+        lambda layer: not (several and routes(layer)),
+    )
+    types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(layers)]
+    attention = attention_of(values)
+    return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
+
+
+def _shared_blocks(
+    types: Sequence[str], mixer: Sublayer, block: Callable[[int], Sequence[Sublayer]]
+) -> ConfigFields:
+    """Return layers of a mixer, of which hybrids begin with ``block(i)``, the i-th use of a block
+    of shared weights (Zamba)."""
+    uses = [types[:layer].count("hybrid") for layer in range(len(types))]
+    layers = [(*(block(use) if kind == "hybrid" else ()), mixer) for kind, use in zip(types, uses)]
+    return {"sublayers": layers}
+
+
+def _wide_attention(read: Reader, values: ConfigFields, rotates: bool) -> Attention:
+    """Return attention to the residual stream and the embedding, side by side."""
+    hidden, heads = values["hidden"], values["heads"]
+    features = read.integer("attention_head_dim", 2 * hidden // heads)
+    if (wide := read.integer("attention_hidden_size", 2 * hidden)) != 2 * hidden:
+        raise read.fail("attention_hidden_size", f"expected {2 * hidden}, got {wide}")
+    return replace(
+        attention_of(values),
+        head_dim=features,
+        rotary=features * rotates,
+        reads=2,
+        norms=(False, False),
+    )
+
+
+def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
+    hidden = values["hidden"]
+    attends = _every(read, "attn", 6, 4)
+
+    def usual(layer: int) -> str:
+        return "hybrid" if layer == 2 or (layer > 2 and attends(layer - 3)) else _LINEAR
+
+    inner = read.integer("mamba_expand", 2) * hidden
+    heads = read.integer("n_mamba_heads", 2)
+    if inner % heads:
+        raise read.fail("n_mamba_heads", f"expected a divisor of {inner}, got {heads}")
+    mixer = Mamba(
+        channels=inner,
+        state=read.integer("mamba_d_state", 16),
+        rank=_rank(read, "mamba_dt_rank", hidden),
+        conv=read.integer("mamba_d_conv", 4),
+        conv_bias=read.flag("mamba_conv_bias", True),
+        bias=read.flag("mamba_proj_bias"),
+        heads=heads,
+    )
+    attention, mlp = _wide_attention(read, values, rotates=False), mlp_of(values)
+    added = Projection(adapts=Part.MLP, norms=(False, False))
+
+    def block(use: int) -> Sequence[Sublayer]:
+        reused = use > 0
+        return replace(attention, reused=reused), replace(mlp, reused=reused), added
+
+    types = _types(read, values["layers"], (_LINEAR, "hybrid"), usual)
+    return _shared_blocks(types, mixer, block)
+
+
+def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
+    hidden = values["hidden"]
+    bias, rank = read.flag("add_bias_linear"), read.integer("adapter_rank", 128)
+    read.flag("use_conv_bias", True)  # Transformers always adds the bias
+    heads, inner = read.integer("n_mamba_heads", 8), read.integer("mamba_expand", 2) * hidden
+    mixer = Mamba2(
+        heads=heads,
+        channels=inner // heads,
+        state=read.integer("mamba_d_state", 64),
+        groups=_groups(read, "mamba_ngroups", 1, heads),
+        conv=read.integer("mamba_d_conv", 4),
+        chunk=read.integer("chunk_size", 256),
+        bias=bias,
+    )
+    attention = _wide_attention(read, values, rotates=read.flag("use_mem_rope"))
+    mlp = replace(mlp_of(values), inner=read.integer("intermediate_size", 4 * hidden), bias=bias)
+    blocks = read.integer("num_mem_blocks", 1)
+    added = Projection(adapts=Part.MLP, norms=(False, False))
+    adapter = replace(added, features=2 * mlp.inner, rank=rank)
+    queries = replace(adapter, adapts=Part.ATTENTION, reads=2, features=2 * hidden)
+    adapters = (queries,) * 3 if read.flag("use_shared_attention_adapter") else ()
+
+    def block(use: int) -> Sequence[Sublayer]:
+        reused = use >= blocks
+        first = replace(attention, reused=reused)
+        return first, *adapters, replace(mlp, reused=reused), adapter, added
+
+    def usual(layer: int) -> str:
+        return "hybrid" if layer in (*range(6, 43, 6), 47, 51) else _LINEAR
+
+    types = _types(read, values["layers"], (_LINEAR, "hybrid"), usual)
+    return _shared_blocks(types, mixer, block)
+
+
+def _short_conv(positions: int) -> Callable[[Reader, ConfigFields], ShortConv]:
+    def made(read: Reader, values: ConfigFields) -> ShortConv:
+        conv = read.integer("conv_L_cache", positions)
+        return ShortConv(conv=conv, bias=read.flag("conv_bias"))
+
+    return made
+
+
+def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
+    types = _types(
+        read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION if layer in attends else "conv"
+    )
+    inner, size = values["inner"], read.integer("block_multiple_of", 256)
+    factor = read.number("block_ffn_dim_multiplier", 1.0, high=1000)
+    if read.flag("block_auto_adjust_ff_dim", True):
+        inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
+    mlp = replace(mlp_of(values), inner=inner)
+    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
+    return {**mixers, "mlps": [mlp] * layers}
+
+
+def _lfm2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    types = _types(read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION)
+    dense = read.integer("num_dense_layers", 2, low=0)
+    read.flag("use_expert_bias", True)  # a buffer
+    mlps = routed(
+        read,
+        values,
+        "num_experts",
+        read.integer("moe_intermediate_size"),
+        0,
+        lambda layer: layer < dense,
+    )
+    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
+    return mixers | mlps
+
+
+def _lfm3(read: Reader, values: ConfigFields) -> ConfigFields:
+    sliding = "sliding_attention"
+
+    def usual(layer: int) -> str:
+        if layer % 4 == 2:
+            return _ATTENTION
+        return sliding if layer % 4 == 0 and layer else "conv"
+
+    types = _types(read, values["layers"], (_ATTENTION, sliding, "conv"), usual)
+    window = read.integer("sliding_window", 256)
+    gates = values["heads"] if read.flag("use_attention_gate", True) else 0
+    attention = replace(attention_of(values), gates=gates)
+    conv = _short_conv(7)(read, values)
+    windows = tuple(window if kind == sliding else 0 for kind in types)
+    mixers = _mixers(types, full_attention=attention, sliding_attention=attention, conv=conv)
+    return mixers | {"windows": windows, "post_norms": read.flag("use_sandwich_norm", True)}
+
+
+def _delta_net(read: Reader, joint: str, groups: int = 16, heads: int = 32) -> DeltaNet:
+    """Return a gated delta net from keys that begin with ``linear_``; heads have defaults."""
+    key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
+    heads = read.integer("linear_num_value_heads", heads)
+    groups = read.integer("linear_num_key_heads", groups)
+    if heads % groups:
+        raise read.fail(
+            "linear_num_key_heads",
+            f"expected a divisor of linear_num_value_heads {heads}, got {groups}",
+        )
+    conv = read.integer("linear_conv_kernel_dim", 4)
+    return DeltaNet(heads=heads, kv_heads=groups, key=key, value=value, conv=conv, joint=joint)
+
+
+def qwen_mixers(read: Reader, values: ConfigFields, joint: str) -> ConfigFields:
+    """Return layers with a gated delta net, and layers with attention whose query projection also
+    makes a gate."""
+    every = read.integer("full_attention_interval", 4)
+    types = read.layer_types(values["layers"], (_ATTENTION, _LINEAR)) or [
+        _LINEAR if (i + 1) % every else _ATTENTION for i in range(values["layers"])
+    ]
+    net = _delta_net(read, joint)
+    return _mixers(types, full_attention=attention_of(values), linear_attention=net)
+
+
+def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
+    return qwen_mixers(read, values, "all") | qwen_layers(read, values)
+
+
+def _qwen3_5(read: Reader, values: ConfigFields) -> ConfigFields:
+    read.flag("attn_output_gate", True)
+    return qwen_mixers(read, values, "qkv")
+
+
+def _qwen3_5_moe(read: Reader, values: ConfigFields) -> ConfigFields:
+    width = read.integer("moe_intermediate_size")
+    shared = read.integer("shared_expert_intermediate_size")
+    mlps = routed(read, values, "num_experts", width, shared, lambda layer: False)
+    return _qwen3_5(read, values) | mlps
+
+
+def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
+    sliding = "sliding_attention"
+    pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
+    known = (_ATTENTION, sliding, _LINEAR)
+    types = _types(read, values["layers"], known, lambda layer: pattern[layer % len(pattern)])
+    window = read.integer("sliding_window", 512)
+    attention = attention_of(values)
+    net = _delta_net(read, "qkv", groups=8, heads=16)
+    mixers = _mixers(
+        types, full_attention=attention, sliding_attention=attention, linear_attention=net
+    )
+    windows = tuple(window if kind == sliding else 0 for kind in types)
+    width = read.integer("moe_intermediate_size")
+    shared = read.integer("shared_expert_intermediate_size")
+    mlps = routed(read, values, "num_experts", width, shared, lambda layer: False)
+    return mixers | mlps | {"windows": windows}
+
+
+def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers with a gated delta net and norms of the inputs, and layers with attention and
+    norms of the outputs."""
+    layers, heads = values["layers"], values["heads"]
+    last = layers - 1 if layers < 4 else -1
+    types = _types(
+        read,
+        layers,
+        (_ATTENTION, _LINEAR),
+        lambda layer: _ATTENTION if layer % 4 == 3 or layer == last else _LINEAR,
+    )
+    groups = read.integer("linear_num_key_heads", heads)
+    key = read.integer("linear_key_head_dim", int(0.75 * values["hidden"] / groups))
+    net = DeltaNet(
+        heads=read.integer("linear_num_value_heads", heads),
+        kv_heads=groups,
+        key=key,
+        value=read.integer("linear_value_head_dim", 2 * key),
+        conv=read.integer("linear_conv_kernel_dim", 4),
+        joint="none",
+    )
+    after = (False, True)
+    attention, mlp = replace(attention_of(values), norms=after), mlp_of(values)
+    mlps = [replace(mlp, norms=after) if kind == _ATTENTION else mlp for kind in types]
+    mixers = _mixers(types, full_attention=attention, linear_attention=net)
+    return {**mixers, "mlps": mlps}
+
+
+def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
+    types = _types(
+        read,
+        values["layers"],
+        (_ATTENTION, _LINEAR),
+        lambda layer: _LINEAR if layer % 2 else _ATTENTION,
+    )
+    lightning = LightningAttention(
+        heads=values["heads"],
+        head_dim=values["head_dim"],
+        chunk=read.integer("block_size", 256),
+    )
+    attention = replace(
+        attention_of(values), rotary=read.integer("rotary_dim", values["rotary_dim"])
+    )
+    mixers = _mixers(types, full_attention=attention, linear_attention=lightning)
+    experts = routed(read, values, "num_local_experts", values["inner"], 0, lambda layer: False)
+    return mixers | experts
+
+
+def _latent(read: Reader, values: ConfigFields, **changes: Any) -> LatentAttention:
+    return LatentAttention(
+        heads=values["heads"],
+        query_rank=read.or_none("q_lora_rank", 0),
+        rank=read.integer("kv_lora_rank", 512),
+        rotary=read.integer("qk_rope_head_dim", 64),
+        plain=read.integer("qk_nope_head_dim", 128),
+        value=read.integer("v_head_dim", 128),
+        bias=read.flag("attention_bias"),
+        **changes,
+    )
+
+
+def _sparse_layers(read: Reader, values: ConfigFields, first: int) -> ConfigFields:
+    """Return the MLPs of layers with experts after ``first`` layers without."""
+    width = read.integer("moe_intermediate_size")
+    shared = read.integer("n_shared_experts", 1, low=0) * width
+    dense = dense_layers(read, values["layers"], first)
+    return routed(read, values, "num_local_experts", width, shared, dense)
+
+
+def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    read.raw("linear_attn_config")
+    inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
+    nested = inside is not read
+    heads, size, conv = (
+        ("num_heads", "head_dim", "short_conv_kernel_size")
+        if nested
+        else ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+    )
+    features = inside.integer(size, 128)
+    net = DeltaNet(
+        heads=inside.integer(heads, 32),
+        kv_heads=inside.integer(heads, 32),
+        key=features,
+        value=features,
+        conv=inside.integer(conv, 4),
+        joint="none",
+        channel_decay=True,
+        rank=features,
+    )
+
+    def usual(layer: int) -> str:
+        if nested:  # numbers from 1
+            attends = layer + 1 in inside.numbers("full_attn_layers", [], layers + 1)
+            return _ATTENTION if attends else _LINEAR
+        return _LINEAR if layer % 4 or not layer else _ATTENTION
+
+    types = _types(read, layers, (_ATTENTION, _LINEAR), usual)
+    latent = _latent(read, values, rotates_positions=False)
+    mixers = _mixers(types, full_attention=latent, linear_attention=net)
+    return mixers | _sparse_layers(read, values, 1)
+
+
+def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
+    group = read.integer("layer_group_size", 6)
+    types = _types(
+        read,
+        values["layers"],
+        (_ATTENTION, _LINEAR),
+        lambda layer: _LINEAR if (layer + 1) % group else _ATTENTION,
+    )
+    # Transformers saves the rotary size of latent attention as head_dim
+    features = read.integer("linear_head_dim", read.integer("head_dim", 128))
+    heads = read.integer("linear_num_heads", values["heads"])
+    net = DeltaNet(
+        heads=heads,
+        kv_heads=heads,
+        key=features,
+        value=features,
+        conv=read.integer("linear_conv_kernel_dim", read.integer("short_conv_kernel_size", 4)),
+        joint="none",
+        channel_decay=True,
+    )
+    latent = _latent(read, values, gate="head")
+    mixers = _mixers(types, full_attention=latent, linear_attention=net)
+    return mixers | _sparse_layers(read, values, 2)
+
+
+# usual names of keys -> names in configurations of Thinking Machines
+_INKLING_KEYS = {
+    "sliding_window": "sliding_window_size",
+    "num_local_experts": "n_routed_experts",
+    "max_position_embeddings": "model_max_length",
+    "conv_kernel_size": "sconv_kernel_size",
+}
+# usual names of keys -> names in configurations of Moonshot and Ling
+_KIMI_KEYS = {
+    "max_position_embeddings": "model_max_length",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+}
+
+
+def _relative(
+    read: Reader, values: ConfigFields, sliding: bool, **changes: Any
+) -> RelativeAttention:
+    """Return the attention of a layer with, or without, a window."""
+    usual = attention_of(values)
+    window = read.integer("sliding_window") if sliding else 0
+    heads, kv_heads, head_dim = usual.heads, usual.kv_heads, usual.head_dim
+    if sliding:
+        heads = read.integer("swa_num_attention_heads", heads)
+        kv_heads = read.integer("swa_num_key_value_heads", kv_heads)
+        head_dim = read.integer("swa_head_dim", head_dim)
+    return RelativeAttention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        window=window,
+        norm=usual.norm,
+        relative=read.integer("d_rel", 16),
+        extent=window or read.integer("rel_extent", 1024),
+        conv=read.integer("conv_kernel_size", 4),
+        **changes,
+    )
+
+
+def _inkling(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers, conv = values["layers"], read.integer("conv_kernel_size", 4)
+    local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6], layers)
+    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
+    sliding = [t == "hybrid_sliding" for t in types] or [i in local for i in range(layers)]
+    plain = Blocks(conv=conv)
+    by_window = {
+        inside: replace(_relative(read, values, inside), entry=plain) for inside in (True, False)
+    }
+    width, shared = read.integer("moe_intermediate_size"), read.integer("n_shared_experts", 2)
+    dense = dense_layers(read, layers, read.integer("dense_mlp_idx", 0, low=0))
+    experts = Experts(
+        experts=(count := read.integer("num_local_experts")),
+        active=float(read.integer("num_experts_per_tok", high=count)),
+        inner=width,
+        shared_inner=shared * width,
+        shared_parts=shared,
+        outputs_of_router=count + shared,
+        entry=replace(plain, scalars=count + 1),
+    )
+    mlp = replace(mlp_of(values), entry=replace(plain, scalars=1))
+    return {
+        "attentions": [by_window[inside] for inside in sliding],
+        "mlps": [mlp if dense(layer) else experts for layer in range(layers)],
+        "head_vocab": read.integer("unpadded_vocab_size", values["vocab"]),
+    }
+
+
+def _inkling2_layer(
+    read: Reader, values: ConfigFields, gates: int = 0
+) -> Callable[[int, bool], tuple[Sublayer, ...]]:
+    """Return the function from the number of a layer, and whether it has a window, to its
+    sublayers. Layers have ``gates`` of a rank if they run in several passes."""
+    conv, each = read.integer("conv_kernel_size", 4), read.integer("n_layers_per_attn_res_block", 6)
+    rank = _loop(read, "gate_rank", 64) if gates else 0
+    count = read.integer("num_local_experts")
+    experts = Experts(
+        experts=count,
+        active=float(read.integer("num_experts_per_tok", high=count)),
+        inner=read.integer("moe_intermediate_size"),
+        router_bias=True,
+    )
+
+    def made(layer: int, sliding: bool) -> tuple[Sublayer, ...]:
+        sources = layer // each + 2
+        inputs = 1 if sliding else 3  # queries, keys and values, each with a norm
+        attention = _relative(
+            read, values, sliding, dynamic=not sliding, clips=True, projects_sinks=True
+        )
+        first = Blocks(
+            conv=conv,
+            sources=sources if layer else 0,
+            vectors=inputs * (layer > 0) + inputs - 1,
+            gates=gates * 3,
+            rank=rank,
+        )
+        second = Blocks(conv=conv, sources=sources, vectors=1, gates=gates, rank=rank)
+        gated = attention.heads * attention.head_dim
+        return replace(attention, gates=gated, entry=first), replace(experts, entry=second)
+
+    return made
+
+
+def _inkling2(read: Reader, values: ConfigFields) -> ConfigFields:
+    sliding = _inkling2_windows(read, values["layers"])
+    made = _inkling2_layer(read, values)
+    return {
+        "sublayers": [made(layer, inside) for layer, inside in enumerate(sliding)],
+        "head_vocab": read.integer("unpadded_vocab_size", 200058),
+        "other_parameters": values["hidden"],  # weights of the last sum of blocks
+    }
+
+
+def _inkling2_windows(read: Reader, layers: int) -> list[bool]:
+    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
+    return [t == "hybrid_sliding" for t in types] or [(i + 1) % 6 > 0 for i in range(layers)]
+
+
+def _loop(read: Reader, key: str, default: int) -> int:
+    """Return a number of the loop, which checkpoints state in an object."""
+    own = {
+        "core_start": "loop_layer_index_start",
+        "core_end": "loop_layer_index_end",
+        "num_passes": "loop_num_passes",
+        "gate_rank": "loop_gate_rank",
+    }[key]
+    stated = read.integer(own, default)
+    inside = read.raw("loop_config")
+    return read.part("loop_config").integer(key, stated) if inside is not None else stated
+
+
+def _inkling2_loop(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return the layers in the order in which they run; those of the loop run in several passes."""
+    layers, hidden = values["layers"], values["hidden"]
+    start, end = _loop(read, "core_start", 6), _loop(read, "core_end", 18)
+    if not 0 < start < end <= layers:
+        raise read.fail("loop_layer_index_end", f"expected a layer from {start + 1} to {layers}")
+    sliding = _inkling2_windows(read, layers)
+    once, looped = _inkling2_layer(read, values), _inkling2_layer(read, values, gates=1)
+    made = [
+        (looped if start <= layer < end else once)(layer, inside)
+        for layer, inside in enumerate(sliding)
+    ]
+    again = [tuple(replace(s, reused=True) for s in sublayers) for sublayers in made[start:end]]
+    passes = _loop(read, "num_passes", 3)
+    weights = 1 + 4 * (end - start)  # of the last sum of blocks, and of messages between passes
+    return {
+        "sublayers": [*made[:end], *again * (passes - 1), *made[end:]],
+        "head_vocab": read.integer("unpadded_vocab_size", 200058),
+        "other_parameters": weights * hidden,
+    }
+
+
+_TABLE: Mapping[str, Architecture] = {
+    "mamba": Architecture(
+        _UNLIMITED,
+        TIED,
+        {"rotary_dim": 0},
+        grouped=False,
+        inner="",
+        absent={"heads": 1},
+        unused=("d_inner", "d_model", "n_layer", "pad_vocab_size_multiple"),
+        more=_mamba(),
+    ),
+    "mamba2": Architecture(
+        _UNLIMITED,
+        UNTIED,
+        {"rotary_dim": 0},
+        grouped=False,
+        inner="",
+        absent={"heads": 1},
+        unused=("intermediate_size", "time_step_rank"),
+        more=_mamba2,
+    ),
+    "bamba": Architecture(
+        262144,
+        {**BIAS, **UNTIED, **MLP_BIAS},
+        kv_heads=8,
+        rotary=("partial_rotary_factor", 0.5),
+        more=_bamba,
+    ),
+    "falcon_h1": Architecture(8192, {**BIAS, **UNTIED, **MLP_BIAS}, kv_heads=8, more=_falcon_h1),
+    "jamba": Architecture(262144, UNTIED, {"rotary_dim": 0}, kv_heads=8, more=_jamba),
+    "nemotron_h": Architecture(
+        4096,
+        {**UNTIED, **MLP_BIAS},
+        {"gated": False, "rotary_dim": 0},
+        kv_heads=8,
+        head_dim=128,
+        keys={"head_dim": "attention_head_dim"},
+        # ssm_state_size is the state; shared experts are one MLP of its own width
+        unused=(*("time_step_rank", "mamba_state_dim", "n_shared_experts"),),
+        many=lambda read: len(_nemotron_types(read)),
+        more=_nemotron_h,
+    ),
+    "zamba": Architecture(4096, TIED, {"rotary_dim": 0}, kv_heads=16, head_dim=1, more=_zamba),
+    "zamba2": Architecture(
+        4096,
+        TIED,
+        {"rotary_dim": 0},
+        head_dim=1,
+        inner="",
+        unused=(
+            *("kv_channels", "num_query_groups", "mamba_headdim", "hybrid_layer_ids"),
+            "ffn_hidden_size",
+        ),
+        more=_zamba2,
+    ),
+    "granitemoehybrid": Architecture(2048, {**BIAS, **UNTIED}, more=_granite),
+    "lfm2": Architecture(
+        128000,
+        TIED,
+        {"qk_norm": "head"},
+        kv_heads=8,
+        keys={"intermediate_size": "block_ff_dim", "tie_word_embeddings": "tie_embedding"},
+        unused=("block_dim", "conv_dim", "conv_dim_out", "num_heads"),
+        more=_lfm2,
+    ),
+    "lfm2_moe": Architecture(128000, TIED, {"qk_norm": "head"}, kv_heads=8, more=_lfm2_moe),
+    "lfm3": Architecture(
+        128000, {**BIAS, **TIED}, {"qk_norm": "head"}, kv_heads=4, head_dim=128, more=_lfm3
+    ),
+    "qwen3_next": Architecture(
+        32768,
+        {**BIAS, **UNTIED},
+        {"qk_norm": "head", "shared_gate": True, "output_gate": True},
+        kv_heads=2,
+        head_dim=256,
+        rotary=("partial_rotary_factor", 0.25),
+        more=_qwen3_next,
+    ),
+    "qwen3_5_text": Architecture(
+        32768,
+        {**BIAS, **UNTIED},
+        {"qk_norm": "head", "output_gate": True},
+        kv_heads=4,
+        head_dim=256,
+        rotary=("partial_rotary_factor", 0.25),
+        more=_qwen3_5,
+    ),
+    "olmo_hybrid": Architecture(65536, {**BIAS, **UNTIED}, {"qk_norm": "width"}, more=_olmo_hybrid),
+    "minimax": Architecture(131072, UNTIED, kv_heads=8, more=_minimax),
+    "kimi_linear": Architecture(
+        1048576,
+        {},  # the class never ties the head
+        {"router_bias": True},
+        grouped=False,
+        keys=_KIMI_KEYS,
+        unused=(*GROUPED, "moe_layer_freq"),
+        more=_kimi_linear,
+    ),
+    "bailing_hybrid": Architecture(
+        262144,
+        {},  # the class never ties the head
+        {"router_bias": True},
+        grouped=False,
+        keys=_KIMI_KEYS,
+        unused=GROUPED,
+        more=_bailing,
+    ),
+    "inkling_text": Architecture(
+        131072,
+        UNTIED,
+        {"qk_norm": "head", "rotary_dim": 0, "embedding_norm": True},
+        kv_heads=8,
+        head_dim=128,
+        keys=_INKLING_KEYS,
+        unused=("num_mtp_layers", "logits_mup_width_multiplier"),
+        more=_inkling,
+    ),
+    "inkling2_text": Architecture(
+        1048576,
+        UNTIED,
+        {"rotary_dim": 0, "embedding_norm": True, "logit_softcap": True},
+        kv_heads=8,
+        head_dim=128,
+        inner="",
+        keys=_INKLING_KEYS,
+        more=_inkling2,
+    ),
+    "lara_mini": Architecture(
+        131072,
+        {**BIAS, **TIED},
+        {"qk_norm": "head"},
+        kv_heads=4,
+        head_dim=128,
+        inner="",
+        more=_lara,
+    ),
+}
+
+TABLE: Mapping[str, Architecture] = {
+    **_TABLE,
+    "nemotron_h_puzzle": _TABLE["nemotron_h"],
+    "inkling2_loop_text": replace(_TABLE["inkling2_text"], more=_inkling2_loop),
+    "falcon_mamba": replace(_TABLE["mamba"], more=_mamba("unit")),
+    "qwen3_5_moe_text": replace(
+        _TABLE["qwen3_5_text"],
+        kv_heads=2,
+        inner="",
+        fixed={**_TABLE["qwen3_5_text"].fixed, "shared_gate": True},
+        more=_qwen3_5_moe,
+    ),
+}

@@ -1,0 +1,569 @@
+"""Architectures with latent attention or an indexer (DeepSeek, GLM-5, Kimi-K2, MiniMax-M3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from simulator.arguments import shown
+from simulator.models.architectures.architecture import (
+    GROUPED,
+    MLP_BIAS,
+    TIED,
+    UNTIED,
+    Architecture,
+    attention_of,
+    mlp_of,
+    routed,
+)
+from simulator.models.architectures.experts import qwen_layers
+from simulator.models.architectures.hybrids import qwen_mixers
+from simulator.models.architectures.reader import ConfigFields, Reader
+from simulator.models.sublayers import (
+    Attention,
+    CompressedAttention,
+    Experts,
+    LatentAttention,
+)
+from simulator.models.sublayers.base import Sublayer
+from simulator.models.sublayers.entry import Entry, GatedNorm, Streams
+from simulator.models.sublayers.indexer import Compressor, Indexer
+
+Rule = Callable[[Reader, ConfigFields], ConfigFields]
+
+
+def _latent(read: Reader, values: ConfigFields, rank: int = 1536, **more: Any) -> LatentAttention:
+    """Return latent attention; ``rank`` is the default of ``q_lora_rank``."""
+    hidden, heads = values["hidden"], values["heads"]
+    return LatentAttention(
+        heads=heads,
+        query_rank=read.or_none("q_lora_rank", rank),
+        rank=read.integer("kv_lora_rank"),
+        rotary=read.integer("qk_rope_head_dim"),
+        plain=read.integer("qk_nope_head_dim"),
+        value=read.integer("v_head_dim", hidden // heads),
+        bias=read.flag("attention_bias"),
+        **more,
+    )
+
+
+def _sparse(read: Reader, layers: int, first: int) -> list[bool]:
+    """Return which layers have experts: those after ``first`` dense ones, one of so many, or as a
+    list states."""
+    kinds = read.types("mlp_layer_types", layers, ("dense", "sparse"))
+    start = read.integer("first_k_dense_replace", first, low=0)
+    step = _flags(read, "moe_layer_freq", layers)
+    if kinds:
+        return [kind == "sparse" for kind in kinds]
+    if step:
+        return step
+    every = read.integer("moe_layer_freq", 1)
+    return [i >= start and i % every == 0 for i in range(layers)]
+
+
+def _flags(read: Reader, key: str, layers: int) -> list[bool]:
+    """Return a list of 0 and 1 per layer; an empty list for another value."""
+    given = read.raw(key)
+    if not isinstance(given, list):
+        return []
+    if len(given) != layers or any(flag not in (0, 1) for flag in given):
+        raise read.fail(key, f"expected a list of {layers} of 0 or 1, got {shown(given)}")
+    return [bool(flag) for flag in given]
+
+
+def _experts(read: Reader, values: ConfigFields, shared: int, sparse: Sequence[bool]) -> list[Any]:
+    """Return the MLP of each layer; ``shared`` is the default number of shared experts."""
+    width = read.integer("moe_intermediate_size")
+    wide = read.or_none("n_shared_experts", shared) * width
+    found = routed(read, values, "n_routed_experts", width, wide, lambda i: not sparse[i])
+    return list(found["mlps"])
+
+
+def _deepseek(
+    shared: int = 1,
+    first: int = 1,
+    rank: int = 1536,
+    attentions: Callable[[Reader, ConfigFields, LatentAttention], list[Any]] | None = None,
+    **more: Any,
+) -> Rule:
+    """Return the rule for latent attention and experts, with defaults of shared experts and first
+    dense layers. ``attentions`` returns the attention of each layer from the usual one."""
+
+    def rule(read: Reader, values: ConfigFields) -> ConfigFields:
+        layers = values["layers"]
+        latent = _latent(read, values, rank, **more)
+        each = attentions(read, values, latent) if attentions else [latent] * layers
+        sparse = _sparse(read, layers, first)
+        return {"attentions": each, "mlps": _experts(read, values, shared, sparse)}
+
+    return rule
+
+
+def _dense(rank: int) -> Rule:
+    """Return the rule for latent attention and an MLP."""
+    return lambda read, values: {"attentions": [_latent(read, values, rank)] * values["layers"]}
+
+
+def _index(read: Reader, rank: int, **more: Any) -> Indexer:
+    return Indexer(
+        heads=read.integer("index_n_heads"),
+        features=read.integer("index_head_dim"),
+        rank=rank,
+        **more,
+    )
+
+
+def _indexed(read: Reader, values: ConfigFields, latent: LatentAttention) -> list[LatentAttention]:
+    """Return attention to selected positions. Layers may share the selection of the layer before
+    (GLM-5.2, arXiv 2603.12201)."""
+    layers = values["layers"]
+    read.layer_types(layers, ("indexed_attention",))
+    topk = read.integer("index_topk", 2048)
+    shares = replace(latent, topk=topk)
+    selects = replace(shares, indexer=_index(read, latent.query_rank))
+    return [selects if own else shares for own in _selecting(read, layers)]
+
+
+def _selecting(read: Reader, layers: int) -> list[bool]:
+    """Return which layers have an own indexer, as a list states or two rules."""
+    kinds = read.types("indexer_types", layers, ("full", "shared"))
+    pattern = read.value(
+        "index_topk_pattern",
+        "F" * layers,
+        f"{layers} letters F or S",
+        lambda x: isinstance(x, str) and len(x) == layers and not {*x} - {*"FS"},
+    )
+    step, offset = read.integer("index_topk_freq", 1), read.integer("index_skip_topk_offset", 2)
+    if kinds:
+        return [kind == "full" for kind in kinds]
+    return [
+        letter == "F" and max(i - offset + 1, 0) % step == 0 for i, letter in enumerate(pattern)
+    ]
+
+
+def _with_entries(sublayers: Sequence[Any], entry: Entry) -> list[Any]:
+    known = {sublayer: replace(sublayer, entry=entry) for sublayer in dict.fromkeys(sublayers)}
+    return [known[sublayer] for sublayer in sublayers]
+
+
+def _axk1(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers whose experts are also followed by a norm."""
+    fields = _deepseek()(read, values)
+    mlps = fields["mlps"]
+    normed = {mlp: replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in {*mlps}}
+    return {**fields, "mlps": [normed[mlp] for mlp in mlps]}
+
+
+def _axk2(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers whose norms before attention and experts are gated."""
+    fields = _deepseek(rank=384, attentions=_indexed, gate="query")(read, values)
+    entry = GatedNorm(rank=read.integer("gated_norm_rank", 16))
+    gated = {
+        mlp: replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp
+        for mlp in {*fields["mlps"]}
+    }
+    mlps = [gated[mlp] for mlp in fields["mlps"]]
+    return {"attentions": _with_entries(fields["attentions"], entry), "mlps": mlps}
+
+
+def _streams(
+    read: Reader, values: ConfigFields, fields: ConfigFields, streams: Streams
+) -> ConfigFields:
+    """Return layers between which the residual is several streams."""
+    return {
+        **fields,
+        "attentions": _with_entries(fields["attentions"], streams),
+        "mlps": _with_entries(fields["mlps"], streams),
+        "other_parameters": streams.last(values["hidden"]),
+    }
+
+
+def _hy_v4(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    # the layers 0, 1, 5, 9 and so on select
+    usual = ["full" if i == 0 or (i - 1) % 4 == 0 else "shared" for i in range(layers)]
+    if read.raw("indexer_types") is None:
+        read = replace(read, data={**read.data, "indexer_types": usual})
+    fields = _deepseek(attentions=_indexed, gate="value", sinks=True)(read, values)
+    return _streams(read, values, fields, Streams(streams=read.integer("hc_mult", 4)))
+
+
+_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
+"""Positions per entry of the compressed cache of DeepSeek-V4 by type of layer, 0 without one."""
+
+
+def _deepseek_v4(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    if read.flag("attention_bias"):
+        raise read.fail("attention_bias", "expected false, got True")
+    kinds = read.types("mlp_layer_types", layers, ("hash_moe", "moe"))
+    hashed = read.integer("num_hash_layers", 3, low=0)
+    kinds = kinds or ["hash_moe" if i < hashed else "moe" for i in range(layers)]
+    types, ratios = _compressed_types(read, layers), _ratios(read)
+    attention = {kind: _compressed(read, values, kind, ratios[kind]) for kind in _RATIOS}
+    experts = _experts(read, values, 1, [True] * layers)
+    # a table maps token ids to experts in the first layers
+    biased = {kind: replace(experts[0], router_bias=kind == "moe") for kind in {*kinds}}
+    fields = {
+        "attentions": [attention[kind] for kind in types],
+        "mlps": [biased[kind] for kind in kinds],
+    }
+    streams = Streams(streams=read.integer("hc_mult", 4), mixes=True)
+    return _streams(read, values, fields, streams)
+
+
+def _compressed_types(read: Reader, layers: int) -> list[str]:
+    """Return the type of each layer; released files state the positions per entry instead."""
+    types = read.layer_types(layers, tuple(_RATIOS))
+    names = {ratio: kind for kind, ratio in _RATIOS.items()}
+
+    def right(stated: Any) -> bool:
+        # further numbers are those of layers that predict further tokens
+        known = isinstance(stated, list) and all(ratio in (*names,) for ratio in stated)
+        return known and len(stated) >= layers
+
+    usual = [4 if i > 2 and i % 2 else 128 for i in range(layers)]
+    stated = read.value("compress_ratios", usual, f"a list of {layers} of 0, 4 or 128", right)
+    return types or [names[ratio] for ratio in stated[:layers]]
+
+
+def _ratios(read: Reader) -> dict[str, int]:
+    """Return the positions per entry of each type of layer."""
+    stated = read.part("compress_rates") if read.raw("compress_rates") is not None else read
+    former = {_SPARSE: "compress_rate_csa", _HEAVY: "compress_rate_hca"}
+    found = {
+        kind: read.integer(key, stated.integer(kind, _RATIOS[kind])) for kind, key in former.items()
+    }
+    return {**_RATIOS, **found}
+
+
+def _compressed(read: Reader, values: ConfigFields, kind: str, ratio: int) -> CompressedAttention:
+    rank, width, heads = read.integer("q_lora_rank", 1024), values["head_dim"], values["heads"]
+    share = read.number("partial_rotary_factor", 64 / 512, high=1)
+    rotary = read.integer("qk_rope_head_dim", max(int(width * share), 1), high=width)
+    groups = read.integer("o_groups", 8)
+    if heads % groups:
+        raise read.fail("o_groups", f"expected a divisor of {heads} heads, got {groups}")
+    # an entry of few positions also covers those of the entry before it, and an indexer selects
+    selects = kind == _SPARSE
+    compressor = Compressor(ratio=ratio, features=width, series=1 + selects) if ratio else None
+    keys = Compressor(ratio=ratio or 1, features=read.integer("index_head_dim", 128), series=2)
+    indexer = _index(read, rank, ratio=ratio, compressor=keys)
+    topk = read.integer("index_topk", 512)
+    return CompressedAttention(
+        heads=heads,
+        query_rank=rank,
+        rank=width - rotary,
+        rotary=rotary,
+        plain=width - rotary,
+        value=width,
+        window=read.integer("sliding_window", 128),
+        sinks=True,
+        topk=topk if selects else 0,
+        indexer=indexer if selects else None,
+        compressor=compressor,
+        groups=groups,
+        output_rank=read.integer("o_lora_rank", 1024),
+    )
+
+
+def _dots3(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers that select positions, and layers with a window and other sizes, which
+    ``per_layer_config`` or keys with ``swa_`` state."""
+    layers = values["layers"]
+    names = ("indexed_attention", "sliding_attention", "full_attention")
+    usual = [names[i >= 2 and i % 4 != 1] for i in range(layers)]
+    types = read.layer_types(layers, names) or usual
+    latent = _latent(read, values, 1024, gate="head", key_norm=True)
+    own = read.raw("per_layer_config") is None
+    windowed = _dots3_sliding(read, latent) if own else latent
+    window = read.integer("sliding_window", read.integer("sliding_window_size", 512))
+    full = latent
+    if read.flag("use_dsa", True):
+        topk = read.integer("index_topk", 2048)
+        full = replace(latent, topk=topk, indexer=_index(read, latent.query_rank))
+    slides = replace(windowed, window=window)
+    attentions = [slides if kind == "sliding_attention" else full for kind in types]
+    sparse = _sparse(read, layers, 1)
+    width = read.integer("moe_intermediate_size")
+    shared = "moe_shared_expert_intermediate_size"
+    wide = read.integer(shared, read.integer("shared_experts_intermediate_size", 1536))
+    wide *= read.integer("n_shared_experts", 1)
+    found = routed(read, values, "n_routed_experts", width, wide, lambda i: not sparse[i])
+    return {"attentions": attentions, **found}
+
+
+def _dots3_sliding(read: Reader, latent: LatentAttention) -> LatentAttention:
+    plain = read.integer("swa_qk_nope_head_dim", 192)
+    read.integer("swa_num_key_value_heads", 64)
+    rotary = read.integer("swa_head_dim", 256) - plain
+    return replace(
+        latent,
+        heads=read.integer("swa_num_attention_heads", 64),
+        query_rank=read.integer("swa_q_lora_rank", 1024),
+        rank=read.integer("swa_kv_lora_rank", 1024),
+        plain=plain,
+        rotary=read.integer("swa_qk_rope_head_dim", rotary),
+        value=read.integer("swa_v_head_dim", 128),
+    )
+
+
+def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers of two attentions and two MLPs; experts read the input of the first MLP, and
+    their output joins after the second (arXiv 2509.01322).
+
+    Tokens that choose experts without work compute fewer: on average, the choices are spread evenly
+    (Transformers also allocates gate and up projections of these experts, which no checkpoint
+    has)."""
+    if read.flag("router_bias"):
+        raise read.fail("router_bias", "expected false (a second bias), got True")
+    latent, mlp = _latent(read, values), mlp_of(values)
+    experts, none = read.integer("n_routed_experts"), read.or_none("zero_expert_num", 256)
+    topk = read.integer("moe_topk", 12, high=experts + none)
+    routed_experts = Experts(
+        experts=experts,
+        active=topk * experts / (experts + none),
+        inner=read.integer("expert_ffn_hidden_size", 2048),
+        outputs_of_router=experts + none,
+        router_bias=True,
+    )
+    second = replace(latent, second=True)
+    sublayers = (latent, routed_experts, replace(mlp, joins=True), second, mlp)
+    return {"sublayers": [sublayers] * values["layers"]}
+
+
+def _minimax_m3(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers of which some select blocks of positions; the configuration states them as
+    types of layers, or in ``sparse_attention_config``."""
+    layers = values["layers"]
+    attention = replace(attention_of(values), rotary=read.integer("rotary_dim", 64))
+    old = read.raw("sparse_attention_config") is not None
+    inside = read.part("sparse_attention_config") if old else read
+
+    def size(name: str, former: str, usual: int) -> int:
+        return inside.integer(former, usual) if old else read.integer(name, usual)
+
+    heads = size("index_n_heads", "sparse_num_index_heads", 4)
+    features = size("index_head_dim", "sparse_index_dim", 128)
+    block = size("index_block_size", "sparse_block_size", 128)
+    blocks = size("index_topk_blocks", "sparse_topk_blocks", 16)
+    types = read.layer_types(layers, ("full_attention", "minimax_m3_sparse"))
+    selecting = [kind == "minimax_m3_sparse" for kind in types]
+    selecting = selecting or (_flags(inside, "sparse_attention_freq", layers) if old else [])
+    indexer = Indexer(heads=heads, features=features, weighs=False)
+    sparse = replace(attention, topk=block * blocks, indexer=indexer)
+    attentions = [sparse if own else attention for own in selecting or [False] * layers]
+    inner = read.integer("dense_intermediate_size", 12288)
+    wide = read.integer("shared_intermediate_size", 3072)
+    wide *= read.integer("n_shared_experts", 1)
+    dense = {**values, "inner": inner}
+    experts = [not own for own in _sparse(read, layers, 0)]
+    found = routed(read, dense, "num_local_experts", values["inner"], wide, experts.__getitem__)
+    return {"attentions": attentions, **found}
+
+
+def _mimo_v2(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return layers with all positions, and layers with a window, sinks and twice the KV heads."""
+    layers, kv_heads = values["layers"], values["kv_heads"]
+    pattern = _flags(read, "hybrid_layer_pattern", layers)
+    types = read.layer_types(layers, ("full_attention", "sliding_attention"))
+    slides = [kind == "sliding_attention" for kind in types] or pattern
+    slides = slides or [i > 0 and (i + 1) % 6 > 0 for i in range(layers)]
+    former = read.or_none("sliding_window_size", 0)  # without the query's own position
+    window = former + 1 if former else read.integer("sliding_window", 129)
+    full = replace(attention_of(values), value_dim=read.integer("v_head_dim", 128))
+    other = replace(
+        full,
+        heads=read.integer("swa_num_attention_heads", values["heads"]),
+        kv_heads=read.integer("swa_num_key_value_heads", 2 * kv_heads),
+        head_dim=read.integer("swa_head_dim", values["head_dim"]),
+        value_dim=read.integer("swa_v_head_dim", full.value_dim),
+        sinks=read.flag("add_swa_attention_sink_bias", True),
+        window=window,
+    )
+    if other.heads % other.kv_heads:
+        wrong = f"expected a divisor of {other.heads} heads, got {other.kv_heads}"
+        raise read.fail("swa_num_key_value_heads", wrong)
+    full = replace(full, sinks=read.flag("add_full_attention_sink_bias"))
+    mlps = _experts(read, values, 0, _sparse(read, layers, 1))
+    return {"attentions": [other if own else full for own in slides], "mlps": mlps}
+
+
+def _windowed(
+    read: Reader, values: ConfigFields, attention: Attention, window: int, every: int
+) -> list[Sublayer]:
+    """Return layers with a window and rotary positions, and layers with neither."""
+    layers = values["layers"]
+    windows = read.windows(layers, window, lambda i: (i + 1) % every > 0)
+    still = replace(attention, rotary=0)
+    return [replace(attention, window=size) if size else still for size in windows]
+
+
+def _beam(read: Reader, values: ConfigFields) -> ConfigFields:
+    heads, features = values["heads"], values["head_dim"]
+    attention = replace(attention_of(values), gates=heads * features, gate_bias=True)
+    width, sparse = read.integer("moe_intermediate_size"), _sparse(read, values["layers"], 3)
+    found = routed(read, values, "num_experts", width, 0, lambda i: not sparse[i])
+    softcap = read.capped("final_logit_softcapping", True)
+    attentions = _windowed(read, values, attention, 512, 6)
+    return {"attentions": attentions, "logit_softcap": softcap, **found}
+
+
+def _kolibri(read: Reader, values: ConfigFields) -> ConfigFields:
+    width, shared = (
+        read.integer("moe_intermediate_size"),
+        read.integer("shared_expert_intermediate_size", 512, low=0),
+    )
+    count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
+    found = routed(read, values, count, width, shared, lambda i: False)
+    attentions = _windowed(read, values, attention_of(values), 513, 5)
+    return {"attentions": attentions, **found}
+
+
+def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return gated delta nets, and attention that selects positions by keys of several positions;
+    between them, the residual is several streams."""
+    if read.raw("ple_layer_ids"):
+        raise read.fail("ple_layer_ids", "expected none: embeddings of n-grams are not supported")
+    ratio = read.integer("indexer_compress_ratio")
+    read.integer("indexer_kv_heads", 1, high=1)
+    indexer = Indexer(
+        heads=read.integer("indexer_n_heads"),
+        features=read.integer("indexer_head_dim"),
+        weighs=False,
+        joint=True,
+        ratio=ratio,
+    )
+    topk = read.integer("indexer_budget")
+    types = read.raw("layer_types")
+    if isinstance(types, list):  # released files write the name of attention to all positions
+        types = [{"indexed_attention": "full_attention"}.get(name, name) for name in types]
+    read = replace(read, data={**read.data, "layer_types": types})
+    fields = qwen_mixers(read, values, "qkv") | qwen_layers(read, values)
+    attentions = [
+        replace(attention, topk=topk, indexer=indexer)
+        if isinstance(attention, Attention)
+        else attention
+        for attention in fields["attentions"]
+    ]
+    streams = Streams(streams=read.integer("hc_count", 4), rank=read.integer("hc_lowrank", 320))
+    return _streams(read, values, {**fields, "attentions": attentions}, streams)
+
+
+def _of_deepseek(
+    positions: int, rule: Rule, flags: Mapping[str, Any] = UNTIED, **more: Any
+) -> Architecture:
+    """Return an architecture with latent attention, which does not use the keys of grouped
+    heads."""
+    unused = (*GROUPED, *more.pop("unused", ()))
+    fixed = {"router_bias": True, **more.pop("fixed", {})}
+    return Architecture(
+        positions, flags, fixed, grouped=False, head_dim=64, unused=unused, more=rule, **more
+    )
+
+
+_NO_BIAS = {"active": 6, "router_bias": False}
+
+_TABLE: Mapping[str, Architecture] = {
+    "deepseek_v2": _of_deepseek(2048, _deepseek(shared=2, first=0), fixed=_NO_BIAS),
+    "deepseek_v3": _of_deepseek(4096, _deepseek(first=3)),
+    "deepseek_v32": _of_deepseek(163840, _deepseek(first=3, attentions=_indexed)),
+    "glm_moe_dsa": _of_deepseek(202752, _deepseek(first=3, rank=2048, attentions=_indexed)),
+    "axk1": _of_deepseek(32768, _axk1),
+    "axk2": _of_deepseek(131072, _axk2),
+    "hy_v4": _of_deepseek(262144, _hy_v4),
+    "deepseek_v4": Architecture(
+        1048576,
+        UNTIED,
+        head_dim=512,
+        kv_heads=1,
+        inner="",
+        unused=("hc_sinkhorn_iters",),
+        more=_deepseek_v4,
+    ),
+    "dots3_note_text": _of_deepseek(524288, _dots3),
+    "glm4_moe_lite": _of_deepseek(202752, _deepseek(rank=768)),
+    "sarvam_mla": _of_deepseek(
+        4096,
+        _deepseek(rank=0),
+        keys={"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
+        unused=("q_head_dim",),  # follows from others
+    ),
+    "youtu": _of_deepseek(131072, _dense(1536), TIED),
+    "minicpm3": _of_deepseek(
+        # factors of the embedding, of outputs of sublayers, and of logits
+        32768,
+        _dense(768),
+        {**TIED, **MLP_BIAS},
+        unused=("scale_depth", "dim_model_base"),
+    ),
+    "longcat_flash": _of_deepseek(
+        131072, _longcat, inner="ffn_hidden_size", keys={"num_hidden_layers": "num_layers"}
+    ),
+    "minimax_m3_vl_text": Architecture(
+        524288,
+        UNTIED,
+        {"router_bias": True, "qk_norm": "head"},
+        kv_heads=4,
+        head_dim=128,
+        # blocks near a query are some of the selected; widths of experts are intermediate_size
+        unused=("index_local_blocks", "moe_intermediate_size"),
+        more=_minimax_m3,
+    ),
+    "mimo_v2_flash": Architecture(
+        131072,
+        {"qkv_bias": ("attention_bias", False), **UNTIED},
+        {"router_bias": True},
+        kv_heads=4,
+        head_dim=192,
+        rotary=("partial_rotary_factor", 0.334),
+        unused=("attention_chunk_size", "hybrid_block_size"),
+        more=_mimo_v2,
+    ),
+    "beam": Architecture(
+        8192,
+        {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False), **UNTIED},
+        {"qk_norm": "head", "post_norms": True, "router_bias": True},
+        kv_heads=8,
+        head_dim=128,
+        more=_beam,
+    ),
+    "kolibri1": Architecture(
+        262144,
+        UNTIED,
+        {"qk_norm": "head", "post_norms": True, "router_bias": True},
+        kv_heads=4,
+        head_dim=128,
+        inner="",
+        more=_kolibri,
+    ),
+    "qwen4_exp_text": Architecture(
+        32768,
+        {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False), **UNTIED},
+        {
+            "qk_norm": "head",
+            "shared_gate": True,
+            "output_gate": True,
+            "pre_norms": False,
+            "final_norm": False,
+        },
+        kv_heads=2,
+        head_dim=256,
+        inner="",
+        # of embeddings of n-grams
+        unused=(
+            *("ple_embed_dim", "ple_conv_kernel_size", "heads_per_ngram", "ngram_size"),
+            *("ngram_vocab_size_base", "make_ngram_vocab_size_divisible_by", "split_ngram_parts"),
+        ),
+        more=_qwen4,
+    ),
+}
+
+
+TABLE: Mapping[str, Architecture] = {
+    **_TABLE,
+    "kimi_k2": _TABLE["deepseek_v3"],
+    "minimax_m3": _TABLE["minimax_m3_vl_text"],
+}

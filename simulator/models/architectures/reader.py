@@ -1,0 +1,198 @@
+"""Read the keys of a model's ``config.json``: :class:`Reader`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from simulator.arguments import shown
+from simulator.errors import InputError
+
+# values of keys by name: fields of the model and of its usual sublayers; "attentions" and "mlps"
+# are the sublayers of each layer, if layers differ; "sublayers" are all those of each layer
+ConfigFields = dict[str, Any]
+
+# largest width, number of heads or vocabulary; products of these numbers do not overflow
+MAX_VALUE = 10_000_000
+# largest number of positions that a model may state; Llama-4-Scout states 10,485,760
+MAX_POSITIONS = 1_000_000_000
+MAX_LAYERS = 10_000  # largest number of decoder layers, which limits the size of tables per layer
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Keys of a configuration, or of an object in it; errors name the source and the key."""
+
+    data: Mapping[str, Any]
+    source: str
+    place: str = ""  # place of the object in the file
+    # usual name of a key -> its name in this architecture
+    names_of: Mapping[str, str] = field(default_factory=dict, repr=False)
+    # keys that were looked up, whether the object has them or not
+    known: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def key(self, name: str) -> str:
+        """Return the name of a key in the file; Transformers reads the usual name too."""
+        own = self.names_of.get(name, name)
+        return name if name in self.data and own not in self.data else own
+
+    def has(self, key: str) -> bool:
+        return self.key(key) in self.data
+
+    def raw(self, key: str) -> Any:
+        """Return a value as it is, None if the key is missing."""
+        self.known.add(self.key(key))
+        return self.data.get(self.key(key))
+
+    def fail(self, key: str, reason: str) -> InputError:
+        return InputError(f"{self.source}: {self.place}{self.key(key)}: {reason}")
+
+    def value(self, key: str, default: Any, expected: str, right: Callable[[Any], bool]) -> Any:
+        """Return a checked value; for null or a missing key the default, or an error without a
+        default."""
+        value = self.raw(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.fail(key, f"missing; expected {expected}")
+        if not right(value):
+            raise self.fail(key, f"expected {expected}, got {shown(value)}")
+        return value
+
+    def integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE
+    ) -> int:
+        expected = f"an integer from {low} to {high}"
+        return int(
+            self.value(
+                key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)
+            )
+        )
+
+    def layers(self) -> int:
+        return self.integer("num_hidden_layers", high=MAX_LAYERS)
+
+    def or_none(self, key: str, default: int | None = None) -> int:
+        """Return a whole number, or 0 for null."""
+        null = self.raw(key) is None and self.has(key)
+        return 0 if null else self.integer(key, default, low=0)
+
+    def number(self, key: str, default: float | None, high: float) -> float:
+        expected = f"a number from 0 to {high:g}"
+        return float(self.value(key, default, expected, lambda x: _is_number(x) and 0 <= x <= high))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
+    def capped(self, key: str, absent: bool) -> bool:
+        """Return whether a soft cap is set; null means no cap."""
+        self.value(
+            key, 1.0, "a positive number or null", lambda x: _is_number(x) and 0 < x < float("inf")
+        )
+        return self.raw(key) is not None if self.has(key) else absent
+
+    def part(self, key: str) -> Reader:
+        inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
+        return Reader(inside, self.source, f"{self.place}{key}.")
+
+    def text(self, key: str) -> str:
+        return str(self.value(key, None, "a text", lambda x: isinstance(x, str)))
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of texts; an empty list without the key."""
+
+        def right(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+        return list(self.value(key, [], "a list of names", right))
+
+    def parts(self, key: str, many: int) -> list[Reader]:
+        def right(value: Any) -> bool:
+            return (
+                isinstance(value, list)
+                and len(value) == many
+                and all(isinstance(item, Mapping) for item in value)
+            )
+
+        found = self.value(key, None, f"a list of {many} objects, one per layer", right)
+        return [
+            Reader(inside, self.source, f"{self.place}{key}[{i}].")
+            for i, inside in enumerate(found)
+        ]
+
+    def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
+        def right(value: Any) -> bool:
+            return isinstance(value, list) and all(
+                isinstance(i, int) and 0 <= i < layers for i in value
+            )
+
+        return set(self.value(key, default, f"a list of layers from 0 to {layers - 1}", right))
+
+    def integers(
+        self, key: str, default: int | None, layers: int, high: int = MAX_VALUE
+    ) -> list[int]:
+        """Return a whole number per layer, from a list or from one number for all."""
+        values = self.raw(key)
+        if not isinstance(values, list):
+            return [self.integer(key, default, high=high)] * layers
+        right = all(_is_number(x) and 1 <= x <= high and x == int(x) for x in values)
+        if not right or len(values) != layers:
+            expected = f"an integer from 1 to {high}, or a list of {layers} of them"
+            raise self.fail(key, f"expected {expected}, got {shown(values)}")
+        return [int(x) for x in values]
+
+    def rotary(self, key: str, default: float, layer_type: str = "") -> float:
+        """Return the rotated share of a head: from the key, or from ``rope_parameters``
+        (transformers 5), which can hold an object per type of layer."""
+        inside = self.raw("rope_parameters")
+        if layer_type and isinstance(inside, Mapping):
+            inside = inside.get(layer_type)
+        if not self.has(key) and isinstance(inside, Mapping):
+            return Reader(inside, self.source, f"{self.place}rope_parameters.").number(
+                "partial_rotary_factor", default, 1
+            )
+        return self.number(key, default, high=1)
+
+    def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
+        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the
+        key."""
+        return self.types("layer_types", layers, known)
+
+    def types(self, key: str, layers: int, known: tuple[str, ...]) -> list[str]:
+        """Return a list of one of ``known`` per layer; an empty list without the key."""
+        types = self.raw(key)
+        if types is None:
+            return []
+        if (
+            not isinstance(types, list)
+            or len(types) != layers
+            or any(t not in known for t in types)
+        ):
+            raise self.fail(
+                key,
+                f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}",
+            )
+        return types
+
+    def windows(
+        self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True
+    ) -> tuple[int, ...]:
+        """Return the window of each layer: from the list ``layer_types``, else by the rule
+        ``windowed``.
+
+        A ``sliding_window`` of null means no window; if the key is missing, the default is used.
+        The key is ignored unless ``used``."""
+        window = self.or_none("sliding_window", default) if used else 0
+        types = self.layer_types(layers, ("full_attention", "sliding_attention"))
+        if not types:
+            return tuple(window if windowed(layer) else 0 for layer in range(layers))
+        if "sliding_attention" in types and not window:
+            raise self.fail(
+                "sliding_window",
+                "missing; expected an integer, as layer_types names sliding_attention",
+            )
+        return tuple(window if t == "sliding_attention" else 0 for t in types)

@@ -1,0 +1,55 @@
+"""Alternating updates: a layer computes one of several residual streams and predicts the others
+(AltUp, arXiv 2301.13310)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from simulator.codes import Part
+from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.sublayers.base import Sublayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AltUp(Sublayer):
+    """Prediction of the streams before a layer, and their correction after it (Gemma 3n)."""
+
+    REDUCES: ClassVar[bool] = False
+
+    streams: int
+    norms: tuple[bool, bool] | None = (False, False)
+
+    @property
+    def part(self) -> Part:
+        return Part.MLP
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        return {}
+
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        streams = self.streams
+        return {
+            "router": (streams, hidden, 1),
+            "prediction": (streams**2, streams, 1),
+            "correction": (streams, streams, 1),
+        }
+
+    def parameters(self, hidden: int) -> int:
+        products = sum(n * k for n, k, _ in self.products(hidden).values())
+        return products + 2 * hidden  # a norm, and factors of the computed stream
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        part, hidden, every = self.part, p.hidden, self.streams * p.hidden
+        products = self.products(hidden)
+        for name, first in (("prediction", 1), ("correction", 0)):
+            yield p.move("altup", part, hidden, hidden, hidden, 2 * hidden * first)
+            router = p.gemm("altup", part, *products["router"][:2]) | p.wide
+            yield router | {"params": first * router["params"]}
+            yield p.gemm("altup", part, *products[name][:2]) | p.wide
+        # predictions: sums of streams; corrections: a multiple of the computed change
+        yield p.move("altup", part, every, 2 * every, every)
+        yield p.move("altup", part, every, every + hidden, every)
+        # the layer's input is added to all streams except the computed one
+        yield p.move("altup", part, every - hidden, every, every - hidden)

@@ -1,0 +1,76 @@
+"""Mixture of attention heads: experts make queries and outputs (JetMoE, arXiv 2404.07413)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from simulator.codes import Kind
+from simulator.errors import InputError
+from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.sublayers.attention import Attention
+from simulator.models.sublayers.base import remaining
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionExperts(Attention):
+    """Attention with a query head per key/value head and expert that a token uses. An expert has
+    projections to its queries and from its outputs; all experts share keys and values."""
+
+    SIZES: ClassVar[tuple[str, ...]] = (*Attention.SIZES, "experts", "active")
+    WHOLE: ClassVar[tuple[str, ...]] = ("attention_experts",)
+
+    experts: int
+    active: int  # experts that a token uses
+
+    @property
+    def width(self) -> int:
+        """Queries of an expert."""
+        return self.kv_heads * self.head_dim
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        experts = {"attention_experts": (2 * self.experts * self.width, hidden)}
+        return {**experts, "k": (self.width, hidden), "v": (self.width, hidden)}
+
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        return {
+            "router": (self.experts, hidden, 1),
+            "expert_q": (self.width, hidden, self.experts),
+            "k": (self.width, hidden, 1),
+            "v": (self.width, hidden, 1),
+            "expert_o": (hidden, self.width, self.experts),
+        }
+
+    def parameters(self, hidden: int) -> int:
+        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        return weights + (self.experts + self.o_bias) * hidden
+
+    def narrower(
+        self, shares: Mapping[str, float], align: int, inner: int | None
+    ) -> AttentionExperts:
+        if shares["heads"] > 0 or shares["kv"] > 0:
+            raise InputError(
+                "sparsity of heads or kv: attention experts have a query head per KV head; expected"
+                " attention"
+            )
+        groups = remaining(self.kv_heads, shares["attention"])
+        return replace(self, heads=groups * self.active, kv_heads=groups)
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        """Yield the operators; both products of the experts are one row."""
+        part, hidden, width = self.part, p.hidden, self.width
+        yield p.gemm("router", part, self.experts, hidden) | p.wide
+        owned = 2 * self.experts * width * hidden + self.o_bias * hidden
+        yield p.gemm("attention_experts", part, width, hidden) | {
+            "kind": Kind.EXPERTS,
+            "experts": self.experts,
+            "active": self.active,
+            "skew": p.request.skew or 0.0,
+            "params": owned * p.owns,
+            "gated": False,
+        }
+        yield from p.products(self, "qkv", {"k": width, "v": width}, hidden, False, fuses=True)
+        yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
+        yield p.cache_write(2 * width, self.heads, self.kv_heads)
+        yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)

@@ -1,0 +1,134 @@
+"""Mamba: a selective state space per channel (arXiv 2312.00752)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from simulator.codes import Kind, Part
+from simulator.errors import InputError
+from simulator.models.pass_rows import STATE, OperatorRow, PassRows
+from simulator.models.sublayers.base import SharedSize, Sublayer, aligned, remaining
+from simulator.models.sublayers.short_conv import convolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba(Sublayer):
+    """Every channel is a head with a state, which has a decay per element; step sizes, B and C
+    depend on the input."""
+
+    SIZES: ClassVar[tuple[str, ...]] = ("channels", "state")
+    LABEL: ClassVar[str] = "Mamba"
+    WHOLE: ClassVar[tuple[str, ...]] = ("mamba_in", "mamba_x", "mamba_dt")
+
+    channels: int
+    state: int  # state features of a channel
+    rank: int  # of the step sizes
+    conv: int  # positions of the causal convolution of the channels
+    conv_bias: bool = True
+    bias: bool = False  # of the input and output projections
+    # norms of step sizes, B and C: with weights ("rms"), without ("unit"), or none
+    norm: str = ""
+    heads: int = 1  # groups of channels with their own step sizes, B and C (Zamba)
+
+    @property
+    def part(self) -> Part:
+        return Part.ATTENTION
+
+    @property
+    def kind(self) -> str:
+        return "mamba"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.channels:,} channels, state {self.state}"
+
+    @property
+    def selected(self) -> int:
+        """Features of the step sizes, B and C."""
+        return self.rank + 2 * self.state
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        return {
+            "mamba_in": (2 * self.channels, hidden),
+            "mamba_x": (self.selected, self.channels),
+            "mamba_dt": (self.channels, self.rank),
+            "o": (hidden, self.channels),
+        }
+
+    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+        each = self.channels // self.heads
+        several = {
+            "mamba_x": (self.selected, each, self.heads),
+            "mamba_dt": (each, self.rank, self.heads),
+        }
+        return {**super().products(hidden), **several}
+
+    @property
+    def state_parameters(self) -> int:
+        """Parameters of decays, of the direct path of a channel, and biases of step sizes."""
+        return self.channels * (self.state + 2)
+
+    @property
+    def norm_weights(self) -> int:
+        return self.selected * (self.norm == "rms")
+
+    def parameters(self, hidden: int) -> int:
+        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        conv = self.channels * (self.conv + self.conv_bias)
+        biases = self.bias * (2 * self.channels + hidden)
+        return weights + conv + self.state_parameters + self.norm_weights + biases
+
+    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
+        return (SharedSize("{} Mamba channels", self.channels, "width mamba_heads={}"),)
+
+    def share(self, devices: int, parallel: str) -> Mamba:
+        return replace(self, channels=self.channels // devices)
+
+    def sizes(self) -> Mapping[str, float]:
+        return {"Mamba heads": self.channels, "Mamba state": self.state}
+
+    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Mamba:
+        if shares["mamba_channels"] > 0:
+            raise InputError(
+                "sparsity of mamba_channels: each head of Mamba has one channel; expected"
+                " mamba_heads or mamba_state"
+            )
+        each = self.channels // self.heads
+        if shares["mamba_heads"] > 0:
+            each = aligned(each, shares["mamba_heads"], align)
+        state = remaining(self.state, shares["mamba_state"])
+        return replace(self, channels=each * self.heads, state=state)
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        part, channels, each = self.part, self.channels, self.channels // self.heads
+        yield from p.quantized("qkv", part, p.hidden)
+        yield from p.product(self, "mamba_in", 2 * channels, p.hidden, self.bias)
+        yield convolution(p, channels, self.conv, self.conv_bias)
+        for _ in range(self.heads):
+            yield from p.product(self, "mamba_x", self.selected, each)
+            # devices have sums over their channels
+            yield from p.collective("all_reduce", part, p.tokens, self.selected)
+        if self.norm:
+            moved = self.selected
+            yield p.move("mamba_norm", part, moved, moved, moved, self.norm_weights)
+        for _ in range(self.heads):
+            yield from p.product(self, "mamba_dt", each, self.rank)
+        yield {
+            "kind": Kind.STATE_SPACE,
+            "role": "mamba",
+            "part": part,
+            "params": self.state_parameters * p.owns,
+            "m": p.tokens,
+            "n": channels,
+            "batch": p.batch,
+            "heads": channels,
+            "kv_heads": self.heads,
+            "head_dim": self.state,
+            "value_dim": 1,
+            "dtype": p.lowering.stream_dtype,
+            "weight_dtype": STATE,
+        }
+        yield from p.quantized("o", part, channels)
+        yield from p.product(self, "o", p.hidden, channels, self.bias)

@@ -1,0 +1,82 @@
+"""Gated short convolution (LFM2, arXiv 2511.23404), and the convolution that other kinds share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from simulator.codes import Kind, Part
+from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.sublayers.base import Sublayer
+
+
+def convolution(
+    p: PassRows,
+    channels: Any,
+    positions: int,
+    bias: bool = False,
+    part: Part = Part.ATTENTION,
+    role: str = "short_conv",
+) -> OperatorRow:
+    """Return the causal convolution of each channel over ``positions``."""
+    return {
+        "kind": Kind.SHORT_CONV,
+        "role": role,
+        "part": part,
+        "params": channels * (positions + bias) * p.owns,
+        "m": p.tokens,
+        "n": channels,
+        "batch": p.batch,
+        "window": positions,
+        "kv_len": p.kept(positions),
+        "dtype": p.lowering.stream_dtype,
+        "weight_dtype": p.lowering.stream_dtype,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConv(Sublayer):
+    """One projection makes two gates and the input of a convolution."""
+
+    LABEL: ClassVar[str] = "short convolution"
+    WHOLE: ClassVar[tuple[str, ...]] = ("conv_in",)
+
+    conv: int  # positions of the convolution
+    bias: bool = False  # of the convolution and of both projections
+    parts: int = 1  # devices that divide the channels, which are as many as the hidden size
+
+    @property
+    def part(self) -> Part:
+        return Part.ATTENTION
+
+    @property
+    def kind(self) -> str:
+        return "conv"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.conv} positions"
+
+    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+        channels = hidden // self.parts
+        return {"conv_in": (3 * channels, hidden), "o": (hidden, channels)}
+
+    def parameters(self, hidden: int) -> int:
+        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        channels = hidden // self.parts
+        return weights + channels * self.conv + self.bias * (4 * channels + hidden)
+
+    def share(self, devices: int, parallel: str) -> ShortConv:
+        return replace(self, parts=devices)
+
+    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+        part, channels = self.part, p.hidden // self.parts
+        gate = p.move("conv_gate", part, channels, 2 * channels, channels)
+        yield from p.quantized("qkv", part, p.hidden)
+        yield from p.product(self, "conv_in", 3 * channels, p.hidden, self.bias)
+        yield gate
+        yield convolution(p, channels, self.conv, self.bias)
+        yield gate
+        yield from p.quantized("o", part, channels)
+        yield from p.product(self, "o", p.hidden, channels, self.bias)

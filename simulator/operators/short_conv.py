@@ -1,0 +1,146 @@
+"""Causal convolution of each channel over a few positions, as in Mamba (arXiv 2312.00752) and LFM2
+(arXiv 2511.23404).
+
+One kernel reads and writes the channels of each token; a decode step also reads and writes the last
+positions of every sequence. On a CPU, torch runs a copy, a convolution and an activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.arrays import FloatArray
+from simulator.codes import DTYPE_BYTES, Kind
+from simulator.operators.base import (
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    ResidualGrid,
+    Rows,
+    largest_part,
+    row,
+)
+
+# source of the defaults of constants
+_ASSUMED = (
+    "assumed from similar kernels, not fitted; cpu: fitted to torch's convolution with groups in"
+    " Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
+)
+
+SHORT_CONV_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": row(
+            "s", 1e-6, 1e-3, _ASSUMED, "fixed time of the convolution", other=4e-6, cpu=1e-4
+        ),
+        "e_d": row(
+            "1",
+            0.005,
+            1.0,
+            _ASSUMED,
+            "share of the datasheet bandwidth at which channels move; the last positions of a"
+            " channel are 6 bytes of a sector of 32",
+            other=0.3,
+            cpu=0.09,
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Convolutions(Calls):
+    """Convolutions on one device."""
+
+    operator = "short_conv"
+    machine: Machine
+    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
+    batch: FloatArray  # sequences
+    channels: FloatArray
+    positions: FloatArray  # that the convolution reads, with the current one
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost: the time of the bytes after the fixed time."""
+        m = self.machine
+        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
+        each = self.tokens / batch
+        tails = batch * (self.positions - 1.0) * np.where(each <= 1.0, 2.0, 1.0)
+        bytes_ = m.element_bytes * self.channels * (2.0 * self.tokens + tails)
+        memory = bytes_ / (c["e_d"] * m.bandwidth_bytes_per_s)
+        launch = np.full_like(memory, c["t0_s"])
+        total = launch + memory
+        position = np.log2(each), np.log2(batch), np.log2(self.channels)
+        roofline = bytes_ / m.bandwidth_bytes_per_s
+        return Estimate(
+            operator=self.operator,
+            kind=int(Kind.SHORT_CONV),
+            time=total,
+            floor=roofline,
+            roofline=roofline,
+            bottleneck=largest_part({"memory": memory, "launch": launch}, total.shape),
+            loadings={"launch": launch / total, "memory": memory / total},
+            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+            position=position,
+        )
+
+
+@lru_cache(maxsize=128)
+def _ready(hw: Device, dtype: str) -> tuple[Machine, FittedValues, dict[str, float]]:
+    section = hw.section("short_conv", dtype)
+    return Machine.of(hw, dtype), section, {name: section[name] for name in SHORT_CONV_CONSTANTS}
+
+
+def short_conv(
+    tokens: Any, batch: Any, channels: Any, positions: Any, hw: Device, dtype: str = "bf16"
+) -> Estimate:
+    """Return the cost of convolutions."""
+    machine, section, constants = _ready(hw, dtype)
+    sizes = np.broadcast_arrays(tokens, batch, channels, positions)
+    calls = Convolutions(machine, *(np.asarray(size, dtype=np.float64) for size in sizes))
+    e = calls.estimate(constants)
+    residual = ResidualGrid.from_arrays(section.arrays)
+    return e.with_residual(None if residual is None else residual(e.position), section)
+
+
+class ShortConv(Operator):
+    """Convolutions of ``n`` channels: ``m`` tokens of ``batch`` sequences over ``window``
+    positions, of which the cache holds ``kv_len``."""
+
+    code, name = int(Kind.SHORT_CONV), "short_conv"
+    sizes = ("m", "batch", "n", "window")
+    constants = MappingProxyType({"short_conv": SHORT_CONV_CONSTANTS})
+    titles = ("short convolutions",)
+    # no table of kernels fits them
+    errors = MappingProxyType(
+        {"short_conv": ErrorSize(0.15, 0.10, factors={"launch": 0.5, "memory": 0.4})}
+    )
+    cached = True
+
+    def flops(self, w: Rows) -> Any:
+        """A multiply-add per token, channel and position."""
+        return 2.0 * w.m * w.n * w.window
+
+    def bytes(self, w: Rows) -> Any:
+        """Channels of each token, and the last positions: a step writes them, a decode step also
+        reads them."""
+        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
+        return DTYPE_BYTES[w.dtype] * w.n * (2.0 * w.m + computed * (w.window - 1.0))
+
+    def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
+        return 1.0 * sequences * positions * w.n * DTYPE_BYTES[w.dtype]
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        yield slice(None), short_conv(w.m, w.batch, w.n, w.window, hw, formats.dtype)
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
+        return hw.section("short_conv", formats.dtype)["t0_s"]

@@ -1,0 +1,265 @@
+"""Recurrences with a state of one decay per head or channel: Mamba (arXiv 2312.00752), Mamba-2
+(arXiv 2405.21060) and lightning attention (arXiv 2401.04658), without projections and convolution.
+
+A decode step reads and writes the state of every sequence: bytes over achieved bandwidth. Mamba-2
+and lightning attention are one recurrence: B, C and x are keys, queries and values (section 4 of
+arXiv 2405.21060). They compute a prompt in chunks, as mamba_ssm's ``ssd_combined`` and vLLM do:
+products within chunks, states of chunks, and a chain that passes states from chunk to chunk. Mamba
+has a decay for every element of its state and no such products; mamba_ssm's ``selective_scan``
+computes its elements one token after the other within a kernel, at the rate of exponentials.
+
+On a CPU, Transformers runs plain torch: scores are stored for every head, and Mamba is a loop over
+tokens of five kernels on the whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from simulator.arrays import FloatArray
+from simulator.codes import DTYPE_BYTES, Kind
+from simulator.operators.base import (
+    Calls,
+    Constant,
+    Device,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+    Formats,
+    Machine,
+    Operator,
+    ResidualGrid,
+    Rows,
+    element_bytes,
+    largest_part,
+    overlapped,
+    row,
+)
+
+# source of the defaults of constants
+_CPU = (
+    "assumed from the gated delta net and similar kernels, not fitted; cpu: fitted to Mamba-2 of"
+    " Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
+)
+_EXPONENTIALS = (
+    "16 exponentials per cycle and SM (CUDA C++ Programming Guide, throughput of arithmetic"
+    " instructions), one per 4 FLOP, over the datasheet tensor rate: 0.015 on an H100, 0.031 on an"
+    " A100; two thirds of that are assumed"
+)
+
+STATE_SPACE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
+    {
+        "t0_s": row("s", 1e-6, 1e-3, _CPU, "fixed time of a decode step", other=4e-6, cpu=5e-5),
+        "prompt_s": row(
+            "s", 1e-6, 5e-3, _CPU, "fixed time of the kernels of a prompt", other=2e-5, cpu=3e-4
+        ),
+        "chunk_s": row(
+            "s",
+            1e-8,
+            1e-3,
+            _CPU,
+            "time of one step of the chain of chunks; on a CPU also of one token of Mamba",
+            other=1.5e-6,
+            cpu=2e-5,
+        ),
+        "e_tc": row(
+            "1",
+            0.02,
+            1.0,
+            _CPU,
+            "share of the datasheet tensor rate of products within chunks",
+            other=0.4,
+            cpu=0.2,
+        ),
+        "e_scan": row(
+            "1",
+            5e-4,
+            1.0,
+            _EXPONENTIALS,
+            "share of the datasheet tensor rate of Mamba's recurrence, 4 FLOP per element",
+            other=0.02,
+            hopper=0.01,
+            blackwell_sm100=0.005,
+            cpu=1.0,
+        ),
+        "e_d": row(
+            "1",
+            0.01,
+            1.0,
+            _CPU,
+            "share of the datasheet bandwidth at which states and intermediate results move",
+            other=0.57,
+            cpu=0.8,
+        ),
+    }
+)
+
+# times that torch reads or writes each element in fp32 on a CPU, counted in `mamba2_chunk_scan` and
+# `mamba2_selective_state_update` of Transformers 5.24: scores per head (masks, sums, exponentials,
+# products, copies), x with y, B and C per head (repeats, padding, copies for products, decays),
+# states per chunk (sums over chunks, copies), and the state of a decode step (decay, update,
+# output)
+SCORES_MOVED, VALUES_MOVED, KEYS_MOVED, STATES_MOVED, STEP_MOVED = 16.0, 26.0, 11.0, 10.0, 15.0
+# the same for an element of Mamba's state and a token, whose five kernels read strided slices: 14
+# to 19 ns on that core
+ELEMENTS_MOVED = 96.0
+_FP32 = 4.0  # bytes
+
+
+@dataclass(frozen=True)
+class Recurrences(Calls):
+    """Recurrences on one device."""
+
+    operator = "state_space"
+    machine: Machine  # weight_bytes: of an element of the state
+    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
+    batch: FloatArray  # sequences
+    heads: FloatArray
+    groups: FloatArray  # pairs of keys and queries (B and C), which heads share
+    channels: FloatArray  # features of a head; Mamba's heads have one
+    state: FloatArray  # features of a key
+    chunk: FloatArray  # tokens of a chunk; 0: Mamba, which has none
+
+    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        fixed time are added."""
+        m, heads, chunk = self.machine, self.heads, self.chunk
+        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
+        each = self.tokens / batch
+        step, scans = each <= 1.0, chunk == 0.0
+        features, elements = heads * self.channels, heads * self.channels * self.state
+        states = batch * elements * m.weight_bytes * np.where(step, 2.0, 1.0)
+        # x and y, B and C, a step size per head; Mamba's kernel also gates its output
+        inputs = (2.0 + scans) * features + 2.0 * self.groups * self.state + heads
+        stream = m.element_bytes * self.tokens * inputs
+        chunks = np.ceil(each / np.maximum(chunk, 1.0))
+        padded = batch * chunks * chunk  # tokens in whole chunks
+        groups = self.groups
+        if m.packs:
+            groups = heads  # B and C are repeated for every head
+            moved = SCORES_MOVED * heads * chunk + VALUES_MOVED * features
+            moved = moved + KEYS_MOVED * 2.0 * heads * self.state
+            moved = padded * moved + batch * chunks * STATES_MOVED * elements
+            moved = np.where(scans, self.tokens * ELEMENTS_MOVED * elements, moved)
+            # the operands of the state are counted below
+            moved = np.where(step, batch * (STEP_MOVED - 2.0) * elements, moved)
+        else:
+            # scores of a group are written and read; states of chunks are written and read twice
+            moved = 2.0 * self.groups * chunk + 4.0 * elements / np.maximum(chunk, 1.0)
+            moved = np.where(step, 0.0, padded * moved)
+        between = _FP32 * moved
+        products = 2.0 * elements + chunk * (features + groups * self.state)
+        arithmetic = np.where(
+            scans, 4.0 * self.tokens * elements / c["e_scan"], 2.0 * padded * products / c["e_tc"]
+        )
+        compute = np.where(step, 0.0, arithmetic) / m.peak_flop_per_s
+        memory = (states + stream + between) / (c["e_d"] * m.bandwidth_bytes_per_s)
+        chain = np.where(step | (scans & (not m.packs)), 0.0, c["chunk_s"] * chunks)
+        launch = np.where(step, c["t0_s"], c["prompt_s"])
+        work, shares = overlapped(compute, memory, m)
+        total = launch + chain + work
+        bytes_s = (states + stream) / m.bandwidth_bytes_per_s
+        flops_s = 4.0 * self.tokens * elements / m.peak_flop_per_s
+        position = np.log2(each), np.log2(batch * heads * self.channels), np.log2(self.state)
+        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
+        return Estimate(
+            operator=self.operator,
+            kind=int(Kind.STATE_SPACE),
+            time=total,
+            floor=np.maximum(bytes_s, flops_s / m.headroom),
+            roofline=np.maximum(bytes_s, flops_s),
+            bottleneck=largest_part(parts, total.shape),
+            loadings={
+                "launch": launch / total,
+                "compute": shares[0] * work / total,
+                "memory": shares[1] * work / total,
+                "latency": chain / total,
+            },
+            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+            position=position,
+        )
+
+
+@lru_cache(maxsize=128)
+def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
+    section = hw.section("state_space", dtype)
+    machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
+    return machine, section, {name: section[name] for name in STATE_SPACE_CONSTANTS}
+
+
+def state_space(
+    tokens: Any,
+    batch: Any,
+    heads: Any,
+    groups: Any,
+    channels: Any,
+    state: Any,
+    chunk: Any,
+    hw: Device,
+    dtype: str = "bf16",
+    state_dtype: str = "fp32",
+) -> Estimate:
+    """Return the cost of recurrences."""
+    machine, section, constants = _ready(hw, dtype, state_dtype)
+    sizes = np.broadcast_arrays(tokens, batch, heads, groups, channels, state, chunk)
+    calls = Recurrences(machine, *(np.asarray(size, dtype=np.float64) for size in sizes))
+    e = calls.estimate(constants)
+    residual = ResidualGrid.from_arrays(section.arrays)
+    return e.with_residual(None if residual is None else residual(e.position), section)
+
+
+class StateSpace(Operator):
+    """Recurrences: ``m`` tokens of ``batch`` sequences in ``heads`` heads of ``value_dim``
+    features, with ``kv_heads`` keys of ``head_dim`` features, in chunks of ``block`` tokens (0:
+    Mamba); ``weight_dtype`` is the format of the state."""
+
+    code, name = int(Kind.STATE_SPACE), "state_space"
+    sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
+    constants = MappingProxyType({"state_space": STATE_SPACE_CONSTANTS})
+    titles = ("state-space recurrences",)
+    # no table of kernels fits them, so priors are wider than those of the gated delta net
+    errors = MappingProxyType(
+        {
+            "state_space": ErrorSize(
+                0.15,
+                0.10,
+                factors={"launch": 0.5, "compute": 0.5, "memory": 0.35, "latency": 0.6},
+            )
+        }
+    )
+    cached = True
+
+    def flops(self, w: Rows) -> Any:
+        """A multiply-add for the update and one for the output per token and element of the
+        state."""
+        return 4.0 * w.m * w.heads * w.head_dim * w.value_dim
+
+    def bytes(self, w: Rows) -> Any:
+        """Inputs and outputs of each token, and states: a step writes them, a decode step also
+        reads them."""
+        features = (2.0 + (w.block == 0)) * w.heads * w.value_dim
+        inputs = features + 2.0 * w.kv_heads * w.head_dim + w.heads
+        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
+        return DTYPE_BYTES[w.dtype] * w.m * inputs + computed * self._state_bytes(w)
+
+    def parameter_bytes(self, w: Rows) -> Any:
+        return w.params * DTYPE_BYTES[w.dtype]
+
+    def _state_bytes(self, w: Rows) -> Any:
+        return 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
+
+    def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
+        return sequences * self._state_bytes(w)
+
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+        sizes = (w.m, w.batch, w.heads, w.kv_heads, w.value_dim, w.head_dim, w.block)
+        yield slice(None), state_space(*sizes, hw, formats.dtype, formats.second)
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
+        return hw.section("state_space", formats.dtype)["t0_s"]
