@@ -19,6 +19,9 @@ FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.intp]
 """Indices into the rows of another array."""
 
+CodeArray = NDArray[np.int8]
+"""One code of an enumeration per row."""
+
 BoolArray = NDArray[np.bool_]
 """One truth value per row."""
 
@@ -39,14 +42,14 @@ def array(name: str, value: Any, right: Range) -> FloatArray:
     return found
 
 
-def truths(name: str, value: Any) -> NDArray[np.bool_]:
+def truths(name: str, value: Any) -> BoolArray:
     """Return truth values with their shape."""
     if (given := plain(value)).dtype != np.bool_:
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return given
 
 
-def plain(value: Any) -> NDArray[Any]:
+def plain(value: Any) -> Array:
     """Return a value as an array; for lists of unequal lengths, an array of None."""
     try:
         return np.asarray(value)
@@ -54,7 +57,7 @@ def plain(value: Any) -> NDArray[Any]:
         return np.asarray(None)
 
 
-def together(**arrays: NDArray[Any]) -> list[NDArray[Any]]:
+def together(**arrays: Array) -> list[Array]:
     """Return arrays broadcast to one shape."""
     if len({a.shape for a in arrays.values()}) == 1:
         return list(arrays.values())

@@ -29,7 +29,7 @@ MARGIN = (
 )
 
 Column = tuple[str, Callable[[Any], object]]
-_LABELS: tuple[Column, ...] = (
+_LABELS = (
     ("<family", lambda r: r[0]),
     ("removed", lambda r: f"{100 * r[1]:.0f} %"),
 )

@@ -129,7 +129,8 @@ def block_sparse_attention(table: Tensor, q_len: int, kv_len: int, block: int) -
             keys, values = (t[:, :, diagonal] for t in (k, v))
             if len(index):
                 first, second = (t.index_select(2, index).flatten(2, 3) for t in blocked)
-                keys, values = torch.cat((first, keys), dim=2), torch.cat((second, values), dim=2)
+                keys = torch.cat((first, keys), dim=2)
+                values = torch.cat((second, values), dim=2)
             out[:, :, queries] = masked_attention(q[:, :, queries], keys, values, mask)
         return out
 
@@ -147,7 +148,8 @@ def _query_blocks(
         index = kept[:last].nonzero().squeeze(1)
         queries = slice(number * block, min((number + 1) * block, q_len))
         diagonal = slice(last * block, min((last + 1) * block, kv_len))
-        width, count = len(index) * block, queries.stop - queries.start
+        width = len(index) * block
+        count = queries.stop - queries.start
         mask = torch.ones(count, width + count, dtype=torch.bool, device=table.device)
         mask[:, width:] = mask[:, width:].tril()
         rows.append((queries, index, diagonal, mask))
@@ -236,10 +238,12 @@ def at_positions(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Causal attention of queries (batch, heads, chosen, d) at ascending ``positions`` (batch,
     chosen) over all keys. Results at positions of -1, which are last and have no query, are finite
     and meaningless."""
-    length, chosen = k.shape[2], q.shape[2]
+    length = k.shape[2]
+    chosen = q.shape[2]
     columns = -(-length // EDGE)
     tiles = F.pad(positions, (0, -chosen % EDGE), value=-1).unflatten(1, (-1, EDGE))
-    whole, some = (tiles[..., 0] + 1) // EDGE, (tiles.amax(-1) + EDGE) // EDGE
+    whole = (tiles[..., 0] + 1) // EDGE
+    some = (tiles.amax(-1) + EDGE) // EDGE
     number = torch.arange(columns, device=q.device).expand(*whole.shape, columns)
     partial = (some - whole)[:, None], (number + whole[..., None]).clamp(max=columns - 1)[:, None]
 
@@ -255,19 +259,19 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
     is true, else 0. Each shape is compiled: flex attention splits a cache among processors only for
     fixed sequences and heads."""
     batch, heads, _, width = q.shape
-    length, kv_heads = k.shape[2], k.shape[1]
+    length = k.shape[2]
+    kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, width)
-    columns, whole = -(-length // EDGE), length // EDGE
+    columns = -(-length // EDGE)
+    whole = length // EDGE
     number = torch.arange(columns, device=q.device).expand(batch, kv_heads, 1, columns)
     runs_ = runs[..., None].int()
 
     def seen(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return runs[b, h]
 
-    partial, full = (
-        (runs_ * (columns - whole), (number + whole).clamp(max=columns - 1)),
-        (runs_ * whole, number),
-    )
+    partial = (runs_ * (columns - whole), (number + whole).clamp(max=columns - 1))
+    full = (runs_ * whole, number)
     mask = _mask(partial, full, EDGE, (grouped.shape[2], length), seen)
     out = _attend(grouped, k, v, mask, dynamic=False)
     return out.masked_fill(~runs[..., None, None], 0.0).view(batch, heads, 1, width)
@@ -337,7 +341,8 @@ def _flash_attn(library: AttentionLibrary, op: Operator, dtype: Any, device: str
     if op.kind == "attention_prefill":
         prefill = library.module.flash_attn_func
         return lambda q, k, v: prefill(q, k, v, causal=True)
-    decode, table = library.module.flash_attn_with_kvcache, _page_table(library, op, device)
+    decode = library.module.flash_attn_with_kvcache
+    table = _page_table(library, op, device)
     lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
     return lambda q, k, v: decode(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
 

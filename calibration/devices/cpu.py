@@ -12,9 +12,11 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from calibration.devices.protocol import Sampler
 
 
 def _affinity() -> list[int]:
@@ -105,7 +107,7 @@ def keep_blocks() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def one_thread(run: Callable[[int], float]) -> Callable[[int], float]:
+def one_thread(run: Sampler) -> Sampler:
     def alone(loops: int) -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -184,7 +186,7 @@ class CpuDevice(TorchDevice):
             )
         return super().refuses(operator)
 
-    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
+    def _bind(self, operator: Operator) -> tuple[str, Sampler]:
         launches = build(operator, "cpu", self._arena)
         method = (
             f"perf_counter_ns around a loop over {launches.copies} rotated copies{launches.how}"

@@ -47,6 +47,7 @@ from calibration.devices.protocol import (
     Gpu,
     Operator,
     OutOfMemory,
+    Sampler,
     Unsupported,
 )
 from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot, under_load
@@ -62,7 +63,8 @@ _PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
 # launches per graph; they share the gap between replays
-_FEWEST_LAUNCHES, _MOST_LAUNCHES = 20, 1 << 13
+_FEWEST_LAUNCHES = 20
+_MOST_LAUNCHES = 1 << 13
 _GRAPH_SPAN_S = 2e-3
 # a longer graph needs no queued replay: the start of its first launch does not count
 _LONGEST_LEAD_S = 0.02
@@ -91,24 +93,24 @@ class GpuTimer:
     def __init__(
         self, cuda: Any, device: str, flush_bytes: float, read: Callable[[], Snapshot]
     ) -> None:
-        self._cuda, self._device, self._read, self._flush_bytes = (
-            cuda,
-            device,
-            read,
-            int(flush_bytes),
-        )
+        self._cuda = cuda
+        self._device = device
+        self._read = read
+        self._flush_bytes = int(flush_bytes)
         self._flush: Any = None
         self._readings: list[Snapshot] = []
         self._last_reading_s = self._last_load_s = -math.inf
 
     def snapshot(self) -> Snapshot:
-        readings, self._readings, self._last_reading_s = self._readings, [], -math.inf
+        readings = self._readings
+        self._readings = []
+        self._last_reading_s = -math.inf
         return under_load(readings) if readings else self._read()
 
     def clear(self) -> None:
         self._flush = None
 
-    def preheat(self, run: Callable[[int], float]) -> None:
+    def preheat(self, run: Sampler) -> None:
         """Run launches: for :data:`PREHEAT_S` if the GPU had no work for a while, else once."""
         start = time.monotonic()
         needed_s = PREHEAT_S if start - self._last_load_s >= _PAUSE_S else 0.0
@@ -234,7 +236,8 @@ class CaptureProbe:
     JSON lines."""
 
     def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
-        self._command, self._limit_s = tuple(command), limit_s
+        self._command = tuple(command)
+        self._limit_s = limit_s
         self._child: subprocess.Popen[str] | None = None
         self._usable = True
 
@@ -267,7 +270,8 @@ class CaptureProbe:
         return Probed(answer["captured"], answer["reason"])
 
     def close(self) -> None:
-        child, self._child = self._child, None
+        child = self._child
+        self._child = None
         if child is not None:
             child.kill()
             with suppress(OSError), child:  # closes its streams and waits for its end
@@ -363,7 +367,8 @@ class CudaDevice(TorchDevice):
 
     def describe(self) -> Description:
         sparse = getattr(torch.backends, "cusparselt", None)
-        p, reader = self._properties, self._reader
+        p = self._properties
+        reader = self._reader
         limit = reader.power_limit_w()
         stack = {
             "cuda": str(torch.version.cuda or UNKNOWN),
@@ -415,9 +420,10 @@ class CudaDevice(TorchDevice):
             )
         return super().refuses(op)
 
-    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
+    def _bind(self, operator: Operator) -> tuple[str, Sampler]:
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
-        host, timer = operator.kind in HOST_KINDS, self._timer
+        host = operator.kind in HOST_KINDS
+        timer = self._timer
         probed = Probed() if host else self._capturable(operator)
         launches = build(operator, self._torch_device, self._arena, self._library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
@@ -434,7 +440,7 @@ class CudaDevice(TorchDevice):
                 f" ({self.rotation:g} x L2)" if operator.cold else ""
             )
             method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
-            timed: Callable[[int], float] = partial(timer.replays, graph)
+            timed: Sampler = partial(timer.replays, graph)
         elif operator.kind == "launch_graph":
             raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason}")
         else:

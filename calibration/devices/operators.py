@@ -33,6 +33,7 @@ from calibration.devices.protocol import (
     Gpu,
     Operator,
     OutOfMemory,
+    Sampler,
     Unsupported,
     selected,
 )
@@ -56,7 +57,11 @@ _MOST_PACKED = 1 << 10
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 _ROWS = 8  # a 2:4 product in 16 bits needs a multiple of this number of rows
 # sizes of the layer that times the host
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 128
+HIDDEN = 64
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 16
+INTERMEDIATE = 128
 # layers launched in sequence, as in a pass; each has separate modules, weights and cache
 LAYERS = 8
 
@@ -248,7 +253,8 @@ class EagerCache:
 
 
 def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos = cos.unsqueeze(1)
+    sin = sin.unsqueeze(1)
     return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
 
 
@@ -278,8 +284,11 @@ class EagerAttention(nn.Module):  # type: ignore[misc]
         v = self.v_proj(hidden).view(shape).transpose(1, 2)
         q, k = rotated(q, k, *angles)
         k, v = self.cache.update(k, v)
-        k, v = repeated(k, HEADS // KV_HEADS), repeated(v, HEADS // KV_HEADS)
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        k = repeated(k, HEADS // KV_HEADS)
+        v = repeated(v, HEADS // KV_HEADS)
+        q = q.contiguous()
+        k = k.contiguous()
+        v = v.contiguous()
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None, dropout_p=0.0, scale=HEAD_DIM**-0.5
         )
@@ -305,11 +314,10 @@ class EagerLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, kv_len: int, **options: Any) -> None:
         super().__init__()
-        self.self_attn, self.mlp = EagerAttention(kv_len, **options), EagerMlp(**options)
-        self.input_layernorm, self.post_attention_layernorm = (
-            EagerNorm(HIDDEN, **options),
-            EagerNorm(HIDDEN, **options),
-        )
+        self.self_attn = EagerAttention(kv_len, **options)
+        self.mlp = EagerMlp(**options)
+        self.input_layernorm = EagerNorm(HIDDEN, **options)
+        self.post_attention_layernorm = EagerNorm(HIDDEN, **options)
         self.requires_grad_(False)
 
     def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -438,10 +446,8 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
     weights, copies = _rotated(arena, op, op.n, op.k)
     if in_triton(device):
         # a router leaves an index with room for all tokens, and their number on the device
-        room, count = (
-            F.pad(index, (0, op.m - op.rows)),
-            torch.tensor([op.rows], dtype=torch.int32, device=device),
-        )
+        room = F.pad(index, (0, op.m - op.rows))
+        count = torch.tensor([op.rows], dtype=torch.int32, device=device)
         one = kernels().gather_gemm
         return Launches(
             lambda i: one(x, weights[i % copies], room, count, out=y),
@@ -458,7 +464,8 @@ def _gather_gemm(op: Operator, device: str, arena: Arena) -> Launches:
 def group_masks(op: Operator) -> Tensor:
     """Return the groups of each token of a grouped GEMM; a trained router chooses similarly for
     similar tokens."""
-    generator, groups = torch.Generator().manual_seed(op.m), op.grouped // op.block
+    generator = torch.Generator().manual_seed(op.m)
+    groups = op.grouped // op.block
     used = max(1, round(op.density * groups))
     choices = torch.rand(PATTERNS, groups, generator=generator).topk(used, dim=1).indices
     patterns = torch.zeros(PATTERNS, groups, dtype=torch.bool).scatter_(1, choices, True)
@@ -473,10 +480,8 @@ def _grouped_gemm(op: Operator, device: str, arena: Arena) -> Launches:
     if not outer:
         x = x * mask.repeat_interleave(op.block, 1)
     if in_triton(device):
-        tiles, one = (
-            kernels().tiles_of(mask),
-            kernels().grouped_columns if outer else kernels().grouped_features,
-        )
+        tiles = kernels().tiles_of(mask)
+        one = kernels().grouped_columns if outer else kernels().grouped_features
         over = (
             "the tokens of each group"
             if outer
@@ -484,10 +489,8 @@ def _grouped_gemm(op: Operator, device: str, arena: Arena) -> Launches:
         )
         how = f", one kernel (Triton) over {over}"
         return Launches(lambda i: one(x, weights[i % copies], tiles), copies, how)
-    launch, how = (
-        grouped_by_loops(x, mask, op.n, outer),
-        ", a gather, a GEMM and a scatter for each group",
-    )
+    launch = grouped_by_loops(x, mask, op.n, outer)
+    how = ", a gather, a GEMM and a scatter for each group"
     return Launches(lambda i: launch(weights[i % copies]), copies, how)
 
 
@@ -581,13 +584,16 @@ SCORES = 2**24  # scores of single heads that an indexer holds at a time, 64 MB
 
 def _indexer(op: Operator, device: str, arena: Arena) -> Launches:
     """Return launches that compute the scores of some queries at a time, and select."""
-    batch, heads, width = op.batch, op.heads, op.head_dim
+    batch = op.batch
+    heads = op.heads
+    width = op.head_dim
     queries = random_tensor((batch, op.q_len, heads, width), op.dtype, device, 1)
     weights = random_tensor((batch, op.q_len, 1, heads), op.dtype, device, 2)
     keys, copies = _rotated(arena, op, batch, op.kv_len, width)
     later = torch.ones(op.q_len, op.kv_len, dtype=torch.bool, device=device)
     later = later.triu(op.kv_len - op.q_len + 1)
-    many, size = min(op.k, op.kv_len), max(SCORES // (batch * heads * op.kv_len), 1)
+    many = min(op.k, op.kv_len)
+    size = max(SCORES // (batch * heads * op.kv_len), 1)
     parts = [*zip(queries.split(size, 1), weights.split(size, 1))]
 
     def launch(i: int) -> Tensor:
@@ -623,10 +629,8 @@ def _recurrent(op: Operator, device: str, arena: Arena) -> Launches:
 
 def _launch(op: Operator, device: str, arena: Arena) -> Launches:
     if op.role == "gemm":
-        x, weight = (
-            random_tensor((1, 64), op.dtype, device, 1),
-            random_tensor((64, 64), op.dtype, device, 2),
-        )
+        x = random_tensor((1, 64), op.dtype, device, 1)
+        weight = random_tensor((64, 64), op.dtype, device, 2)
         return Launches(lambda i: F.linear(x, weight), 1)
     value = torch.zeros(1, device=device)
     return Launches(lambda i: value.add_(1.0), 1)
@@ -636,7 +640,8 @@ def _layer(op: Operator, device: str, arena: Arena) -> Launches:
     dtype = TORCH_DTYPE[op.dtype]
     layers = [EagerLayer(op.kv_len, device=device, dtype=dtype) for _ in range(LAYERS)]
     cos, sin = rotary_tables(torch.tensor([op.kv_len - 1], device=device), HEAD_DIM, dtype)
-    hidden, angles = random_tensor((1, 1, HIDDEN), op.dtype, device, 1), (cos[None], sin[None])
+    hidden = random_tensor((1, 1, HIDDEN), op.dtype, device, 1)
+    angles = (cos[None], sin[None])
     return Launches(lambda i: layers[i % LAYERS](hidden, angles), LAYERS)
 
 
@@ -664,7 +669,7 @@ class Timed:
     """A ``Prepared`` whose launches are timed by ``run``."""
 
     method: str
-    run: Callable[[int], float]
+    run: Sampler
     device: TorchDevice
     operator: Operator
 
@@ -673,10 +678,9 @@ class Timed:
             return self.run(loops)
 
 
-def host_loop(
-    launches: Launches, synchronize: Callable[[], Any] = lambda: None
-) -> Callable[[int], float]:
-    launch, copies = launches.launch, launches.copies
+def host_loop(launches: Launches, synchronize: Callable[[], Any] = lambda: None) -> Sampler:
+    launch = launches.launch
+    copies = launches.copies
     following = 0
 
     def run(loops: int) -> float:
@@ -700,7 +704,8 @@ class TorchDevice:
     eight_bit: tuple[str, ...] = ("gemm", "copy")
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
-        self.cache_bytes, self.memory_limit_bytes = cache_bytes, memory_limit_bytes
+        self.cache_bytes = cache_bytes
+        self.memory_limit_bytes = memory_limit_bytes
         self._arena = Arena(device, cache_bytes, 0.5 * memory_limit_bytes, self.rotation)
 
     def description(
@@ -752,7 +757,7 @@ class TorchDevice:
                 raise
             raise known from error
 
-    def _bind(self, operator: Operator) -> tuple[str, Callable[[int], float]]:
+    def _bind(self, operator: Operator) -> tuple[str, Sampler]:
         """Return the timing method, and a function from a number of launches to seconds per
         launch."""
         raise NotImplementedError

@@ -3,13 +3,16 @@ are timed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
 from simulator.errors import InputError, unknown
+
+Sampler = Callable[[int], float]
+"""Runs some launches or passes and returns the seconds of each."""
 
 _GEMM = ("m", "n", "k")
 _ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
@@ -180,7 +183,8 @@ class Operator:
 
     @property
     def key(self) -> str:
-        held, temperature = vars(self), "cold" if self.cold else "hot"
+        held = vars(self)
+        temperature = "cold" if self.cold else "hot"
         shape = [f"{name}={held[name]}" for name, default in _SHAPE if held[name] != default]
         return " ".join([self.kind, self.dtype, temperature, *shape])
 
@@ -241,7 +245,8 @@ class Operator:
     @property
     def bytes(self) -> float:
         """Minimum bytes moved: operands read once, results written once."""
-        size, weight = self.element_bytes, self.weight_bytes
+        size = self.element_bytes
+        weight = self.weight_bytes
         if self.kind == "copy":
             return 2.0 * self.n
         if self.kind in RECURRENT:

@@ -16,10 +16,8 @@ from calibration.devices.protocol import Operator, Unsupported
 Step = Callable[[int], Any]
 States = Sequence[Any]  # copies of the state of all sequences
 
-_MAMBA, _DELTA = (
-    "transformers.models.mamba2.modeling_mamba2",
-    "transformers.models.qwen3_5.modeling_qwen3_5",
-)
+_MAMBA = "transformers.models.mamba2.modeling_mamba2"
+_DELTA = "transformers.models.qwen3_5.modeling_qwen3_5"
 
 
 def lacks() -> str:
@@ -59,15 +57,15 @@ def short_conv(op: Operator, dtype: Any, states: States) -> Step:
 
 def state_space(op: Operator, dtype: Any, states: States) -> Step:
     """The recurrence of Mamba-2, and the update of its state in the cache."""
-    batch, tokens, heads = op.batch, op.m // op.batch, op.heads
+    batch = op.batch
+    tokens = op.m // op.batch
+    heads = op.heads
     x = torch.randn(batch, tokens, heads, op.n, dtype=dtype)
     keys, queries = torch.randn(2, batch, tokens, op.kv_heads, op.head_dim, dtype=dtype)
     sizes = torch.randn(batch, tokens, heads, dtype=dtype)
-    decay, direct, bias = (
-        -torch.ones(heads),
-        torch.ones(heads, dtype=dtype),
-        torch.ones(heads, dtype=dtype),
-    )
+    decay = -torch.ones(heads)
+    direct = torch.ones(heads, dtype=dtype)
+    bias = torch.ones(heads, dtype=dtype)
     if op.prompt:
         scan = _function(_MAMBA, "mamba2_chunk_scan")
         how = {"chunk_size": op.block, "D": direct, "dt_bias": bias, "dt_softplus": True}
@@ -92,8 +90,10 @@ def state_space(op: Operator, dtype: Any, states: States) -> Step:
 def delta_net(op: Operator, dtype: Any, states: States) -> Step:
     """The convolution, gates and recurrence of a gated delta net, and the update of its state in
     the cache."""
-    batch, tokens = op.batch, op.m // op.batch
-    keys, values = op.kv_heads * op.head_dim, op.heads * op.n
+    batch = op.batch
+    tokens = op.m // op.batch
+    keys = op.kv_heads * op.head_dim
+    values = op.heads * op.n
     positions = [torch.zeros(batch, 2 * keys + values, op.window, dtype=dtype)]
     convolution = Operator(
         "short_conv", op.dtype, m=op.m, n=2 * keys + values, batch=batch, window=op.window
@@ -101,7 +101,8 @@ def delta_net(op: Operator, dtype: Any, states: States) -> Step:
     convolve = short_conv(convolution, dtype, positions)
     strength, decay = torch.randn(2, batch, tokens, op.heads, dtype=dtype)
     name = "torch_chunk_gated_delta_rule" if op.prompt else "torch_recurrent_gated_delta_rule"
-    rule, scale = _function(_DELTA, name), -torch.ones(op.heads)
+    rule = _function(_DELTA, name)
+    scale = -torch.ones(op.heads)
     how = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 
     def step(i: int) -> None:

@@ -36,7 +36,7 @@ POWER_CAP = "sw_power_cap"
 
 # Reasons to repeat a sample. The power cap is not among them: a data-centre GPU is at its power
 # limit in every long GEMM, also in a repeat. Rows that the cap slowed down have a flag.
-THROTTLING: frozenset[str] = frozenset(
+THROTTLING = frozenset(
     {
         "hw_slowdown",
         "sw_thermal_slowdown",
@@ -128,13 +128,15 @@ class NvmlReader:
         if nvml is not None:
             with suppress(Exception):  # NVML's errors have no public base class
                 nvml.nvmlInit()
-                by_uuid, by_index = nvml.nvmlDeviceGetHandleByUUID, nvml.nvmlDeviceGetHandleByIndex
+                by_uuid = nvml.nvmlDeviceGetHandleByUUID
+                by_index = nvml.nvmlDeviceGetHandleByIndex
                 self._handle = (
                     by_uuid(f"GPU-{uuid.removeprefix('GPU-')}") if uuid else by_index(index)
                 )
 
     def snapshot(self) -> Snapshot:
-        nvml, handle = self._nvml, self._handle
+        nvml = self._nvml
+        handle = self._handle
         if handle is None:
             return Snapshot()
         clock_hz = _read(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM), 1e6)

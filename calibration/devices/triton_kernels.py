@@ -49,11 +49,10 @@ def _gathered(
     many = tl.load(count)
     start = tl.program_id(1) * BLOCK_M
     if start < many:
-        positions, columns = (
-            start + tl.arange(0, BLOCK_M),
-            tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
-        )
-        chosen, inside = positions < many, columns < n
+        positions = start + tl.arange(0, BLOCK_M)
+        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        chosen = positions < many
+        inside = columns < n
         rows = tl.load(index + positions, mask=chosen, other=0).to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for begin in range(0, k, BLOCK_K):
@@ -69,7 +68,8 @@ def _gathered(
             total = tl.dot(some, part, total, input_precision=PRECISION)
         if BIASED:
             total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None]
-        out, written = y + rows[:, None] * n + columns[None], chosen[:, None] & inside[None]
+        out = y + rows[:, None] * n + columns[None]
+        written = chosen[:, None] & inside[None]
         if ADD:
             total += tl.load(out, mask=written, other=0.0).to(tl.float32)
         tl.store(out, total.to(y.dtype.element_ty), mask=written)
@@ -164,13 +164,13 @@ def _columns(
     PRECISION: tl.constexpr,
 ):
     group = tl.program_id(1).to(tl.int64)
-    start, many = tl.program_id(2) * BLOCK_M, tl.load(count + group)
+    start = tl.program_id(2) * BLOCK_M
+    many = tl.load(count + group)
     if start < many:
-        positions, columns = (
-            start + tl.arange(0, BLOCK_M),
-            tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
-        )
-        there, inside = positions < many, columns < width
+        positions = start + tl.arange(0, BLOCK_M)
+        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        there = positions < many
+        inside = columns < width
         rows = tl.load(users + group * tokens + positions, mask=there, other=0).to(tl.int64)
         first = group * (2 if GATED else 1) * width
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -215,7 +215,8 @@ def grouped_columns(
     (tokens, k), groups = x.shape, len(tiles.many)
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     width = n // groups
-    y, aligned = x.new_zeros(tokens, n), tile_shapes.alignment(k, width)
+    y = x.new_zeros(tokens, n)
+    aligned = tile_shapes.alignment(k, width)
     tile = tile_shapes.grouped_columns(tokens, width, x.element_size(), aligned, gated)
     _columns[triton.cdiv(width, tile.n), groups, triton.cdiv(tokens, tile.m)](
         x,
@@ -257,11 +258,10 @@ def _features(
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    positions, columns = (
-        tile * BLOCK_M + tl.arange(0, BLOCK_M),
-        tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N),
-    )
-    there, inside = positions < tokens, columns < n
+    positions = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = positions < tokens
+    inside = columns < n
     rows = tl.load(order + positions, mask=there, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     steps = tl.cdiv(width, BLOCK_K)
@@ -271,7 +271,8 @@ def _features(
     group = tl.load(chosen + tile * groups)
     for step in range(0, last):
         features = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        within, at = features < width, group.to(tl.int64) * width + features
+        within = features < width
+        at = group.to(tl.int64) * width + features
         some = tl.load(
             x + rows[:, None] * groups * width + at[None],
             mask=there[:, None] & within[None],
@@ -296,7 +297,8 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     (tokens, k), n, groups = x.shape, weight.shape[1], len(tiles.many)
     width = k // groups
     # both are lengths of rows
-    y, aligned = x.new_empty(tokens, n), tile_shapes.alignment(math.gcd(width, n), n)
+    y = x.new_empty(tokens, n)
+    aligned = tile_shapes.alignment(math.gcd(width, n), n)
     tile = tile_shapes.grouped_features(tokens, width, x.element_size(), aligned)
     _features[triton.cdiv(n, tile.n), len(tiles.groups)](
         x,
@@ -320,12 +322,11 @@ def grouped_features(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm(x, weight, y, rows, n, epsilon, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    row, column = (
-        tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M),
-        tl.arange(0, BLOCK_N),
-    )
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     within = column < n
-    inside, at = (row < rows)[:, None] & within[None], row[:, None] * n + column[None]
+    inside = (row < rows)[:, None] & within[None]
+    at = row[:, None] * n + column[None]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / n + epsilon)
     factor = tl.load(weight + column, mask=within, other=0.0).to(tl.float32)
@@ -336,7 +337,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Normalise the last axis by its root mean square; x is contiguous, its last axis at most
     MOST_FEATURES long."""
     n = x.shape[-1]
-    y, rows, tile = x.new_empty(x.shape), x.numel() // n, tile_shapes.normalised(n)
+    y = x.new_empty(x.shape)
+    rows = x.numel() // n
+    tile = tile_shapes.normalised(n)
     _rms_norm[(triton.cdiv(rows, tile.m),)](
         x, weight, y, rows, n, epsilon, tile.m, tile.n, num_warps=tile.warps
     )
@@ -346,21 +349,16 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-5) -> Tensor:
 @triton.jit(do_not_specialize=["heads"])
 def _rotary(x, cos, sin, y, heads, half, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    head, column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    head = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     within = column < half
     inside = (head < heads)[:, None] & within[None]
-    angle, at = (
-        token * 2 * half + column,
-        ((token * heads + head) * 2 * half)[:, None] + column[None],
-    )
-    low, high = (
-        tl.load(x + at, mask=inside).to(tl.float32),
-        tl.load(x + at + half, mask=inside).to(tl.float32),
-    )
-    c_low, s_low = (
-        tl.load(cos + angle, mask=within).to(tl.float32),
-        tl.load(sin + angle, mask=within).to(tl.float32),
-    )
+    angle = token * 2 * half + column
+    at = ((token * heads + head) * 2 * half)[:, None] + column[None]
+    low = tl.load(x + at, mask=inside).to(tl.float32)
+    high = tl.load(x + at + half, mask=inside).to(tl.float32)
+    c_low = tl.load(cos + angle, mask=within).to(tl.float32)
+    s_low = tl.load(sin + angle, mask=within).to(tl.float32)
     c_high = tl.load(cos + angle + half, mask=within).to(tl.float32)
     s_high = tl.load(sin + angle + half, mask=within).to(tl.float32)
     tl.store(y + at, (low * c_low[None] - high * s_low[None]).to(y.dtype.element_ty), mask=inside)
@@ -391,7 +389,8 @@ def _gated(gate, up, y, elements, BLOCK_N: tl.constexpr):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    y, elements = gate.new_empty(gate.shape), gate.numel()
+    y = gate.new_empty(gate.shape)
+    elements = gate.numel()
     _gated[(triton.cdiv(elements, tile_shapes.VECTOR_ELEMENTS),)](
         gate, up, y, elements, tile_shapes.VECTOR_ELEMENTS
     )

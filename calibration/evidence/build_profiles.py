@@ -71,7 +71,8 @@ def _recipes() -> dict[str, Recipe]:
     for hardware, stack in dict.fromkeys(
         (c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"
     ):
-        name, prior = f"{hardware}.{stack}", f"{hardware}.sglang" if stack == "vllm" else ""
+        name = f"{hardware}.{stack}"
+        prior = f"{hardware}.sglang" if stack == "vllm" else ""
         stacks = (stack,) if name in _OTHER_HOST else (stack, "nccl")
         tables = [
             n for s in stacks for n, c in SOURCES.items() if (c.hardware, c.stack) == (hardware, s)
@@ -129,7 +130,8 @@ def build(
             else "name their folder by --shared-data"
         )
         raise InputError(f"{name}: its tables do not ship; {where}")
-    base, prior = datasheet(recipe.hardware), None
+    base = datasheet(recipe.hardware)
+    prior = None
     if recipe.prior:
         related = build(recipe.prior, wheel, shared, ()).profile
         prior = related.calibrated(
@@ -199,7 +201,8 @@ def make(
 ) -> list[str]:
     """Write a stack file and return one line of text per section. Sections are kept if their tables
     are in a wheel that is not given, or if their operator is not selected."""
-    recipe, fit = RECIPES[name], build(name, wheel, shared, operators)
+    recipe = RECIPES[name]
+    fit = build(name, wheel, shared, operators)
     kept: Mapping[tuple[str, str], Section] = {}
     lines = []
     for (operator, dtype), section in fit.profile.sections.items():
@@ -251,7 +254,8 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
     given = parser.parse_args(arguments)
-    shared, names = shared_folder(given.shared_data), given.names
+    shared = shared_folder(given.shared_data)
+    names = given.names
     if not names:
         names = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel, shared)]
         for name in (name for name in RECIPES if name not in names):

@@ -27,7 +27,8 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 def _parameter(p: Any) -> list[str]:
     """Return name, default, "yes" if it may be repeated, and help of an argument or option."""
-    name, value = p.metavar or p.name.upper(), p.default() if callable(p.default) else p.default
+    name = p.metavar or p.name.upper()
+    value = p.default() if callable(p.default) else p.default
     if p.param_type_name != "argument":
         name = ", ".join([*p.opts, *p.secondary_opts]) + (
             "" if p.is_flag else f" {p.metavar or p.type.name.upper()}"
@@ -40,7 +41,8 @@ def _parameter(p: Any) -> list[str]:
 
 
 def commands_page() -> str:
-    index, lines = [], []
+    index = []
+    lines = []
     for path, command in commands():
         paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
         index.append([f"[`prunesim {path}`](#prunesim-{path.replace(' ', '-')})", paragraphs[0]])

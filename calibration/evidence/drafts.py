@@ -43,7 +43,8 @@ Sample = tuple[list[float], float]  # times of steps or rounds, s; tokens of eac
 def next_tokens(vocab: int, drafts: bool) -> torch.Tensor:
     """Return the token after each token, one cycle per class; a draft has wrong ones by the class's
     acceptance."""
-    choose, found = torch.Generator().manual_seed(0), torch.empty(vocab, dtype=torch.long)
+    choose = torch.Generator().manual_seed(0)
+    found = torch.empty(vocab, dtype=torch.long)
     for which, acceptance in enumerate(ACCEPTANCES):
         own = torch.arange(which, vocab, len(ACCEPTANCES))
         own = own[torch.randperm(len(own), generator=choose)]
@@ -73,15 +74,19 @@ def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: in
         len(target.lm_head.weight), (1, PROMPT), generator=torch.Generator().manual_seed(seed)
     )
     prompt[0, -1] = prompt[0, -1] // 3 * 3 - 3 + which
-    marks, given = list[tuple[float, int]](), dict[str, Any]()
+    marks = list[tuple[float, int]]()
+    given = dict[str, Any]()
     # the processor time of the thread, which other processes do not lengthen
     streamer = SimpleNamespace(
         put=lambda x: marks.append((time.thread_time(), x.numel())), end=lambda: None
     )
     if draft is not None:
         given = {"assistant_model": draft}
-        fixed = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": 0}
-        draft.generation_config.update(num_assistant_tokens=drafted, **fixed)
+        draft.generation_config.update(
+            num_assistant_tokens=drafted,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0,
+        )
     with torch.inference_mode():
         target.generate(prompt, max_new_tokens=NEW, do_sample=False, streamer=streamer, **given)
     at, made = zip(*marks[1:], strict=True)  # without the prompt
@@ -91,7 +96,8 @@ def hf_sample(target: Any, seed: int, which: int, draft: Any = None, drafted: in
 
 
 def main(name: str, engine: str, text: str, g: str, many: str, python: str = "") -> None:
-    drafted, batches = int(g), [int(batch) for batch in many.split(",")]
+    drafted = int(g)
+    batches = [int(batch) for batch in many.split(",")]
     run = ModelRun(load_model(name), "bf16", engine, content_of(name), python)
     target, draft = (planted(run, one) for one in ("", text))
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +107,8 @@ def main(name: str, engine: str, text: str, g: str, many: str, python: str = "")
             else []
         )
         for number, batch in enumerate(batches):
-            which, pairs = (drafted + number) % 3, list[list[Sample]]()
+            which = (drafted + number) % 3
+            pairs = list[list[Sample]]()
             for seed in range(PAIRS + 1):
                 ask = {"batch": batch, "tokens": PROMPT, "output": NEW, "vocab": run.config.vocab}
                 asked = [one.ask("rounds", seed=seed, which=which, **ask) for one in engines]

@@ -114,7 +114,8 @@ def released_cases() -> list[Case]:
 
 
 def compare(model_built: Built) -> Comparison:
-    case, traced = model_built.case, model_built.traced
+    case = model_built.case
+    traced = model_built.traced
     if traced is None:
         return Comparison(case, f"not built: {model_built.error}", None)
     if decoder_of(Reader(case.content, case.name)) is None:
@@ -145,7 +146,8 @@ def _layer_lines(model: Model, traced: TracedModel) -> tuple[list[str], bool]:
     if len(once) != len(traced.layers):
         numbers = f"{len(traced.layers)} in Transformers, {len(once)} in prunesim"
         return [f"layers: {numbers}"], False
-    lines, fused = [], False
+    lines = []
+    fused = False
     pairs = enumerate(zip(traced.layers, once))
     for (part, products), run in groupby(pairs, key=lambda pair: pair[1]):
         theirs = [(p.path, (p.n, p.k, p.count)) for p in part.products]
@@ -232,7 +234,8 @@ def report(names: Sequence[str]) -> tuple[str, bool]:
     for c in found:
         size = "" if c.parameters is None else f" ({c.parameters:,} parameters)"
         lines += [f"{c.case.name}: {c.result}{size}", *(f"  {line}" for line in c.lines)]
-    exact, different = sum(c.exact for c in found), sum(c.different for c in found)
+    exact = sum(c.exact for c in found)
+    different = sum(c.different for c in found)
     lines.append(f"{exact} of {len(found)} exact, {different} different")
     if not names:
         lines.append(f"types that the list lacks: {', '.join(unlisted_types()) or 'none'}")
@@ -345,7 +348,8 @@ def recorded() -> list[Built]:
     released = {case.name: case for case in released_cases()}
     found = []
     for entry in json.loads(gzip.decompress(RECORD.read_bytes())):
-        name, source = entry["name"], entry["source"]
+        name = entry["name"]
+        source = entry["source"]
         case = Case(name, source, entry["content"]) if source == DEFAULTS else released[name]
         traced = _unpacked(entry["traced"]) if "traced" in entry else None
         found.append(Built(case, entry.get("error", ""), traced))

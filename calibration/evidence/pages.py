@@ -156,14 +156,16 @@ def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
 def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
     """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line
     per stack and number of its rows (0: as shipped), and their means at the end."""
-    lines, scores = means(rows, title), COLUMNS
+    lines = means(rows, title)
+    scores = COLUMNS
     groups = [[r] for r in lines]
     columns = [
         ("method", [r["method"] for r in lines]),
         ("rows", [str(r["rows"] or "all") for r in lines]),
     ]
     if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
-        scores, sizes = STACK_COLUMNS, sorted({r["rows"] for r in lines})
+        scores = STACK_COLUMNS
+        sizes = sorted({r["rows"] for r in lines})
         at = {(r["held_out"], r["rows"]): r for r in lines}
         places = [*((name, [name]) for name in held_out), ("mean", held_out)]
         columns = [("held out", [name for name, _ in places for _ in sizes])]
@@ -194,7 +196,9 @@ def engine_tables() -> list[str]:
         "given": given,
         "serve": compare_serving(),
     }
-    sparse, narrow, held_out = compare_gemms("2:4"), compare_gemms("narrower"), held_out_models()
+    sparse = compare_gemms("2:4")
+    narrow = compare_gemms("narrower")
+    held_out = held_out_models()
     common = {kind: [c for c in rows if not c.own_code] for kind, rows in found.items()}
     judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in common.items()}
     calibrated = {
@@ -219,7 +223,8 @@ def engine_tables() -> list[str]:
     excluded = {**Counter(filter(None, left_out)), **NOT_USED}
     parts = []
     for p in figure_2():
-        measured, predicted = p["measured_s"], p["predicted_s"]
+        measured = p["measured_s"]
+        predicted = p["predicted_s"]
         error = _signed(predicted / measured - 1.0, 0)
         parts.append([p["phase"], p["part"], _seconds(measured), _seconds(predicted), error])
     return [
@@ -246,7 +251,8 @@ def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for each in rows:
         groups.setdefault(each[:-1], []).append(each[-1])
-    order, cells = list(KINDS), []
+    order = list(KINDS)
+    cells = []
     for key in sorted(
         groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]
     ):

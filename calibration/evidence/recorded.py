@@ -71,12 +71,15 @@ def recorded_rows(page: str) -> list[RecordedRow]:
 
 
 def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[RecordedRow]:
-    store, profile = read_store(file), file.with_name(f"{dtype}.{threads}.yaml")
+    store = read_store(file)
+    profile = file.with_name(f"{dtype}.{threads}.yaml")
     # its engine was calibrated on this model
     own = file.with_name(file.name.replace(f".{engine}.jsonl", ".yaml"))
     hw = load_hardware(own if own.is_file() else profile)
     plain = replace(hw, engines={})
-    runs, cases, records = ENGINES[engine], dict[str, Case](), [dict(row) for row in store.rows]
+    runs = ENGINES[engine]
+    cases = dict[str, Case]()
+    records = [dict(row) for row in store.rows]
     for record in records:
         config_file = file.with_name(f"{record['model']}.json")  # a model that no library has
         layers = re.search(r"layers=(\d+)", str(record["key"]))
@@ -135,7 +138,8 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
     cells = []
     for name, some in [*sorted(groups.items()), ("all", list(rows))]:
         for known in known_of(some):
-            s, first = scores(some, known), known == KNOWN[0]
+            s = scores(some, known)
+            first = known == KNOWN[0]
             shares = [f"{100 * s[key]:.1f} %" for key in ("median", "inside", "half_width")]
             dense = "" if known == KNOWN[1] else f"{100 * s['dense_time']:.1f} %"
             label = [name, str(len(some))] if first else ["", ""]
@@ -180,7 +184,8 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
     )[:10]
     cells = []
     for r in worst:
-        c, found = r.compared, [r.predicted[name] for name in known]
+        c = r.compared
+        found = [r.predicted[name] for name in known]
         values = [f"{ratio(s.speedup)}x ({ratio(s.lower)}-{ratio(s.upper)})" for s in found]
         cells.append(
             [c.pruning, f"{c.model}, {c.phase}, {r.run}", f"{ratio(c.measured)}x", *values]
@@ -191,7 +196,8 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
 
 
 def measured_speedups() -> Groups:
-    published, rows = compare_speedups(), [row for page in FOLDERS for row in recorded_rows(page)]
+    published = compare_speedups()
+    rows = [row for page in FOLDERS for row in recorded_rows(page)]
     files = [FOLDERS["vllm"].parent / name for name in ("comparison.csv", "plans.csv")]
     decoders = [
         row

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.evidence.measurements import published
 from calibration.evidence.measurements.infersim import SOURCES
@@ -35,7 +34,7 @@ from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
 from calibration.validation.scoring import Comparison, ScoredRows, score, score_of
 from calibration.validation.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import inheriting, load_hardware
@@ -52,7 +51,7 @@ Row = dict[str, Any]
 
 # Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths
 # (decode)
-GROUPINGS: tuple[str, ...] = ("heads", "lengths")
+GROUPINGS = ("heads", "lengths")
 TEST_SHARE = 0.3
 SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
 # rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
@@ -90,7 +89,7 @@ class MeasuredRows:
             g.kv_heads, [g.batch, g.q_len, g.kv_len, g.heads / g.kv_heads, g.head_dim]
         )
 
-    def take(self, rows: NDArray[Any]) -> MeasuredRows:
+    def take(self, rows: Array) -> MeasuredRows:
         return replace(self, data=self.data.take(rows))
 
     def train_test(
@@ -610,8 +609,14 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
         n, devices, seconds = np.array(
             [(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]
         ).T
-        columns = {"n": n, "batch": devices, "seconds": seconds, "role": ROLES.index("all_reduce")}
-        records = Records.from_columns([Source("")], operator="collective", **columns)
+        records = Records.from_columns(
+            [Source("")],
+            operator="collective",
+            n=n,
+            batch=devices,
+            seconds=seconds,
+            role=ROLES.index("all_reduce"),
+        )
         yield _link(system, load_hardware(some[0]["hardware"]).over(some[0]["link"]), [records], {})
 
 

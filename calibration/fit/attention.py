@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit import solver
 from calibration.fit.residual import Regularisation
 from calibration.fit.section import FOLDS, Fit, accuracy_of, section_scale
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES
 from simulator.hardware.profile import Section
 from simulator.operators import CONSTANTS
@@ -27,11 +26,11 @@ from simulator.operators.attention import (
     decode_work,
     prefill_work,
 )
-from simulator.operators.base import Constant, Machine, ResidualGrid
+from simulator.operators.base import Constant, Machine, ResidualGrid, Values
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 
 # operators of records and sections that are fitted here
-OPERATORS: tuple[str, ...] = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
+OPERATORS = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 
 # constants by phase that choose the form of the model rather than scale it: never fitted, taken
 # from the registry
@@ -44,7 +43,7 @@ _FORMS = itertools.product((16.0, 64.0, 128.0), (0.5, 1.0, 2.0), (128.0, 1e6))
 # Structures to compare: kernels of latent attention differ in heads per unit, in units per SM, and
 # in whether they split a cache. On the A100 the analytical model errs by 27 % with the registry's
 # structure, by 4 % with the best.
-FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
+FORMS: Mapping[str, Sequence[Values]] = {
     "mla_decode": [
         dict(zip(("rows", "units_per_sm", "split_keys"), form, strict=True)) for form in _FORMS
     ]
@@ -53,14 +52,12 @@ FORMS: Mapping[str, Sequence[Mapping[str, float]]] = {
 # Rows per tile of plain decode to compare on devices with little compute for their bandwidth: there
 # products of padded rows change the time. They count as visible if, in the median row and with the
 # smallest tiles, they take at least SEEN of the time of reading the cache.
-TILE_ROWS: Sequence[Mapping[str, float]] = tuple(
-    {"tile_rows": rows} for rows in (16.0, 64.0, 128.0)
-)
+TILE_ROWS: Sequence[Values] = tuple({"tile_rows": rows} for rows in (16.0, 64.0, 128.0))
 SEEN = 0.25
 
 # Latent decode on Hopper where all rows have one number of heads, which do not identify the
 # structure: FlashMLA has tiles of 64 heads (docs/20250422-new-kernel-deep-dive.md).
-LONE_LATENT: Mapping[str, float] = {"tile_rows": 64.0, "rows": 64.0}
+LONE_LATENT: Values = {"tile_rows": 64.0, "rows": 64.0}
 
 # with fewer rows the residual is kept only if it improves the prediction of held-out rows
 FEW_ROWS = 100
@@ -78,7 +75,7 @@ _LONE = {
 _SEARCH: Mapping[str, Any] = {"ftol": 1e-6, "xtol": 1e-6}
 
 # columns of a shape
-SHAPE: tuple[str, ...] = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
+SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class AttentionFit(Fit):
         return self.take(~(too_fast | ((g.q_len < 2) & (not self.decodes))))
 
     def constants(
-        self, start: Mapping[str, float] | None = None, fixed: Mapping[str, str] | None = None
+        self, start: Values | None = None, fixed: Mapping[str, str] | None = None
     ) -> ConstantsFit:
         """Return the constants; ``fixed`` maps constants that keep the values of ``start`` to the
         reason."""
@@ -162,7 +159,7 @@ class AttentionFit(Fit):
             if np.count_nonzero(np.abs(high - low) > 0.02) < INFORMING_ROWS:
                 fixed[name] = "not identified by these rows"
 
-        def covariance(found: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+        def covariance(found: Minimum, values: Values) -> tuple[FloatArray, float]:
             return solver.sandwich(
                 found.rows, solver.slopes(self.log_residual, values, found.names, 1e-3)
             ), 0.0
@@ -206,7 +203,7 @@ def fit_attention(
     *,
     fold_by: Sequence[str] = ("heads", "lengths"),
     seed: int = 0,
-    start: Mapping[str, float] | None = None,
+    start: Values | None = None,
 ) -> FittedPart:
     """Fit one phase of attention to calls of one stack, each kernel separately; ValueError if none
     has 20 rows. The search begins at ``start`` (the constants of a related GPU), else at the
@@ -271,7 +268,7 @@ class _KernelFit:
 
 
 def _fit_form(
-    c: AttentionFit, starts: Sequence[Mapping[str, float]], keep: Mapping[str, str]
+    c: AttentionFit, starts: Sequence[Values], keep: Mapping[str, str]
 ) -> tuple[ConstantsFit, ResidualGrid]:
     """Return constants and residual of one kernel, from the best of the starts. The term per
     sequence is dropped if the error stays about the same: it would only fit noise."""
@@ -314,10 +311,10 @@ def _fit_form(
 
 def _best_form(
     c: AttentionFit,
-    starts: Sequence[Mapping[str, float]],
+    starts: Sequence[Values],
     keep: Mapping[str, str],
-    forms: Sequence[Mapping[str, float]],
-) -> Mapping[str, float]:
+    forms: Sequence[Values],
+) -> Values:
     """Return the fitted constants with the smallest error of the analytical model, among starts
     with each structure."""
     found = [c.constants({**start, **form}, keep).values for start in starts for form in forms]
@@ -326,7 +323,7 @@ def _best_form(
 
 def _fit_kernel(
     c: AttentionFit,
-    starts: Sequence[Mapping[str, float]],
+    starts: Sequence[Values],
     keep: Mapping[str, str],
     fold_by: Sequence[str],
     rng: Any,
@@ -364,7 +361,7 @@ def _errors(
     return left.log_error(values, rest.residual(values)), left.log_residual(values), test
 
 
-def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, NDArray[Any]]:
+def _joined(grids: Sequence[ResidualGrid | None]) -> dict[str, Array]:
     """Return the residuals of several kernels as one grid: one box of octaves per kernel, along the
     first axis."""
     given = [grid for grid in grids if grid is not None]

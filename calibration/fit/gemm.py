@@ -3,7 +3,6 @@ another stack; with it a small sample is enough."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import HardwareProfile, Section
-from simulator.operators.base import Constant, Machine, ResidualGrid, RowResidual
+from simulator.operators.base import Constant, Machine, ResidualGrid, RowResidual, Values
 from simulator.operators.gemm import EDGE, Products
 from simulator.operators.gemm import GEMM_CONSTANTS as CONSTANTS
 from simulator.operators.gemm_model import weight_only_constants
@@ -48,7 +47,7 @@ STEP = 0.1  # log time by which more tokens may be faster where a residual comes
 @dataclass(frozen=True)
 class GemmFit(Fit):
     calls: Products
-    start: Mapping[str, float] = field(default_factory=dict)  # start of the search
+    start: Values = field(default_factory=dict)  # start of the search
     prior: Section | None = None
     seed: int = 0
 
@@ -65,14 +64,14 @@ class GemmFit(Fit):
         c = self.calls
         return np.log2(c.m), np.log2(c.n), np.log2(c.k)
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         """Return the best of several searches: one from ``start``, which has all constants,
         :data:`STARTS` around it."""
         start = start or self.start
         prior = WEAK if self.prior is None else CLOSE
         few, ranges = self.sample(ROWS, self.seed), self._ranges()
 
-        def covariance(minimum: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+        def covariance(minimum: Minimum, _: Values) -> tuple[FloatArray, float]:
             rows = minimum.rows[: len(few)]
             residual_sd = float(np.sqrt(np.sum(rows**2) / max(len(few) - len(minimum.names), 1)))
             return gauss_newton(minimum.slopes, max(residual_sd, 1e-9)), residual_sd
@@ -144,7 +143,7 @@ class GemmFit(Fit):
         regularisation = ridge.ALONE if self.prior is None else ridge.CORRECTION
         return ridge.gemm_blocks(self.position, self.calls.machine.packs, regularisation)
 
-    def target(self, values: Mapping[str, float]) -> FloatArray:
+    def target(self, values: Values) -> FloatArray:
         """Return the log residual that the grid is fitted to, without the prior's residual."""
         target, before = -self.log_residual(values), self._before
         return target if before is None else target - replace(before, inset=EDGE)(self.position)
@@ -170,7 +169,7 @@ class GemmFit(Fit):
             out[test] = found - target[test]
         return out
 
-    def limited(self, grid: ResidualGrid, values: Mapping[str, float]) -> ResidualGrid:
+    def limited(self, grid: ResidualGrid, values: Values) -> ResidualGrid:
         """Return a residual of another table without steps that these rows do not show. More tokens
         do not take less time (on the RTX 4090, 128 tokens took 0.68 of the time of 64), and cold
         weights are not read faster than in any of these rows."""
@@ -205,9 +204,7 @@ class GemmFit(Fit):
         section = Section(constants.fitted(), arrays, scale, scores, status="calibrated")
         return FittedPart(section, constants, len(self))
 
-    def _scores(
-        self, held_out: FloatArray, values: Mapping[str, float]
-    ) -> tuple[float, dict[str, float]]:
+    def _scores(self, held_out: FloatArray, values: Values) -> tuple[float, dict[str, float]]:
         known = np.isfinite(held_out)
         if not known.any():
             return 1.0, {}
@@ -215,7 +212,7 @@ class GemmFit(Fit):
         scale = seen.scale(errors, values) * few_groups(int(self.groups().max()) + 1)
         return scale, seen.accuracy(errors, values)
 
-    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+    def accuracy(self, errors: FloatArray, values: Values) -> dict[str, float]:
         m = self.calls.m
         ranges = {"m_1_16": m <= 16, "m_17_256": (m > 16) & (m <= 256), "m_257_up": m > 256}
         size = np.abs(np.expm1(errors))

@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
@@ -23,7 +22,7 @@ from calibration.fit.profile import provenance_of, usable_rows
 from calibration.measure.plan import spread_order
 from calibration.records.screening import one_method, too_fast, with_exact, without_exact
 from calibration.records.timing_table import Records
-from simulator.arrays import FloatArray
+from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
 from simulator.hardware.library import load_hardware
@@ -133,11 +132,11 @@ class _Compared:
     """Plausible rows next to their predictions."""
 
     rows: Records
-    part: NDArray[np.intp]  # number of each row's operator and number format
+    part: IndexArray  # number of each row's operator and number format
     names: list[str]  # of the parts
-    arrays: dict[str, NDArray[Any]]  # of an update
+    arrays: dict[str, Array]  # of an update
 
-    def select(self, rows: NDArray[np.intp]) -> _Compared:
+    def select(self, rows: IndexArray) -> _Compared:
         arrays = {name: values[rows] for name, values in self.arrays.items()}
         return _Compared(self.rows.select(rows), self.part[rows], self.names, arrays)
 
@@ -246,7 +245,7 @@ def _compared(
 @dataclass(frozen=True, eq=False)
 class _Part:
     name: str  # operator and number format
-    rows: NDArray[np.intp]
+    rows: IndexArray
     log_ratio: FloatArray
     error: Uncertainty
 
@@ -327,7 +326,7 @@ def _reject_factor(what: str, log_ratio: FloatArray, most: float, rows: Records)
 
 def _fit(
     name: str,
-    rows: NDArray[np.bool_],
+    rows: BoolArray,
     log_ratio: FloatArray,
     before: FloatArray,
     posterior: Posterior,

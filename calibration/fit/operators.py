@@ -3,21 +3,20 @@ and indexers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit import solver
 from calibration.fit.residual import Regularisation
 from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES
-from simulator.operators.base import Machine, ResidualGrid
+from simulator.operators.base import Machine, ResidualGrid, Values
 from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
 from simulator.operators.experts import ALIGNED, EXPERTS_CONSTANTS, PARTS, Layers
@@ -57,7 +56,7 @@ class ElementwiseFit(Fit):
         known = np.isfinite(seconds) & (seconds > 0) & np.isfinite(bytes_) & (bytes_ > 0)
         return self.take(known & (seconds > bytes_ / (20.0 * self.calls.bandwidth)))
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         """Return constants of the classes with rows, around factors that all classes have in
         common."""
         default = {
@@ -65,7 +64,7 @@ class ElementwiseFit(Fit):
             for name, constant in ELEMENTWISE_CONSTANTS.items()
         }
 
-        def scaled(factor: Mapping[str, float]) -> dict[str, float]:
+        def scaled(factor: Values) -> dict[str, float]:
             moved = {}
             for name, constant in ELEMENTWISE_CONSTANTS.items():
                 kind = name if name in FACTORS else name.split("_")[0]
@@ -100,10 +99,10 @@ class ElementwiseFit(Fit):
             (0.0, first), (1.0, 1.0), np.zeros((len(CLASSES) + 1, int(last - first) + 1))
         )
 
-    def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
+    def arrays(self, residual: ResidualGrid) -> dict[str, Array]:
         return {"start": np.array(residual.start[1]), "values": residual.values[:-1]}
 
-    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+    def accuracy(self, errors: FloatArray, values: Values) -> dict[str, float]:
         found = super().accuracy(errors, values)
         del found["bias"]
         if (long := self.seconds > 1e-5).any():
@@ -135,7 +134,7 @@ class CollectiveFit(Fit):
             most = float(self.calls.link.max_devices) if self.calls.link.family == "nvlink" else 2.0
             yield from ({"own_devices": most, "own_bytes": size} for size in OWN_BYTES)
 
-    def _fixed(self, variant: Mapping[str, float]) -> dict[str, str]:
+    def _fixed(self, variant: Values) -> dict[str, str]:
         out = dict.fromkeys(("own_devices", "own_bytes"), "chosen among a few")
         if not variant["own_devices"]:
             out = dict.fromkeys(OWN, "these rows have only the library's all-reduce")
@@ -149,7 +148,7 @@ class CollectiveFit(Fit):
             out["hop_s"] = "one number of hops"
         return out
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         default = {
             name: constant.default(self.calls.link.family)
             for name, constant in COLLECTIVE_CONSTANTS.items()
@@ -183,7 +182,7 @@ class CollectiveFit(Fit):
         )
         return ResidualGrid((0.0, 0.0, first), (1.0, 1.0, OCTAVES), np.zeros(shape))
 
-    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
+    def residual(self, values: Values) -> ResidualGrid:
         """Return the grid nearest to the fitted one with which no time falls when bytes grow."""
         grid = super().residual(values)
         kinds, devices, nodes = grid.values.shape
@@ -224,7 +223,7 @@ class ExpertsFit(Fit):
             c.k, c.experts / np.where(whole, 1.0, c.active), np.where(whole, c.active, 0.0)
         )
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         if start is None:
             start = {
                 name: constant.default(self.architecture)
@@ -259,7 +258,7 @@ class ExpertsFit(Fit):
         shape = np.ceil((ends[:, 1] - start) / step - 1e-9).astype(int) + 1
         return ResidualGrid(tuple(start.tolist()), tuple(step.tolist()), np.zeros(shape))
 
-    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+    def accuracy(self, errors: FloatArray, values: Values) -> dict[str, float]:
         analytical = float(np.abs(np.expm1(self.log_residual(values))).mean())
         return super().accuracy(errors, values) | {"core_mape": analytical}
 
@@ -275,7 +274,7 @@ class IndexerFit(Fit):
         x = self.calls.sizes
         return solver.numbered(x.batch, x.q_len, x.kv_len, x.heads)
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         start = start or {
             name: constant.default(self.architecture)
             for name, constant in INDEXER_CONSTANTS.items()

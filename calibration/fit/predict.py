@@ -10,14 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.gemm import weight_copies
 from calibration.fit.operators import experts_part, index_sizes
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, NEEDED, OPERATORS, Records
-from simulator.arrays import IndexArray
+from simulator.arrays import BoolArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
@@ -294,7 +293,7 @@ class LaunchTime:
         return LAYER_LAUNCHES * self.launch_s
 
 
-def without_gpu(r: Records, hw: HardwareProfile) -> NDArray[np.bool_]:
+def without_gpu(r: Records, hw: HardwareProfile) -> BoolArray:
     """Return a mask of the rows that were measured on a CPU (their sources name threads) for a
     GPU's profile."""
     on_cpu = np.array(["threads" in source.stack for source in r.sources], dtype=bool)

@@ -37,7 +37,7 @@ from calibration.fit.solver import ConstantsFit, FittedPart, Minimum, fit_logs, 
 from calibration.measurements import published
 from calibration.records.screening import one_method, with_exact
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray
 from simulator.codes import DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
@@ -51,7 +51,7 @@ from simulator.hardware.profile import (
     with_section,
 )
 from simulator.operators import CONSTANTS
-from simulator.operators.base import Constant, Machine
+from simulator.operators.base import Constant, Machine, Values
 from simulator.operators.collective import COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, Moves, class_code
 from simulator.operators.indexer import IndexerCalls
@@ -85,8 +85,8 @@ SKIPPING: Mapping[str, tuple[str, tuple[str, ...], int]] = {
 }
 # values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive
 # faster than dense ones
-STEPS: tuple[float, ...] = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
-LOADS: tuple[float, ...] = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
+STEPS = tuple(np.round(np.arange(0.3, 1.205, 0.01), 2).tolist())
+LOADS = tuple(np.round(np.arange(0.5, 1.01, 0.05), 2).tolist())
 # up to this number of tokens reading weights takes most of the time, so ratios show sparse_load
 FEW_TOKENS = 64
 # keys per block; the search uses the cost of such blocks, since sparse_block may be 0 and has no
@@ -265,7 +265,7 @@ class _Rows:
 
     operator: str
     title: str  # of the rows of one format, in notes
-    mask: NDArray[np.bool_]
+    mask: BoolArray
     formats: NDArray[np.str_]
     fewest: int
 
@@ -317,12 +317,12 @@ def _kinds(base: HardwareProfile, records: Records) -> list[_Rows]:
     ]
 
 
-def _gathered(records: Records) -> NDArray[np.bool_]:
+def _gathered(records: Records) -> BoolArray:
     fused = records.fused & (records.dtype == records.weight_dtype)
     return np.asarray(records.is_operator("gather_gemm") & fused)
 
 
-def _messages(records: Records) -> NDArray[np.bool_]:
+def _messages(records: Records) -> BoolArray:
     messages = records.is_operator("collective") & (records.launch != LAUNCHES.index("eager"))
     reduces = messages & (records.role == role_code("all_reduce")[0])
     kernels = np.array([source.kernel for source in records.sources], dtype=str)
@@ -441,7 +441,7 @@ def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
     if section.status == "default":
         raise ValueError(f"{name}: {len(r)} rows need a fit of dense {operator}, which is missing")
 
-    def log_residual(searched: Mapping[str, float]) -> FloatArray:
+    def log_residual(searched: Values) -> FloatArray:
         trial = _with_constants(section, {n: Fitted(v) for n, v in _known(searched).items()})
         profile = replace(hw, sections={**hw.sections, (operator, dtype): trial})
         return np.asarray(np.log(predict(r, profile).time.seconds / r.seconds))
@@ -475,7 +475,7 @@ def _search_of(
     return _searched({n: section[n] for n in constants}), ranges
 
 
-def _covariance_of_skipping(minimum: Minimum, _: Mapping[str, float]) -> tuple[FloatArray, float]:
+def _covariance_of_skipping(minimum: Minimum, _: Values) -> tuple[FloatArray, float]:
     # other rows do not depend on the constants
     informative = np.abs(minimum.slopes).max(axis=1) > 0.02
     freedom = np.count_nonzero(informative) - len(minimum.names)
@@ -486,7 +486,7 @@ def _covariance_of_skipping(minimum: Minimum, _: Mapping[str, float]) -> tuple[F
     return gauss_newton(minimum.slopes, residual_sd), residual_sd
 
 
-def _searched(constants: Mapping[str, float]) -> dict[str, float]:
+def _searched(constants: Values) -> dict[str, float]:
     """Return the constants of the search: ``sparse_block`` as the relative cost of blocks of
     :data:`EDGE` keys."""
     return {
@@ -494,7 +494,7 @@ def _searched(constants: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _known(searched: Mapping[str, float]) -> dict[str, float]:
+def _known(searched: Values) -> dict[str, float]:
     return {
         n: EDGE * (value - 1.0) if n == "sparse_block" else value for n, value in searched.items()
     }
@@ -541,9 +541,7 @@ def _trials(with_load: bool) -> list[dict[str, float]]:
     return [{"sparse_step": step, "sparse_load": load} for step in STEPS for load in LOADS]
 
 
-def _best_ratios(
-    section: Section, tried: Sequence[Mapping[str, float]], error: FloatArray
-) -> Section:
+def _best_ratios(section: Section, tried: Sequence[Values], error: FloatArray) -> Section:
     """Return a section with the best of the tried constants; ``error`` (tried, rows) are log
     errors."""
     total, count = error.sum(axis=1), error.shape[1]

@@ -14,7 +14,7 @@ from calibration.fit.section import Fit
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.operators import CONSTANTS
-from simulator.operators.base import Calls, Machine, ResidualGrid
+from simulator.operators.base import Calls, Machine, ResidualGrid, Values
 from simulator.operators.delta_net import DeltaNets
 from simulator.operators.short_conv import Convolutions
 from simulator.operators.state_space import Recurrences
@@ -42,7 +42,7 @@ class RecurrentFit(Fit):
         """Return the number of each row: rows are held out one by one."""
         return np.arange(len(self))
 
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         known, start = CONSTANTS[self.calls.operator], start or self._defaults
         absent = () if self.prompt.any() else _PROMPT
         fixed = _OTHERS | dict.fromkeys(absent, solver.ABSENT)
@@ -57,7 +57,7 @@ class RecurrentFit(Fit):
         return ResidualGrid(tuple(start.tolist()), (OCTAVES,) * len(shape), np.zeros(shape))
 
     @property
-    def _defaults(self) -> Mapping[str, float]:
+    def _defaults(self) -> Values:
         known = CONSTANTS[self.calls.operator]
         return {name: one.default(self.architecture) for name, one in known.items()}
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from calibration.fit.solver import HUBER
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.operators.base import ResidualGrid
 from simulator.operators.gemm import EDGE
 
@@ -122,7 +122,7 @@ class ResidualBlock:
         return out * scale, scale
 
     @cached_property
-    def order(self) -> NDArray[np.intp]:
+    def order(self) -> IndexArray:
         """Nodes in an order that keeps neighbours near each other: the longest coordinate changes
         last."""
         shape = self.grid.values.shape
@@ -181,7 +181,7 @@ def gemm_blocks(
 def solve(
     parts: Sequence[ResidualBlock],
     target: FloatArray,
-    rows: NDArray[np.intp] | None = None,
+    rows: IndexArray | None = None,
     rounds: int | None = None,
 ) -> list[FloatArray]:
     """Return node values of every grid, fitted to a log target of ``rows`` or all, in ``rounds``
@@ -224,7 +224,7 @@ class FewRows:
         whitened = tuple(b.whitened() for b in parts)
         return FewRows(tuple(parts), np.asarray(sum(w @ w.T for w, _ in whitened)), whitened)
 
-    def dual(self, target: FloatArray, rows: NDArray[np.intp], rounds: int = 4) -> FloatArray:
+    def dual(self, target: FloatArray, rows: IndexArray, rounds: int = 4) -> FloatArray:
         common = self.common[np.ix_(rows, rows)]
         dual = values = target[rows]
         weights = np.ones(len(rows))
@@ -236,13 +236,13 @@ class FewRows:
             weights = 1.0 / np.sqrt(1.0 + ((values - common @ dual) / HUBER) ** 2)
         return np.asarray(dual)
 
-    def values(self, dual: FloatArray, rows: NDArray[np.intp]) -> list[FloatArray]:
+    def values(self, dual: FloatArray, rows: IndexArray) -> list[FloatArray]:
         return [
             b.nodes(scale * (w[rows].T @ dual))
             for b, (w, scale) in zip(self.parts, self.whitened, strict=True)
         ]
 
-    def at(self, dual: FloatArray, rows: NDArray[np.intp], others: NDArray[np.intp]) -> FloatArray:
+    def at(self, dual: FloatArray, rows: IndexArray, others: IndexArray) -> FloatArray:
         return np.asarray(self.common[np.ix_(others, rows)] @ dual)
 
 

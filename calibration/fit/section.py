@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from calibration.fit import solver
 from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.hardware.profile import Section
-from simulator.operators.base import Calls, Constant, ResidualGrid
+from simulator.operators.base import Calls, Constant, ResidualGrid, Values
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     Uncertainty,
@@ -46,7 +45,7 @@ class Fit(ABC):
     def __len__(self) -> int:
         return len(self.seconds)
 
-    def take(self: FitT, rows: NDArray[Any]) -> FitT:
+    def take(self: FitT, rows: Array) -> FitT:
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
 
     def sample(self: FitT, count: int, seed: int = 0) -> FitT:
@@ -61,7 +60,7 @@ class Fit(ABC):
         """Return the number of the group of each row: folds hold out whole groups."""
 
     @abstractmethod
-    def constants(self, start: Mapping[str, float] | None = None) -> ConstantsFit:
+    def constants(self, start: Values | None = None) -> ConstantsFit:
         pass
 
     @abstractmethod
@@ -71,13 +70,13 @@ class Fit(ABC):
     def usable(self: FitT) -> FitT:
         return self
 
-    def log_residual(self, values: Mapping[str, float]) -> FloatArray:
+    def log_residual(self, values: Values) -> FloatArray:
         return np.asarray(np.log(self.calls.seconds(values)) - np.log(self.seconds))
 
-    def log_error(self, values: Mapping[str, float], residual: ResidualGrid) -> FloatArray:
+    def log_error(self, values: Values, residual: ResidualGrid) -> FloatArray:
         return self.log_residual(values) + residual(self.calls.estimate(values).position)
 
-    def residual(self, values: Mapping[str, float]) -> ResidualGrid:
+    def residual(self, values: Values) -> ResidualGrid:
         position = self.calls.estimate(values).position
         return fit_grid(
             self.blank(), position, -self.log_residual(values), self.REGULARISATION, self.ROUNDS
@@ -85,14 +84,14 @@ class Fit(ABC):
 
     def search(
         self,
-        start: Mapping[str, float],
+        start: Values,
         ranges: Mapping[str, Constant],
         prior: float,
         **options: Any,
     ) -> ConstantsFit:
         """Fit constants with a prior, a log standard deviation, around ``start``."""
 
-        def covariance(minimum: Minimum, values: Mapping[str, float]) -> tuple[FloatArray, float]:
+        def covariance(minimum: Minimum, values: Values) -> tuple[FloatArray, float]:
             raw = solver.slopes(self.log_residual, values, minimum.names, 1e-4)
             every = np.concatenate([raw, solver.HUBER / prior * np.eye(len(minimum.names))])
             freedom = max(len(self) - len(minimum.names), 1)
@@ -102,20 +101,20 @@ class Fit(ABC):
 
         return solver.fit_logs(self.log_residual, start, ranges, covariance, prior=prior, **options)
 
-    def arrays(self, residual: ResidualGrid) -> dict[str, NDArray[Any]]:
+    def arrays(self, residual: ResidualGrid) -> dict[str, Array]:
         return residual.arrays()
 
-    def accuracy(self, errors: FloatArray, values: Mapping[str, float]) -> dict[str, float]:
+    def accuracy(self, errors: FloatArray, values: Values) -> dict[str, float]:
         return accuracy_of(np.expm1(errors))
 
-    def scale(self, errors: FloatArray, values: Mapping[str, float]) -> float:
+    def scale(self, errors: FloatArray, values: Values) -> float:
         """Return the section scale: the factor on correlated and independent errors that covers
         held-out rows."""
         e = self.calls.estimate(values)
         return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
 
 
-def held_out(fit: Fit, start: Mapping[str, float], seed: int) -> FloatArray:
+def held_out(fit: Fit, start: Values, seed: int) -> FloatArray:
     errors = np.zeros(len(fit))
     for train, test in solver.folds(fit.groups(), FOLDS, np.random.default_rng(seed)):
         rest, held = fit.take(train), fit.take(test)
@@ -170,7 +169,7 @@ def section_scale(log_ratio: FloatArray, uncertainty: Uncertainty) -> float:
     return float(np.sqrt(np.clip(np.quantile(needed, LEVEL), 0.2**2, 5.0**2)))
 
 
-def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
+def neighbours(sizes: Sequence[FloatArray]) -> IndexArray:
     """Return pairs (smaller, larger) of rows that differ in exactly one of several sizes, by a
     ratio in [0.25, 1)."""
     return np.concatenate(
@@ -178,7 +177,7 @@ def neighbours(sizes: Sequence[FloatArray]) -> NDArray[np.intp]:
     )
 
 
-def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> NDArray[np.intp]:
+def pairs_along(size: FloatArray, others: Sequence[FloatArray]) -> IndexArray:
     """Return pairs of rows that differ in ``size`` by a ratio in [0.25, 1) and are equal in
     ``others``."""
     key = solver.numbered(*others) if len(others) else np.zeros(len(size), dtype=np.intp)

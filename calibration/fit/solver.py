@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.hardware.profile import Fitted, Section
+from simulator.operators.base import Values
 
 # log of predicted over measured time of each row, from all constants by name
-LogResidual = Callable[[Mapping[str, float]], FloatArray]
+LogResidual = Callable[[Values], FloatArray]
 
 # covariance of the logs of the free constants at a minimum, and the residual sd that it assumes
-Covariance = Callable[["Minimum", Mapping[str, float]], tuple[FloatArray, float]]
+Covariance = Callable[["Minimum", Values], tuple[FloatArray, float]]
 
 # log residual from which a row has a lower weight: kernel choice makes steps of 5-15 %
 HUBER = 0.05
@@ -29,13 +29,11 @@ ABSENT = "no rows of its class"
 NO_GAIN = {"l2_gain": ("l2_share", "without meaning where L2 gains nothing")}
 
 
-def numbered(*columns: FloatArray) -> NDArray[np.intp]:
+def numbered(*columns: FloatArray) -> IndexArray:
     return np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def folds(
-    groups: NDArray[np.intp], count: int, rng: np.random.Generator
-) -> Iterator[tuple[Any, Any]]:
+def folds(groups: IndexArray, count: int, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
     part = rng.permutation(groups.max() + 1)[groups] % count
     for i in np.unique(part):
         if not (part == i).all():
@@ -46,8 +44,8 @@ def folds(
 class ConstantsFit:
     """Constants of an operator, SI, and their errors."""
 
-    values: Mapping[str, float]  # all constants
-    std_errors: Mapping[str, float]  # only fitted constants
+    values: Values  # all constants
+    std_errors: Values  # only fitted constants
     fixed: Mapping[str, str]  # constants that were not fitted -> why
     # logs of the fitted constants
     correlation: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
@@ -88,7 +86,7 @@ class FittedPart:
 
 @dataclass(frozen=True)
 class Minimum:
-    values: Mapping[str, float]
+    values: Values
     on_bound: Mapping[str, str]  # constants on an end of their range -> "lower" or "upper"
     rows: FloatArray  # residuals
     slopes: FloatArray  # derivatives of the residuals by the logs of the constants
@@ -100,14 +98,14 @@ class Minimum:
 
 def minimise(
     log_residual: LogResidual,
-    start: Mapping[str, float],
+    start: Values,
     ranges: Mapping[str, Any],
     *,
     prior: float | None = None,
-    center: Mapping[str, float] | None = None,
+    center: Values | None = None,
     data_only: bool = False,
     step: float | None = None,
-    together: Callable[[Sequence[Mapping[str, float]]], FloatArray] | None = None,
+    together: Callable[[Sequence[Values]], FloatArray] | None = None,
     **search: Any,
 ) -> Minimum:
     """Search the constants of ``ranges`` with the soft-L1 loss; the other constants keep the values
@@ -176,7 +174,7 @@ def _on_bound(names: Sequence[str], below: FloatArray, above: FloatArray) -> dic
 
 def fit_logs(
     log_residual: LogResidual,
-    start: Mapping[str, float],
+    start: Values,
     ranges: Mapping[str, Any],
     covariance: Covariance,
     *,
@@ -227,7 +225,7 @@ def soft_l1(log_residual: FloatArray) -> FloatArray:
 
 
 def slopes(
-    log_residual: LogResidual, values: Mapping[str, float], names: Sequence[str], step: float
+    log_residual: LogResidual, values: Values, names: Sequence[str], step: float
 ) -> FloatArray:
     """Return derivatives by the logarithms of constants, (rows, names), by central differences."""
 

@@ -16,7 +16,6 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.devices.protocol import (
     HOST_KINDS,
@@ -28,6 +27,7 @@ from calibration.devices.protocol import (
     Unsupported,
 )
 from calibration.measure.timing import WARM_VALUES, Protocol, measure
+from calibration.records.timing_table import Row
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
 from simulator.uncertainty.factors import Uncertainty, correlation
@@ -519,7 +519,7 @@ def _shuffled(items: Sequence[Item], seed: int) -> tuple[Item, ...]:
     )
 
 
-def spread_order(points: NDArray[np.float64], count: int, first: int = 0) -> list[int]:
+def spread_order(points: FloatArray, count: int, first: int = 0) -> list[int]:
     """Return indices of points in an order in which every prefix is spread widely (farthest point
     first)."""
     order = [first]
@@ -632,7 +632,7 @@ def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:
         )
 
 
-def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[dict[str, Any]]:
+def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[Row]:
     """Return shapes of attention calls. With ``apart``, head widths take turns that have enough
     calls for a fit."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
@@ -696,12 +696,16 @@ def _pruned(dtype: str, rng: np.random.Generator) -> Iterable[Operator]:
             )
         elif turn // 3 < len(lengths):
             length, h = lengths[turn // 3]
-            heads: dict[str, Any] = {"batch": 1, "heads": h, "kv_heads": h // 4, "head_dim": 64}
-            sparse: dict[str, Any] = {
-                "block": (64, 16, 128)[turn // 3 % 3],
-                "density": density,
-                "cold": False,
-            }
             yield Operator(
-                "attention_block_sparse", dtype, q_len=length, kv_len=length, **heads, **sparse
+                "attention_block_sparse",
+                dtype,
+                q_len=length,
+                kv_len=length,
+                batch=1,
+                heads=h,
+                kv_heads=h // 4,
+                head_dim=64,
+                block=(64, 16, 128)[turn // 3 % 3],
+                density=density,
+                cold=False,
             )

@@ -45,12 +45,20 @@ from calibration.devices.protocol import (
     DeviceLost,
     Operator,
     OutOfMemory,
+    Sampler,
     Unsupported,
 )
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
 from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
-from calibration.records.store import CLOCK_LIMIT, DRIFT_LIMIT, STATUSES, WAIT_LIMIT, power_capped
+from calibration.records.store import (
+    CLOCK_LIMIT,
+    DRIFT_LIMIT,
+    STATUSES,
+    WAIT_LIMIT,
+    power_capped,
+)
+from calibration.records.timing_table import Row
 
 _, _, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED = STATUSES
 
@@ -73,7 +81,7 @@ class Interrupt:
         self.requested = False
         self._old: Any = None
 
-    def watched(self, sample: Callable[[int], float]) -> Callable[[int], float]:
+    def watched(self, sample: Sampler) -> Sampler:
         def watched(loops: int) -> float:
             if self.requested:
                 raise Interrupted
@@ -167,7 +175,7 @@ class _Run:
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
     timed: set[str] = field(default_factory=set)  # operators with a time
 
-    def record(self, item: Item, protocol: Protocol) -> dict[str, Any]:
+    def record(self, item: Item, protocol: Protocol) -> Row:
         """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted
         is raised."""
         op = item.operator
@@ -197,11 +205,11 @@ class _Run:
             }
         return record
 
-    def _measure(self, op: Operator, protocol: Protocol, record: dict[str, Any]) -> None:
+    def _measure(self, op: Operator, protocol: Protocol, record: Row) -> None:
         if reason := self.device.refuses(op):
             raise Unsupported(reason)
         discarded = 0
-        best: dict[str, Any] = {}  # the attempt that other processes disturbed least
+        best: Row = {}  # the attempt that other processes disturbed least
         least = 0.0  # share of waiting in the best attempt
         for attempt in range(1, MAX_ATTEMPTS + 1):
             prepared = None  # frees the operands of the last attempt before new operands are made
@@ -433,7 +441,7 @@ def _power_notes(state: _Run) -> list[str]:
     ]
 
 
-def sustained(device: Device, dtype: str) -> dict[str, Any] | None:
+def sustained(device: Device, dtype: str) -> Row | None:
     """Return a record with the time of a compute-bound GEMM under load over its time in a
     measurement, because clocks fall at the power limit; None if it cannot run, or at an
     interrupt."""
@@ -483,9 +491,7 @@ def _interval(record: Mapping[str, Any]) -> tuple[float, float, float]:
     )
 
 
-def _timing_fields(
-    timing: Timing, before: Snapshot, after: Snapshot, method: str
-) -> dict[str, Any]:
+def _timing_fields(timing: Timing, before: Snapshot, after: Snapshot, method: str) -> Row:
     return {
         **vars(timing),
         "samples_s": list(timing.samples_s),

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from calibration.devices.protocol import Description
+from calibration.devices.protocol import Description, Sampler
 from calibration.records.store import STATUSES
+from simulator.arrays import FloatArray
 
 OK, NOISY, *_ = STATUSES
 WARM_VALUES = 6  # length of the steady stretch that ends the warm-up
 MAX_LOOPS = 1 << 20  # maximum launches per sample
-
-Sample = Callable[[int], float]
 
 
 class InvalidTiming(ValueError):
@@ -92,7 +90,7 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     )
 
 
-def _noise(values: NDArray[np.float64]) -> float:
+def _noise(values: FloatArray) -> float:
     """Return the standard deviation of a series about its trend: with the trend as noise, drift
     would seem steady."""
     return float(np.std(np.diff(values))) / math.sqrt(2.0)
@@ -126,7 +124,7 @@ def checked(seconds: float) -> float:
     return value
 
 
-def calibrate_loops(sample: Sample, min_window_s: float) -> int:
+def calibrate_loops(sample: Sampler, min_window_s: float) -> int:
     """Return the launches per sample that cover ``min_window_s``. The count grows at most tenfold
     per step: the first launches are slower, so a count from them alone is too small."""
     loops = 1
@@ -141,7 +139,7 @@ def calibrate_loops(sample: Sample, min_window_s: float) -> int:
         loops = min(MAX_LOOPS, needed, 10 * loops)
 
 
-def measure(sample: Sample, protocol: Protocol, clock: Callable[[], float]) -> Timing:
+def measure(sample: Sampler, protocol: Protocol, clock: Callable[[], float]) -> Timing:
     """Time a launch: warm up, find the loop count, sample until the median is precise or the time
     is up. ``sample(loops)`` launches ``loops`` times and returns seconds per launch. The first
     steady stretch begins the samples; a series that is not steady in half of the time limit is

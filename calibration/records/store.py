@@ -28,6 +28,7 @@ from calibration.records.timing_table import (
     PURPOSES,
     Flag,
     Records,
+    Row,
     Source,
     check_texts,
 )
@@ -54,7 +55,7 @@ def encode_line(line: Mapping[str, Any]) -> bytes:
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
-def decode_line(line: bytes) -> dict[str, Any] | None:
+def decode_line(line: bytes) -> Row | None:
     """Return the mapping of :func:`encode_line`; None if the line is incomplete or damaged."""
     found = _CRC.search(line)
     body = line[: found.start()] + b"}" if found else b""
@@ -90,7 +91,7 @@ class Header:
                 f"dtype {self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}"
             )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Row:
         head = {"prunesim": "records", "schema": SCHEMA_VERSION, **vars(self)}
         return {**head, "stack": dict(self.stack), "extra": dict(self.extra)}
 
@@ -132,7 +133,7 @@ class Header:
 @dataclass(frozen=True)
 class Content:
     header: Header
-    rows: tuple[dict[str, Any], ...]  # records in the order of writing, without checksums
+    rows: tuple[Row, ...]  # records in the order of writing, without checksums
     dropped: int = 0  # 1 if the last line was incomplete and was dropped
     end: int = 0  # bytes up to the end of the last complete line
     label: str = ""  # name of the file, for messages
@@ -204,7 +205,7 @@ def parse(content: bytes, label: str) -> Content | None:
         raise InputError(f"{label}: not a store of records (its first line is not a header)")
     lines = content.rstrip(b"\n").split(b"\n") if content else []
     header: Header | None = None
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     end = dropped = 0
     for line_number, line in enumerate(lines, 1):
         place = f"{label}:{line_number}"
@@ -280,7 +281,7 @@ class Store:
         self._rows = list(found.rows)
 
     @property
-    def rows(self) -> tuple[dict[str, Any], ...]:
+    def rows(self) -> tuple[Row, ...]:
         return tuple(self._rows)
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -362,7 +363,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
     # only GPUs have a power limit
     capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
     # key: the operator; the number if an operator has one visit
-    timings: dict[object, dict[str, Any]] = {}
+    timings: dict[object, Row] = {}
     for (position, row), slow in zip(timed.items(), capped, strict=True):
         try:
             timing = {**_timing(row, drifted), "line": position + 1}
@@ -402,7 +403,7 @@ def _drifted(rows: Sequence[Mapping[str, Any]]) -> set[int]:
     return {row.get("block", 0) for row in checks if row.get("drifted")}
 
 
-def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
+def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
     block = row.get("block", 0)
     flags = int({"noisy": Flag.NOISY, "throttled": Flag.THROTTLED}.get(row.get("status", ""), 0))
     if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
@@ -430,7 +431,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> dict[str, Any]:
     }
 
 
-def shape_of(operator: Mapping[str, Any]) -> dict[str, Any]:
+def shape_of(operator: Mapping[str, Any]) -> Row:
     for name in COUNTS:
         value = operator.get(name, 0)
         if type(value) is not int or not 0 <= value <= _MOST:

@@ -38,11 +38,14 @@ NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
 _LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm", *RECURRENT, "indexer")
 # names of timed operators; the index is the code in the operator column and in files, so new names
 # come last
-OPERATORS: tuple[str, ...] = (*(name for name in NEEDED if name not in _LAST), *_LAST)
+OPERATORS = (*(name for name in NEEDED if name not in _LAST), *_LAST)
 # how the launch counts in a time: excluded (kernel times of a profiler), as a gap in a graph, or as
 # host time (eager)
-LAUNCHES: tuple[str, ...] = ("unknown", "excluded", "graph", "eager")
-PURPOSES: tuple[str, ...] = ("", "fit", "holdout", "exact", "drift_check")  # imports: unknown
+LAUNCHES = ("unknown", "excluded", "graph", "eager")
+PURPOSES = ("", "fit", "holdout", "exact", "drift_check")  # imports: unknown
+
+Row = dict[str, Any]
+"""Names and values of a line of a file."""
 
 
 class Flag(IntFlag):
@@ -74,7 +77,7 @@ class Source:
     def software(self) -> str:
         return ", ".join(f"{name} {version}" for name, version in self.stack.items())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Row:
         own = {**vars(self), "stack": dict(self.stack), "file": ""}
         return {name: value for name, value in own.items() if value}
 
@@ -261,10 +264,10 @@ class Records(Table):
 LATER = ("experts", "active", "skew", "fused")
 
 # columns that are equal in two timings of one shape
-SHAPE: tuple[str, ...] = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
+SHAPE = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]
 
 # columns of SHAPE that are dimensions: whole numbers
-COUNTS: tuple[str, ...] = tuple(name for name in SHAPE if Records.SCHEMA[name][0] is np.int64)
+COUNTS = tuple(name for name in SHAPE if Records.SCHEMA[name][0] is np.int64)
 
 SCHEMA_VERSION = 1
 _KEY = b"prunesim.records"
@@ -277,7 +280,7 @@ def write_records(
     """Return a table as the bytes of a Parquet file. ``extra`` is JSON-ready metadata; ``single``
     stores times as float32, whose rounding is below the noise of clocks."""
     pa, pq = load_pyarrow()
-    constant: dict[str, Any] = {}
+    constant: Row = {}
     arrays: dict[str, Any] = {}
     for name in records.SCHEMA:
         values = getattr(records, name)
@@ -301,7 +304,7 @@ def write_records(
     }
     table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(head).encode()})
     floats = [name for name in arrays if pa.types.is_floating(arrays[name].type)]
-    how: dict[str, Any] = {
+    how: Row = {
         "row_group_size": 1 << 20,
         "compression": "zstd",
         "compression_level": 19,

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from calibration.devices.protocol import CaptureFailed, Device, Unsupported
+from calibration.devices.protocol import CaptureFailed, Device, Sampler, Unsupported
 from calibration.fit.base_profile import base_profile
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
+from calibration.records.timing_table import Row
 from calibration.runners.runs import DATASHEET, PROFILE, check_folder
 from simulator.codes import PHASES
 from simulator.errors import InputError
@@ -45,7 +46,7 @@ from simulator.request import SETTINGS, Name, Request
 from simulator.units import percent
 from simulator.workload import Workload
 
-SPARSITIES: tuple[float, ...] = (0.25, 0.5)  # default fractions of families
+SPARSITIES = (0.25, 0.5)  # default fractions of families
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Case:
     def of_model(cls, request: Request, pruning: Pruning) -> Case:
         """Return the case of an existing pruned model."""
         dense = lower(request)
-        ours, theirs = dense.meta.config, pruning.model
+        ours = dense.meta.config
+        theirs = pruning.model
         for name in ("vocab", "head_dim") if ours is not None and theirs is not None else ():
             if getattr(theirs, name) != getattr(ours, name):
                 expected = (
@@ -146,7 +148,7 @@ class Case:
         return " + ".join(map(str, self.pruning.steps))
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Row:
         names = ("prune", "family", "sparsity", "phase", "batch", "seq")
         return {"model": self.dense.meta.model, **{name: getattr(self, name) for name in names}}
 
@@ -157,7 +159,7 @@ class Case:
         )
         return replace(self, dense=dense, pruned=pruned)
 
-    def columns(self, hw: HardwareProfile, s: Result) -> dict[str, Any]:
+    def columns(self, hw: HardwareProfile, s: Result) -> Row:
         return {
             **self.identity,
             "realised_sparsity": (
@@ -191,7 +193,8 @@ def cases_of(
         for name in ("family", "sparsity", "prune", "pruned")
         if settings.get(name)
     }
-    family, sparsity = given.pop("family", None), given.pop("sparsity", None)
+    family = given.pop("family", None)
+    sparsity = given.pop("sparsity", None)
     prunings: tuple[Pruning, ...] = ()
     for name, value in given.items():
         prunings += prunings_of(
@@ -204,7 +207,8 @@ def cases_of(
     requests = requests_of(
         [config], {name: value for name, value in settings.items() if name in SETTINGS}
     )
-    notes, cases = dict[str, None](), dict[tuple[object, ...], Case]()
+    notes = dict[str, None]()
+    cases = dict[tuple[object, ...], Case]()
     for request, pruning in itertools.product(requests, prunings):
         Name(tuple(phases)).check("phase", request.phase)
         try:
@@ -239,7 +243,8 @@ def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
 def _check_heads(w: Workload) -> None:
     uneven = w.is_attention & (w.heads % np.maximum(w.kv_heads, 1) > 0)
     if uneven.any():
-        heads, groups = int(w.heads[uneven][0]), int(w.kv_heads[uneven][0])
+        heads = int(w.heads[uneven][0])
+        groups = int(w.kv_heads[uneven][0])
         expected = f"expected a multiple of {groups}, such as {max(heads // groups, 1) * groups}"
         raise InputError(f"{heads} query heads on {groups} KV heads cannot run here; {expected}")
 
@@ -304,13 +309,14 @@ WINDOW_S = 4e-3
 UNTIMED = 3  # a compiled pass is compiled, then recorded as a CUDA graph, then replayed
 PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
 # pairs that show scatter; pairs that suffice if their ratio is precise; most pairs
-LEAST, ENOUGH, MOST = 3, 8, 200
+LEAST = 3
+ENOUGH = 8
+MOST = 200
 
 T = TypeVar("T")
-Sampler = Callable[[int], float]  # runs some passes and returns the seconds per pass
 
 
-def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> dict[str, Any]:
+def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> Row:
     """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile
     kernels and warm caches; "loops": passes per sample."""
     samplers = (dense, pruned)
@@ -387,7 +393,8 @@ class Observation:
 
 class Runner:
     def __init__(self, device: Device, model: ModelRun) -> None:
-        self.device, self.model = device, model
+        self.device = device
+        self.model = model
         self.interrupted: Callable[[], bool] = lambda: False  # whether the user requested an end
 
     @property
@@ -402,7 +409,7 @@ class Runner:
     def prepare(self, case: Case) -> None:
         """Make the dense model, which all cases share; ``case`` is any of them."""
 
-    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+    def record(self, case: Case, seconds: float) -> Row:
         """Return status, reason and raw times of a case; CaptureFailed: this process can time
         nothing any more; Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
@@ -415,11 +422,11 @@ class Runner:
 
 
 class PairRunner(Runner):
-    def timed(self, case: Case, end: float) -> dict[str, Any]:
+    def timed(self, case: Case, end: float) -> Row:
         """Time a case until ``end`` on the device's clock; return the fields of the record."""
         raise NotImplementedError
 
-    def record(self, case: Case, seconds: float) -> dict[str, Any]:
+    def record(self, case: Case, seconds: float) -> Row:
         try:
             return {"status": OK, "reason": "", **self.timed(case, self.device.clock() + seconds)}
         except CaptureFailed:

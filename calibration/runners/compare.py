@@ -32,6 +32,7 @@ from calibration.measure.run import (
 )
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
+from calibration.records.timing_table import Row
 from calibration.runners.cases import ENOUGH, Case, CaseRow, ModelRun, Runner, predicted_speedup
 from calibration.runners.runs import begin
 from calibration.validation.scoring import errors, spearman
@@ -69,7 +70,7 @@ ENGINES: Mapping[str, RunEngine] = {
 _FAILURES_IN_A_ROW = 3
 REPEATS = 0.02  # speedups of two runs on a quiet machine differ by up to this share
 DECIDE = 10  # fewest speedups that can say whether predictions hold
-DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def kernels_on(device: str) -> dict[str, str]:
@@ -82,7 +83,7 @@ def kernels_on(device: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ComparedCases:
-    records: tuple[dict[str, Any], ...]
+    records: tuple[Row, ...]
     left: int  # number of cases that were not reached in time
     notes: tuple[str, ...]  # why cases have no time
     stopped: str = ""
@@ -103,7 +104,8 @@ def compare(
 ) -> ComparedCases:
     """Time every case into a run folder, new or of an earlier run of the same device. The cases
     share the budget equally; the next run measures the cases that remain."""
-    dtype, engine = model.dtype, model.engine
+    dtype = model.dtype
+    engine = model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
         known = ", ".join(d for d in DTYPES if d in device.dtypes())
         raise InputError(
@@ -146,7 +148,8 @@ def compare(
 
 def _named(runner: Runner, cases: Sequence[Case]) -> tuple[dict[str, Case], list[str]]:
     """Return the cases that can run, by name, and a note per reason why others cannot."""
-    names, unable = dict[str, Case](), dict[str, dict[str, None]]()
+    names = dict[str, Case]()
+    unable = dict[str, dict[str, None]]()
     for case in cases:
         try:
             runner.check(case)
@@ -168,12 +171,16 @@ def _time_cases(
 ) -> tuple[int, str]:
     """Time the cases that have no record; return how many are left, and why the run stopped, if it
     did."""
-    clock, failures = runner.device.clock, 0
-    start, todo = clock(), _todo(runner, names, kept.rows)
+    clock = runner.device.clock
+    failures = 0
+    start = clock()
+    todo = _todo(runner, names, kept.rows)
     if todo:
         _prepare(runner, todo[0][1])
     for number, (name, case) in enumerate(todo):
-        left, spent, stopped = len(todo) - number, clock() - start, ""
+        left = len(todo) - number
+        spent = clock() - start
+        stopped = ""
         if runner.interrupted() or spent >= budget_s:
             return left, "interrupted" if runner.interrupted() else "budget"
         # the share of a case includes making its model; later cases get the unused time
@@ -228,10 +235,11 @@ def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) 
     return ComparedCases(tuple(records), 0, tuple(notes))
 
 
-def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> dict[str, Any]:
+def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> Row:
     """Return the record of a case; the longer file loses its last samples."""
     for what in ("tool", "concurrency"):
-        a, b = getattr(dense, what), getattr(pruned, what)
+        a = getattr(dense, what)
+        b = getattr(pruned, what)
         if a != b:
             raise InputError(
                 f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}"
@@ -375,7 +383,7 @@ def rows_of(
     return out
 
 
-def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(record: Mapping[str, Any]) -> Row:
     """Return the columns of the pair of passes with the median ratio, and of its interval."""
     dense_s, pruned_s = (
         np.asarray(record[name], dtype=np.float64) for name in ("dense_s", "pruned_s")
@@ -384,7 +392,8 @@ def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
     pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
     _, low, high = median_interval(ratios.tolist())
     if not math.isfinite(high):
-        low, high = float(ratios.min()), float(ratios.max())
+        low = float(ratios.min())
+        high = float(ratios.max())
     times = {"dense_s": float(dense_s[pair]), "pruned_s": float(pruned_s[pair])}
     return {
         **times,
@@ -452,7 +461,8 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
         [getattr(r, name) for r in rows] for name in names
     )
     every = verdict_of("speedups", measured, predicted, lower, upper, roofline)
-    first, worst = rows[0], _in_words(max(rows, key=lambda r: abs(r.error)))
+    first = rows[0]
+    worst = _in_words(max(rows, key=lambda r: abs(r.error)))
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
     if every.rows < DECIDE:
         few_rows = (
@@ -501,10 +511,12 @@ def two_groups(samples: Sequence[float]) -> tuple[float, float] | None:
     if len(x) < ENOUGH:
         return None
     n = np.arange(2, len(x) - 1)  # size of the lower group; each has at least two samples
-    low, high = np.cumsum(x)[n - 1] / n, np.cumsum(x[::-1])[len(x) - n - 1] / (len(x) - n)
+    low = np.cumsum(x)[n - 1] / n
+    high = np.cumsum(x[::-1])[len(x) - n - 1] / (len(x) - n)
     between = n * (len(x) - n) * (high - low) ** 2 / len(x)
     best = int(np.argmax(between))
-    a, b = float(np.median(x[: n[best]])), float(np.median(x[n[best] :]))
+    a = float(np.median(x[: n[best]]))
+    b = float(np.median(x[n[best] :]))
     return (a, b) if between[best] > 0.9 * ((x - x.mean()) ** 2).sum() and b > 1.05 * a else None
 
 

@@ -197,18 +197,22 @@ def engine_times(
     plain = replace(hw, engines={})
     # log(measured / predicted) by operator and tokens
     ratios: dict[str, dict[int, list[float]]] = {}
-    rest, host = [], []
+    rest = []
+    host = []
     for one in sorted(passes, key=lambda one: one.tokens):
         w = workload_of(model, one.layers, one.phase, one.batch, one.seq)
-        p, tokens = forward_passes(WorkloadBatch.of([w]), plain), tokens_of(w)
+        p = forward_passes(WorkloadBatch.of([w]), plain)
+        tokens = tokens_of(w)
         for operator in OPERATORS:
             rows = w.kind == operator.code
             name = "attention" if operator.name.endswith("attention") else operator.name
-            measured, own = one.operators.get(name, 0.0), rows & (tokens == one.tokens)
+            measured = one.operators.get(name, 0.0)
+            own = rows & (tokens == one.tokens)
             if measured > 0.0 and own.any():
                 # the head of a prefill computes fewer tokens, whose factor a pass of fewer tokens
                 # has given
-                known, fewer = ratios.setdefault(operator.name, {}), rows & ~own
+                known = ratios.setdefault(operator.name, {})
+                fewer = rows & ~own
                 at = [math.log2(t) for t in known] or [0.0]
                 mean = [float(np.mean(found)) for found in known.values()] or [0.0]
                 less = float((p.row_s * np.exp(np.interp(np.log2(tokens), at, mean)))[fewer].sum())

@@ -27,14 +27,14 @@ import torch
 from torch import nn
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
-from calibration.devices.protocol import Device, Unsupported
+from calibration.devices.protocol import Device, Sampler, Unsupported
+from calibration.records.timing_table import Row
 from calibration.runners.cases import (
     ENOUGH,
     Case,
     ModelRun,
     Observation,
     PairRunner,
-    Sampler,
     alternate,
     looped,
 )
@@ -178,7 +178,8 @@ def _check_parameters(made: Any, model: Model) -> None:
 
 def _patch(made: Any, plan: Plan) -> str:
     """Change the layers that differ from those of the configuration; return the changes."""
-    changed, attention = Counter[str](), 0
+    changed = Counter[str]()
+    attention = 0
     for number, (new, old) in enumerate(zip(plan.model.layers, plan.stated.layers)):
         if new.windowless != old.windowless:
             changed.update(_change(made.model.layers[number], new.windowless, old.windowless))
@@ -191,7 +192,8 @@ def _patch(made: Any, plan: Plan) -> str:
 def _change(layer: nn.Module, shape: Layer, usual: Layer) -> list[str]:
     out = []
     for part, name in (("attention", "attention"), ("mlp", "the MLP")):
-        new, old = shape.of(part), usual.of(part)
+        new = shape.of(part)
+        old = usual.of(part)
         if isinstance(new, Attention | Mlp) and type(new) is type(old) and new != old:
             out += _change_sublayer(layer, new, f"other widths of {name}")
     attention = shape.of("attention")
@@ -215,7 +217,8 @@ def _change_sublayer(layer: nn.Module, new: Attention | Mlp, narrower: str) -> l
     out = []
     hidden = _module(layer, "o" if isinstance(new, Attention) else "down").out_features
     for role, (n, k) in new.weights(hidden).items():
-        old, rank = _module(layer, role), new.form(role).rank or 0
+        old = _module(layer, role)
+        rank = new.form(role).rank or 0
         if rank or (n, k) != (old.out_features, old.in_features):
             layer.set_submodule(PROJECTIONS[role], _projection(old, n, k, rank))
             out.append("low rank" if rank else narrower)
@@ -306,11 +309,12 @@ class HfRunner(PairRunner):
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
-    def timed(self, case: Case, end: float) -> dict[str, Any]:
+    def timed(self, case: Case, end: float) -> Row:
         if case.prune not in self.kept:
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
             self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
-        dense, pruned = self.kept["dense"], self.kept[case.prune]
+        dense = self.kept["dense"]
+        pruned = self.kept[case.prune]
         runtime = "compiled" if self.model.engine == "compile" else "eager"
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
@@ -354,7 +358,9 @@ class _Stamps:
     """A logits processor that notes the time after every token of ``generate``."""
 
     def __init__(self, synchronize: Callable[[], Any], tokens: int) -> None:
-        self.synchronize, self.tokens, self.at_s = synchronize, tokens, list[float]()
+        self.synchronize = synchronize
+        self.tokens = tokens
+        self.at_s = list[float]()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         # between the first and the last token the host may run ahead

@@ -58,7 +58,7 @@ from simulator.request import Name
 # from the tokens (n,) of a window to the logits (n, vocabulary) after each of them
 Logits = Callable[[Tensor], Tensor]
 # 2:4 needs a GPU, and dynamic families need a trained router or predictor
-FAMILIES: tuple[str, ...] = tuple(name for name in STATIC if name != "semi_structured")
+FAMILIES = tuple(name for name in STATIC if name != "semi_structured")
 # dense logits that stay in memory; larger ones are computed again for each variant
 MOST_LOGIT_BYTES = 2_000_000_000
 # relative difference from the loss of the model's own code that shows another architecture
@@ -179,8 +179,9 @@ def _from_folder(what: str, folder: str | Path, **options: Any) -> Any:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        safe = {"trust_remote_code": False, "local_files_only": True}
-        return getattr(transformers, what).from_pretrained(folder, **safe, **options)
+        return getattr(transformers, what).from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: cannot be read as a causal language model: {reason}") from None
@@ -198,7 +199,8 @@ def decoder_of(model: Any, name: str) -> Decoder:
     """Return our decoder with the weights of a transformers model; InputError if the model gives
     another loss."""
     try:
-        config, rotary = model.config, model.model.rotary_emb
+        config = model.config
+        rotary = model.model.rotary_emb
         decoder = from_weights(
             name,
             model.state_dict(),
@@ -232,7 +234,8 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
         name = f"pydoc topics of Python {platform.python_version()}"
     else:
         try:
-            text, name = read_bounded(path).decode("utf-8"), Path(path).name
+            text = read_bounded(path).decode("utf-8")
+            name = Path(path).name
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
@@ -323,7 +326,8 @@ def measure_layers(
             if not any(at >= number for at, _ in todo):
                 return
             for change in todo.get((number, "attention"), ()):
-                a, kept_heads = layer.attention, change.variant.of("attention")
+                a = layer.attention
+                kept_heads = change.variant.of("attention")
                 if a is not None and isinstance(kept_heads, GroupedAttention):
                     sizes = kept_heads.heads, kept_heads.kv_heads
                     a = fewer_heads(a, *sizes, decoder.head_dim)
@@ -335,7 +339,8 @@ def measure_layers(
             own = todo.get((number, "mlp"), [])
             importance = _importance(state, layer.mlp, both[many:]) if own else None
             for change in own:
-                m, kept_mlp = layer.mlp, change.variant.of("mlp")
+                m = layer.mlp
+                kept_mlp = change.variant.of("mlp")
                 narrow = None
                 if m is not None and isinstance(kept_mlp, DenseMlp):
                     narrow = m.channels(best(importance, kept_mlp.inner))
@@ -414,7 +419,8 @@ def read_scores(path: str | Path, protocol: str, source: str) -> list[LayerScore
     if not Path(path).exists():
         return []
     names = [*LayerScore.__dataclass_fields__, "protocol", "source"]
-    table, out = read_csv(read_bounded(path), str(path), names), []
+    table = read_csv(read_bounded(path), str(path), names)
+    out = []
     for place, cells in table.records():
         for name, own in (("protocol", protocol), ("source", source)):
             if cells[name] != own:

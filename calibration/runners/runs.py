@@ -50,7 +50,10 @@ from simulator.uncertainty import factors
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import Workload, WorkloadBatch
 
-RECORDS, DATASHEET, PROFILE, REPORT = "records.jsonl", "datasheet.yaml", "profile.yaml", "report.md"
+RECORDS = "records.jsonl"
+DATASHEET = "datasheet.yaml"
+PROFILE = "profile.yaml"
+REPORT = "report.md"
 
 # Shares of the time of a quick run, for the operators that re-anchoring uses
 QUICK_SHARES = {
@@ -214,8 +217,7 @@ def measure_into(
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
         wanted = target_operators(targets, load_hardware(datasheet), every=quick) if targets else []
-        how: dict[str, Any] = {"protocol": protocol, "seed": seed}
-        plan = _plan(wanted, rates, device, options, quick, **how)
+        plan = _plan(wanted, rates, device, options, quick, protocol=protocol, seed=seed)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         note(f"{len(plan.items)} operators planned: {counts}")
         return plan, protocol
@@ -255,7 +257,8 @@ def keep_apart(records: Records) -> Records:
     """Hold out fit rows with an (n, k) of held-out rows, which a folder of two plans may
     contain."""
     purpose = np.array(records.purpose)
-    held, fit = PURPOSES.index("holdout"), PURPOSES.index("fit")
+    held = PURPOSES.index("holdout")
+    fit = PURPOSES.index("fit")
     gemm = records.is_operator("gemm")
     key = records.n * 2.0**24 + records.k
     mixed = gemm & (purpose == fit) & np.isin(key, key[gemm & (purpose == held)])
@@ -339,7 +342,8 @@ def target_operators(
     shapes = batch.shapes[0]
     places = _operators(shapes, every)
     chosen = np.array(list(places.values()), dtype=np.intp)
-    rows, kind = factors.in_order(p.errors, len(shapes)).take(chosen), shapes.kind[chosen]
+    rows = factors.in_order(p.errors, len(shapes)).take(chosen)
+    kind = shapes.kind[chosen]
     kind = kind.astype(np.intp)
     covariance = p.uncertainty.covariance(rows.wide(), rows.correlated, rows.coordinates, kind)
     order = next_rows(rows, kind, covariance[dense] - covariance, MOST_ROWS)
@@ -358,7 +362,9 @@ def _operators(shapes: Workload, every: bool) -> dict[Operator, int]:
 
 
 def operator_of(w: Workload, row: int) -> Operator | None:
-    kind, dtype, role = int(w.kind[row]), DTYPES[int(w.dtype[row])], ROLES[int(w.role[row])]
+    kind = int(w.kind[row])
+    dtype = DTYPES[int(w.dtype[row])]
+    role = ROLES[int(w.role[row])]
     plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
     if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:
         return Operator(

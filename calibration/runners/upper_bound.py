@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.timing import Protocol, default_visits
 from calibration.records.screening import without_exact
 from calibration.records.store import content_records, read_store
-from calibration.records.timing_table import OPERATORS, Records
+from calibration.records.timing_table import OPERATORS, Records, Row
 from calibration.runners.cases import Case, CaseRow, predicted_speedup
 from calibration.runners.runs import MeasuredRun, RunOptions, begin, measure_plan
 from calibration.validation.scoring import errors
@@ -120,7 +119,7 @@ def _counted(
 
 def operator_of(shape: Shape, dtype: str) -> Operator:
     kind, sizes = shape
-    named: dict[str, Any] = dict(zip(DIMENSIONS[kind], sizes, strict=True))
+    named: Row = dict(zip(DIMENSIONS[kind], sizes, strict=True))
     if kind == "attention_decode":
         named["q_len"] = 1
     return Operator(kind, dtype, **named, cold=kind not in HOT)
@@ -148,12 +147,17 @@ def measure_bounds(
 ) -> MeasuredRun:
     """Time the plain kernels of cases into a run folder, new or of an earlier run of the same
     device."""
-    dtype, budget_s, seed = options.dtype, options.budget_s, options.seed
-    start, description, shapes = device.clock(), device.describe(), shapes_of(cases, seed)
+    dtype = options.dtype
+    budget_s = options.budget_s
+    seed = options.seed
+    start = device.clock()
+    description = device.describe()
+    shapes = shapes_of(cases, seed)
     file, header = begin(folder, device, dtype, budget_s, memory_bytes=description.memory_bytes)
 
     def planned(rates: Rates, protocol: Protocol, _: int) -> tuple[MeasurementPlan, Protocol]:
-        left, visits = max(budget_s - (device.clock() - start), 1e-3), default_visits(description)
+        left = max(budget_s - (device.clock() - start), 1e-3)
+        visits = default_visits(description)
         # a third of the time is reserved for drift checks and for repeats
         each = 0.65 * (left / visits) / max(len(shapes), 1) - rates.setup_s
         protocol = replace(protocol, time_limit_s=min(max(each, 0.05), 2.0 * protocol.time_limit_s))
@@ -178,7 +182,8 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
     for kind, names in DIMENSIONS.items():
         of_kind = records.operator == OPERATORS.index(kind)
         rows = records.select(usable & of_kind & (records.cold == (kind not in HOT)))
-        half, group = np.nan_to_num(rows.spread, posinf=0.0), rows.groups(*names)
+        half = np.nan_to_num(rows.spread, posinf=0.0)
+        group = rows.groups(*names)
         for i in np.unique(group):
             same = np.flatnonzero(group == i)
             shape = tuple(int(getattr(rows, name)[same[0]]) for name in names)
@@ -189,11 +194,13 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
 def bounds(
     cases: Sequence[Case], records: Records, hw: HardwareProfile, *, dtype: str = "bf16"
 ) -> list[Bound]:
-    times, alone = kernel_seconds(records, dtype), without_exact(hw)
+    times = kernel_seconds(records, dtype)
+    alone = without_exact(hw)
     device = records.sources[0].device if records.sources else ""
     out = []
     for case in cases:
-        s, measured = predicted_speedup(case, hw), _measured(case, times)
+        s = predicted_speedup(case, hw)
+        measured = _measured(case, times)
         plain, model = (
             [_predicted(w, profile, dtype) for w in (case.dense, case.pruned)]
             for profile in (hw, alone)
@@ -213,11 +220,12 @@ def bounds(
     return out
 
 
-def _measured(case: Case, times: Mapping[Shape, tuple[float, float]]) -> dict[str, Any]:
+def _measured(case: Case, times: Mapping[Shape, tuple[float, float]]) -> Row:
     """Return the columns of the measured bound."""
     dense_s, dense_half, dense_missing = _total(case.dense, times)
     pruned_s, pruned_half, pruned_missing = _total(case.pruned, times)
-    ratio, half = dense_s / pruned_s, math.hypot(dense_half, pruned_half)
+    ratio = dense_s / pruned_s
+    half = math.hypot(dense_half, pruned_half)
     return {
         "dense_kernels_s": dense_s,
         "pruned_kernels_s": pruned_s,
@@ -277,7 +285,8 @@ _PREDICT: Mapping[str, Callable[..., OperatorTimes]] = {
 
 
 def _predicted(w: Workload, hw: HardwareProfile, dtype: str) -> float:
-    kernels, total = plain_kernels(w), 0.0
+    kernels = plain_kernels(w)
+    total = 0.0
     for kind, time in _PREDICT.items():
         counts = np.array([count for (own, _), count in kernels.items() if own == kind])
         if len(counts):

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 import simulator
 from calibration.measurements import published
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -94,8 +94,16 @@ def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGI
     known = _known()
     families = list(dict.fromkeys(family for family, _, _ in known))
     cells: dict[tuple[str, str, str, float, str], list[Result]] = {}
-    asked: dict[str, Any] = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine}
-    for r in table([MODEL], hardware, families, sorted({s for _, s, _ in known}), **asked):
+    for r in table(
+        [MODEL],
+        hardware,
+        families,
+        sorted({s for _, s, _ in known}),
+        phase=PHASES,
+        batch=BATCHES,
+        seq=[SEQ],
+        engine=engine,
+    ):
         cells.setdefault((r.hardware, r.engine, r.family, r.sparsity, r.phase), []).append(r)
     there, out = (load_hardware(HARDWARE).label, ENGINE), []
     for key, results in cells.items():
@@ -212,8 +220,8 @@ class Comparisons:
     models: tuple[tuple[str, float], ...]  # family and sparsity
     speedups: tuple[simulator.Result, ...]
     share: FloatArray  # (n,)
-    own: NDArray[np.intp]  # (n,) index of the family's model at the same sparsity
-    competes: NDArray[np.bool_]  # (n,) whether the model is compared with the family's
+    own: IndexArray  # (n,) index of the family's model at the same sparsity
+    competes: BoolArray  # (n,) whether the model is compared with the family's
     difference: FloatArray  # (2, n)
     half_width: FloatArray  # (2, n), on the side of 0
     margin: FloatArray  # (2, n), infinite for models that do not compete
@@ -259,7 +267,7 @@ def claim_outcomes(
                 continue
         out += [bound_outcome(dense, pruned, hw) for hw in devices]
         progress(done, len(places) + 1)
-    shape: dict[str, Any] = {
+    shape: Row = {
         "phase": ["prefill"],
         "batch": [BATCH],
         "seq": [CLAIM_SEQ],
@@ -415,10 +423,10 @@ class _Shares:
     gain: FloatArray  # of the bound
     down: FloatArray
     up: FloatArray
-    own: NDArray[np.intp]  # index of the family's model at the same sparsity
+    own: IndexArray  # index of the family's model at the same sparsity
 
     @classmethod
-    def of(cls, speedups: Sequence[simulator.Result], own: NDArray[np.intp]) -> _Shares:
+    def of(cls, speedups: Sequence[simulator.Result], own: IndexArray) -> _Shares:
         s, lower, upper, bound = np.array(
             [(f.speedup, f.lower, f.upper, f.roofline_bound) for f in speedups]
         ).T

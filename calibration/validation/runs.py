@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration.records.timing_table import Row
 from calibration.validation.scoring import Comparison, score_of
 from simulator.display import few
 from simulator.engines.engine import load_engine
@@ -116,7 +117,7 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
     own = {name: getattr(run, name) for name in ("dtype", "weight_dtype", "kv_dtype", "devices")}
     own["engine"] = run.engine or ("vllm" if run.tool.startswith("vllm") else "")
     settings = {name: found for name, value in own.items() if (found := given.get(name) or value)}
-    names: dict[str, Any] = {
+    names: Row = {
         "model": known.name if known else given.get("model"),
         "hardware": given.get("hardware") or run.gpu,
         "engine": settings.get("engine"),
@@ -126,23 +127,27 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
             raise InputError(
                 f"{run.source}: {name}: expected --{name}, as the file does not state a known one"
             )
-    shape: dict[str, Any] = {
-        "phase": phase,
-        "batch": batch,
-        "seq": seq,
-        "new_tokens": max(steps, 1),
-    }
-    request = Request(model=names["model"], **shape, **settings, level=LEVEL)
+    request = Request(
+        model=names["model"],
+        phase=phase,
+        batch=batch,
+        seq=seq,
+        new_tokens=max(steps, 1),
+        **settings,
+        level=LEVEL,
+    )
     found, hw, dense = measured_of(run, request), load_hardware(names["hardware"]), lower(request)
     s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
     times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
-    about: dict[str, Any] = {
-        "source": run.source,
-        "engine": load_engine(request.engine).name,
-        "gpu": hw.label,
-        "split": "judge",
-    }
-    compared = Comparison(name, f"{hw.label}, {phase}", *times, **about)
+    compared = Comparison(
+        name,
+        f"{hw.label}, {phase}",
+        *times,
+        source=run.source,
+        engine=load_engine(request.engine).name,
+        gpu=hw.label,
+        split="judge",
+    )
     new_tokens = steps if phase != "prefill" else 0
     return RunResult(
         run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes

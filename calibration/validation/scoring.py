@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibration.fit.section import accuracy_of
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import BoolArray, FloatArray, IndexArray
 
 # Ranges (low, high] of m for which errors are reported
 M_RANGES = (("m <= 16", 0.0, 16.0), ("m 17-256", 16.0, 256.0), ("m > 256", 256.0, np.inf))
@@ -54,7 +53,7 @@ class Comparison:
         return self.lower <= self.measured <= self.upper
 
 
-def m_ranges(m: FloatArray) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+def m_ranges(m: FloatArray) -> Iterator[tuple[str, BoolArray]]:
     for name, low, high in M_RANGES:
         rows = (m > low) & (m <= high)
         if rows.any():

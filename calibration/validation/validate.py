@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from calibration.fit.predict import SECTIONS, parts_of, predict
 from calibration.fit.section import LEVEL, accuracy_of, neighbours
 from calibration.records.screening import work
-from calibration.records.timing_table import PURPOSES, Flag, Records
+from calibration.records.timing_table import PURPOSES, Flag, Records, Row
 from calibration.validation.scoring import errors, m_ranges, speedups, table
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPES
@@ -155,7 +155,7 @@ def part_speedups(part: ReportPart) -> dict[str, float]:
     return speedups(part.predicted_s, part.measured_s, pairs)
 
 
-def coverage(part: ReportPart) -> list[dict[str, Any]]:
+def coverage(part: ReportPart) -> list[Row]:
     """Return coverage and geometric half-width of the intervals (a factor less 1), of all rows,
     then by bottleneck."""
     inside = (part.measured_s >= part.lower_s) & (part.measured_s <= part.upper_s)
@@ -169,8 +169,8 @@ def coverage(part: ReportPart) -> list[dict[str, Any]]:
     return out
 
 
-def part_summary(part: ReportPart) -> dict[str, Any]:
-    out: dict[str, Any] = {
+def part_summary(part: ReportPart) -> Row:
+    out: Row = {
         "operator": part.operator,
         "dtype": part.dtype,
         "rows": len(part),
@@ -191,7 +191,7 @@ def part_summary(part: ReportPart) -> dict[str, Any]:
     return out
 
 
-def summary(report: Report) -> dict[str, Any]:
+def summary(report: Report) -> Row:
     """Return the output of ``prunesim validate --json``."""
     return {
         "hardware": report.hardware,
@@ -310,7 +310,7 @@ class Judgement:
     def status(self) -> int:
         return int(self.verdict == DO_NOT_USE)
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> Row:
         return {"verdict": self.verdict, "reasons": list(self.reasons)}
 
 

@@ -13,39 +13,46 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from simulator.arrays import FloatArray
+from simulator.arrays import BoolArray, FloatArray
 from simulator.figures import layout, style
+from simulator.figures.style import Look
 from simulator.prediction.explain import Explanation
 from simulator.prediction.gemms import GemmRecord, gemm_points
 
 SAME = 1.01  # points closer than this factor in both directions are one point with a joint label
 
 # the roof at the datasheet's rate, and at the highest clock, which devices with a boost reach
-DATASHEET: dict[str, Any] = {"color": style.BLACK, "linewidth": 1.1}
-HIGHEST: dict[str, Any] = {"color": style.BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
+DATASHEET: Look = {"color": style.BLACK, "linewidth": 1.1}
+HIGHEST: Look = {"color": style.BLACK, "linewidth": 0.8, "linestyle": (0, (4, 1.5))}
 
 # markers of the GEMMs of the two models; where they coincide, the square is in the circle
-DENSE: dict[str, Any] = {"marker": "o", "color": style.BLUE, "markersize": 5, "linestyle": "none"}
-DENSE |= {"markerfacecolor": "none"}
-PRUNED: dict[str, Any] = {
+DENSE: Look = {
+    "marker": "o",
+    "color": style.BLUE,
+    "markersize": 5,
+    "linestyle": "none",
+    "markerfacecolor": "none",
+}
+PRUNED: Look = {
     "marker": "s",
     "color": style.VERMILLION,
     "markersize": 2.6,
     "linestyle": "none",
 }
 
-_IDEAL: dict[str, Any] = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
-_HIGHEST: dict[str, Any] = {**_IDEAL, "linestyle": (0, (1, 1))}
-_BAND: dict[str, Any] = {"color": style.BLUE, "alpha": 0.18, "linewidth": 0}
-_POINT: dict[str, Any] = {
+_IDEAL: Look = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
+_HIGHEST: Look = {**_IDEAL, "linestyle": (0, (1, 1))}
+_BAND: Look = {"color": style.BLUE, "alpha": 0.18}
+_POINT: Look = {
     "color": style.VERMILLION,
     "marker": "o",
     "markersize": 2.4,
     "linestyle": "none",
+    "markerfacecolor": "none",
+    "markeredgewidth": 0.6,
 }
-_POINT |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
 
@@ -66,7 +73,7 @@ class Roof:
         """Datasheet peaks, TFLOP/s and TB/s."""
         return self.peak_flop_per_s / 1e12, self.bandwidth_bytes_per_s / 1e12
 
-    def columns(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
+    def columns(self) -> tuple[FloatArray, FloatArray, BoolArray]:
         x, y = (
             np.asarray(values, dtype=float) for values in (self.intensity, self.achieved_flop_per_s)
         )
@@ -78,16 +85,19 @@ class Roof:
         x, y, _ = self.columns()
         peak, bandwidth = self.peaks
         ridge = peak / bandwidth
-        low, high = float(x.min()) / 2.2, float(x.max()) * 2.2
+        low = float(x.min()) / 2.2
+        high = float(x.max()) * 2.2
         if ridge / 15 < high:
-            low, high = min(low, ridge / 2.2), max(high, ridge * 2.2)
+            low = min(low, ridge / 2.2)
+            high = max(high, ridge * 2.2)
         bottom = min(float(y.min()) / 2, peak, low * bandwidth)
         return low, high, bottom, min(peak * self.headroom, high * bandwidth) * 2.0
 
     def bend(self, low: float, high: float, headroom: float = 1.0) -> tuple[FloatArray, FloatArray]:
         """Return corners of the roof between two intensities, at the highest clock with the
         headroom: FLOP/byte and TFLOP/s."""
-        peak, bandwidth = headroom * self.peaks[0], self.peaks[1]
+        peak = headroom * self.peaks[0]
+        bandwidth = self.peaks[1]
         at = np.array(sorted({low, min(max(peak / bandwidth, low), high), high}))
         return at, np.minimum(peak, at * bandwidth)
 
@@ -113,7 +123,8 @@ class Roof:
         groups: list[list[str]] = []
         for name in points:
             for group in groups:
-                these, first = points[name], points[group[0]]
+                these = points[name]
+                first = points[group[0]]
                 same = pruned[these].tolist() == pruned[first].tolist()
                 if same and np.abs(logs[these] - logs[first]).max() < np.log(SAME):
                     group.append(name)
@@ -136,7 +147,8 @@ def roofline_figure(
         figure, axes, _ = layout.panel_list(
             len(roofs), panel_in, 0.3, columns, handles=_roof_handles(roofs), legend=names
         )
-        limits = _common([roof.ranges() for roof in roofs])
+        low, high, bottom, top = zip(*(roof.ranges() for roof in roofs))
+        limits = min(low), max(high), min(bottom), max(top)
         for i, (ax, roof, title) in enumerate(zip(axes, roofs, titles)):
             _draw_roof(ax, roof, limits)
             ax.set_title(title, pad=5)
@@ -151,18 +163,13 @@ def roofline_figure(
     return figure
 
 
-def _common(ranges: Sequence[Limits]) -> Limits:
-    low, high, bottom, top = zip(*ranges)
-    return min(low), max(high), min(bottom), max(top)
-
-
 def _roof_handles(roofs: Sequence[Roof]) -> list[Line2D]:
-    handles = [Line2D([], [], **DATASHEET, label="datasheet")]
+    handles = [layout.entry("datasheet", **DATASHEET)]
     if any(np.any(r.pruned) for r in roofs):
-        handles.insert(0, Line2D([], [], **PRUNED, label="pruned"))
-        handles.insert(0, Line2D([], [], **DENSE, label="dense"))
+        handles.insert(0, layout.entry("pruned", **PRUNED))
+        handles.insert(0, layout.entry("dense", **DENSE))
     if any(r.headroom > 1.0 for r in roofs):
-        handles.append(Line2D([], [], **HIGHEST, label="highest clock"))
+        handles.append(layout.entry("highest clock", **HIGHEST))
     return handles
 
 
@@ -171,7 +178,7 @@ def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, top))
     highest = roof.bend(low, high, roof.headroom)
     ax.plot(*roof.bend(low, high), **DATASHEET, zorder=2)
-    ax.fill_between(*highest, top, color="#F0F0F0", linewidth=0, zorder=0)
+    ax.fill_between(*highest, top, color="#F0F0F0", zorder=0)
     if roof.headroom > 1.0:
         ax.plot(*highest, **HIGHEST, zorder=1.9)
     for _, i, origin in roof.drawn():
@@ -204,7 +211,7 @@ def _roof_lines(roof: Roof, x: FloatArray, top: float) -> list[tuple[FloatArray,
 
 
 def _name_rates(ax: Axes, roof: Roof, low: float, high: float) -> None:
-    text: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 6}
+    text: Look = {"textcoords": "offset points", "va": "bottom"}
     peak, bandwidth = roof.peaks
     ridge = peak / bandwidth
     if high > ridge:
@@ -243,7 +250,8 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
     roofs = []
     for name in dict.fromkeys(r.hardware for r in rows):
         own = [r for r in rows if r.hardware == name]
-        names, first = [f"{r.m} × {r.n} × {r.k}" for r in own], own[0]
+        names = [f"{r.m} × {r.n} × {r.k}" for r in own]
+        first = own[0]
         points = [r.intensity for r in own], [r.flop_per_s for r in own], [False] * len(own)
         peaks = first.peak_flop_per_s, first.bandwidth_bytes_per_s
         roofs.append(
@@ -274,14 +282,14 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
     width = layout.width_of(len(set(where["column"])))
     with style.paper_style():
         handles: list[Any] = [
-            Line2D([], [], color=style.BLUE, linewidth=1.0, label="predicted"),
+            layout.entry("predicted", color=style.BLUE, linewidth=1.0),
             Patch(**_BAND, label=interval),
-            Line2D([], [], **_IDEAL, label="datasheet roofline"),
+            layout.entry("datasheet roofline", **_IDEAL),
         ]
         if any("highest" in p.values for p in panels):
-            handles.append(Line2D([], [], **_HIGHEST, label="at the highest clock"))
+            handles.append(layout.entry("at the highest clock", **_HIGHEST))
         if any(np.size(p.measured) for p in panels):
-            handles.append(Line2D([], [], **_POINT, label="measured"))
+            handles.append(layout.entry("measured", **_POINT))
         figure, axes = layout.panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
         for p in panels:
             ax = axes[p.row, p.column]
@@ -293,7 +301,8 @@ def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
 
 
 def _draw_stairs(ax: Axes, p: Stairs) -> None:
-    x, values = np.asarray(p.x, dtype=float), p.values
+    x = np.asarray(p.x, dtype=float)
+    values = p.values
     top = 1.05 * float(max(np.max(v) for v in (*values.values(), p.measured) if np.size(v)))
     ax.fill_between(x, values["lower"], values["upper"], **_BAND, zorder=2)
     ax.plot(x, values["ideal"], **_IDEAL, zorder=2.5)
@@ -308,5 +317,13 @@ def _draw_stairs(ax: Axes, p: Stairs) -> None:
     )
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
     ax.yaxis.set_major_locator(MaxNLocator(4))
-    where: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "va": "bottom", "zorder": 5}
-    ax.text(0.97, 0.05, p.note, fontsize=6, color=style.PALE_INK, **where)
+    ax.text(
+        0.97,
+        0.05,
+        p.note,
+        color=style.PALE_INK,
+        transform=ax.transAxes,
+        ha="right",
+        va="bottom",
+        zorder=5,
+    )

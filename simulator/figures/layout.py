@@ -12,14 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from simulator.arrays import BoolArray, FloatArray
-from simulator.figures.style import BLACK, COLUMN_IN, GREY, PAGE_IN, device_title, engine_title
+from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.figures.style import (
+    BLACK,
+    COLUMN_IN,
+    GREY,
+    PAGE_IN,
+    device_title,
+    engine_title,
+)
 from simulator.prediction.requests import batch_name
 
-FigurePoints = Mapping[str, NDArray[Any]]  # points of a figure: arrays of one length by name
+FigurePoints = Mapping[str, Array]  # points of a figure: arrays of one length by name
 Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column
 
 # columns of figures that show speedups, and the attributes of a result
@@ -119,17 +127,19 @@ def panel_grid(
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
     figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
-    where: dict[str, Any] = {
-        "xytext": (6, 0),
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-    }
     for (r, c), ax in panels.items():
         if r == rows[0]:
             ax.set_title(wrapped(c, (width_in - 0.9) / len(columns)), pad=5)
         if c == columns[-1]:
             ax.annotate(
-                (names or {}).get(r, r), (1, 0.5), rotation=270, va="center", fontsize=7, **where
+                (names or {}).get(r, r),
+                (1, 0.5),
+                rotation=270,
+                va="center",
+                fontsize=7,
+                xytext=(6, 0),
+                xycoords="axes fraction",
+                textcoords="offset points",
             )
     return figure, panels
 
@@ -160,7 +170,8 @@ def _subplots(
 ) -> Any:
     """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend,
     options of subplots."""
-    handles, legend = look.pop("handles", ()), look.pop("legend", "")
+    handles = look.pop("handles", ())
+    legend = look.pop("legend", "")
     lines = legend_lines(handles, width_in) if handles else 0
     figure = page(width_in, around_in + 0.14 * lines + rows * panel_in)
     if handles:
@@ -171,7 +182,8 @@ def _subplots(
 def wrapped(title: str, room_in: float) -> str:
     """Return a panel's title with lines that fit a width in inches, broken after commas, then at
     blanks."""
-    most, lines = max(8, int(room_in / 0.075)), list[str]()
+    most = max(8, int(room_in / 0.075))
+    lines = list[str]()
     for line in title.split("\n"):
         parts = [line] if len(line) <= most else line.replace(", ", ",\n").split("\n")
         lines += [short for part in parts for short in textwrap.wrap(part, most)]
@@ -198,6 +210,11 @@ def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None
         ax.grid(visible=False)
         ax.tick_params(length=0)
         ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def entry(label: str, **look: Any) -> Line2D:
+    """Return a line or a mark for a legend."""
+    return Line2D([], [], **look, label=label)
 
 
 def legend_lines(handles: Sequence[Any], width_in: float) -> int:
@@ -258,10 +275,8 @@ def placed(found: Sequence[Any], rows: Sequence[str]) -> dict[str, list[str]]:
     few; else the more numerous of devices and engines are columns, the others rows."""
     if len({device(r) for r in found}) <= MOST_ACROSS:
         return {"row": list(rows), "column": [device(r) for r in found]}
-    devices, engines = (
-        [device_title(r.hardware) for r in found],
-        [engine_title(r.engine) for r in found],
-    )
+    devices = [device_title(r.hardware) for r in found]
+    engines = [engine_title(r.engine) for r in found]
     column, other = (
         (devices, engines) if len(set(devices)) >= len(set(engines)) else (engines, devices)
     )
@@ -302,12 +317,19 @@ def write_labels(
     points = _pixels(ax, (x, y))
     room = _Room.of(ax, [points, *(_pixels(ax, line) for line in clear_of)])
     to_data = ax.transData.inverted()
-    look: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 6, "in_layout": False}
     for group in _overlapping(points, 2 * MARKER_PT * room.scale):
         names = list(dict.fromkeys(texts[i] for i in group))
         text = (", " if sum(map(len, names)) < LONG else "\n").join(names)
         point = points[group].mean(axis=0)
-        label = ax.annotate(text, tuple(to_data.transform(point)), fontsize=6, color=color, **look)
+        label = ax.annotate(
+            text,
+            tuple(to_data.transform(point)),
+            color=color,
+            ha="center",
+            va="center",
+            zorder=6,
+            in_layout=False,
+        )
         if (place := room.taken_by(point, label.get_window_extent(), reach_pt)) is None:
             label.remove()
             continue

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from simulator.arrays import FloatArray
+from simulator.arrays import Array, FloatArray
 from simulator.figures.layout import (
+    entry,
     fixed_ticks,
     in_a_row,
     laid_out,
@@ -43,11 +43,11 @@ RATIO = 1.6
 @dataclass(frozen=True)
 class MeasuredGemms:
     source: str  # origin, for captions
-    m: NDArray[Any]
-    n: NDArray[Any]
-    k: NDArray[Any]
+    m: Array
+    n: Array
+    k: Array
     seconds: FloatArray
-    copies: NDArray[Any] | None = None  # number of rotated weights, inf if cold; None: all cold
+    copies: Array | None = None  # number of rotated weights, inf if cold; None: all cold
     stack: str = ""  # software stack that was measured; "": that of the device's profile
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
@@ -105,7 +105,8 @@ def scatter_figure(clouds: Sequence[Cloud]) -> Figure:
 
 def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     x, y = (1e6 * np.asarray(v, dtype=float) for v in (cloud.measured_s, cloud.predicted_s))
-    low, high = float(min(x.min(), y.min())) / 1.25, float(max(x.max(), y.max())) * 1.25
+    low = float(min(x.min(), y.min())) / 1.25
+    high = float(max(x.max(), y.max())) * 1.25
     for ax in (first, second):
         ax.set(xscale="log", yscale="log", xlim=(low, high))
     first.set_ylim(low, high)
@@ -127,30 +128,26 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
         f"mean error {100 * mean:.1f} %",
     ]
     lines += [f"median {100 * median:.1f} %", f"95th percentile {100 * p95:.0f} %"]
-    where: dict[str, Any] = {"transform": first.transAxes, "ha": "left", "va": "top"}
-    first.text(0.04, 0.97, "\n".join(lines), fontsize=6, linespacing=1.25, zorder=5, **where)
+    first.text(
+        0.04,
+        0.97,
+        "\n".join(lines),
+        linespacing=1.25,
+        zorder=5,
+        transform=first.transAxes,
+        ha="left",
+        va="top",
+    )
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, float]) -> None:
     """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios
     beyond it."""
-    above, below = ratio > RATIO, ratio < 1 / RATIO
+    above = ratio > RATIO
+    below = ratio < 1 / RATIO
     inside = ~(above | below)
     _points(ax, x[inside], ratio[inside], across, (1 / RATIO, RATIO))
-    style: dict[str, Any] = {
-        "color": VERMILLION,
-        "linestyle": "none",
-        "markersize": 3.2,
-        "markeredgewidth": 0,
-    }
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    where: dict[str, Any] = {
-        "transform": ax.transAxes,
-        "ha": "right",
-        "fontsize": 6,
-        "zorder": 6,
-        "bbox": paper,
-    }
     for beyond, edge, marker, most in (
         (above, RATIO, "^", np.max),
         (below, 1 / RATIO, "v", np.min),
@@ -162,11 +159,24 @@ def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray, across: tuple[float, flo
                 marker=marker,
                 clip_on=False,
                 zorder=5,
-                **style,
+                color=VERMILLION,
+                linestyle="none",
+                markersize=3.2,
+                markeredgewidth=0,
             )
             (y, va, word) = (0.96, "top", "above") if edge > 1.0 else (0.05, "bottom", "below")
             text = f"{beyond.sum()} {word}, to {most(ratio[beyond]):.3g}"
-            ax.text(0.98, y, text, color=VERMILLION, va=va, **where)
+            ax.text(
+                0.98,
+                y,
+                text,
+                color=VERMILLION,
+                va=va,
+                transform=ax.transAxes,
+                ha="right",
+                zorder=6,
+                bbox=paper,
+            )
 
 
 def _time_axis(axis: Any, low: float, high: float) -> None:
@@ -229,14 +239,15 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
     """Draw predicted speedups with intervals, and published or measured ones (``observed``) as
     bars; NaN: no bar."""
     with paper_style():
-        columns, names = in_a_row(len(panels)), panels[0].family
+        columns = in_a_row(len(panels))
+        names = panels[0].family
         height = 0.15 * len(names) * max((name.count("\n") + 1 for name in names), default=1)
         figure, axes, _ = panel_list(len(panels), max(1.15, height), 0.45, columns)
-        interval: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1.6}
-        bar: dict[str, Any] = {"marker": "|", "markersize": 6, "linestyle": "none"}
         handles = [
-            Line2D([], [], color=INK, **interval, label="predicted, with its interval"),
-            Line2D([], [], color=BLACK, **bar, label=observed),
+            entry(
+                "predicted, with its interval", color=INK, marker="o", markersize=4.5, linewidth=1.6
+            ),
+            entry(observed, color=BLACK, marker="|", markersize=6, linestyle="none"),
         ]
         for i, (ax, panel) in enumerate(zip(axes, panels)):
             _draw_beside(ax, panel, named=i % columns == 0)
@@ -247,11 +258,17 @@ def published_figure(panels: Sequence[Beside], *, observed: str = "published") -
 def _draw_beside(ax: Axes, panel: Beside, *, named: bool) -> None:
     rows = np.arange(len(panel.family))[::-1]
     ax.axvline(1.0, color=PALE_INK, linewidth=0.6, zorder=0)
-    ends: dict[str, Any] = {"linewidth": 1.6, "solid_capstyle": "butt", "alpha": 0.6}
     values = (np.asarray(v, dtype=float) for v in (panel.predicted, panel.lower, panel.upper))
     for y, name, predicted, lower, upper in zip(rows, panel.family, *values):
         style = style_of(name)
-        ax.plot([lower, upper], [y, y], color=style.color, **ends)
+        ax.plot(
+            [lower, upper],
+            [y, y],
+            color=style.color,
+            linewidth=1.6,
+            solid_capstyle="butt",
+            alpha=0.6,
+        )
         ax.plot([predicted], [y], **style.marks(linestyle="none", markersize=4.5))
     observed = np.asarray(panel.published, dtype=float)
     ax.vlines(observed, rows - 0.34, rows + 0.34, color=BLACK, linewidth=1.0, zorder=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,8 @@ from simulator.workload import Workload
 SPARSITIES = (0.1, 0.25, 0.5)
 # sparsity at which families are compared: all of them support it (2:4 supports no other)
 MAP_SPARSITY = 0.5
-ROOFLINE_FAMILY, ROOFLINE_SPARSITY = "width", 0.3
+ROOFLINE_FAMILY = "width"
+ROOFLINE_SPARSITY = 0.3
 ROOFLINE_CASES = (("prefill", 1), ("decode", 64))
 
 # family, sparsity, phase and batch of each row of waterfalls: they show rounding, kernels and
@@ -60,17 +60,15 @@ WATERFALL_CASES = (
 )
 
 # columns of the taxonomy and their roles
-OPERATORS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "q": ("q",),
-        "k, v": ("k", "v"),
-        "q · kᵀ": ("attention",),
-        "o": ("o",),
-        "gate, up": ("gate", "up"),
-        "down": ("down",),
-        "lm_head": ("lm_head",),
-    }
-)
+OPERATORS: Mapping[str, tuple[str, ...]] = {
+    "q": ("q",),
+    "k, v": ("k", "v"),
+    "q · kᵀ": ("attention",),
+    "o": ("o",),
+    "gate, up": ("gate", "up"),
+    "down": ("down",),
+    "lm_head": ("lm_head",),
+}
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -79,7 +77,8 @@ LEAST_BOUND = 1.05
 # model of the frontier if the paper's model has quality of fewer than two families
 QUALITY_MODEL = "llama-2-7b"
 # staircases over few and over many tokens
-TOKENS, MORE_TOKENS = np.arange(1, 513), np.arange(16, 4097, 8)
+TOKENS = np.arange(1, 513)
+MORE_TOKENS = np.arange(16, 4097, 8)
 
 Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
 
@@ -257,7 +256,9 @@ def _efficiency(p: Paper) -> Made:
 
 
 def _waterfall(p: Paper) -> Made:
-    panels, notes, own = [], [], p.request.engine
+    panels = []
+    notes = []
+    own = p.request.engine
     sparse24 = next((name for name in (own, *sparse24_engines()) if _has_sparse24(p, name)), own)
     for family, sparsity, phase, batch in WATERFALL_CASES:
         engine = sparse24 if family == "semi_structured" else own
@@ -329,17 +330,22 @@ def _staircase(p: Paper) -> Made:
 
 def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
     """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many."""
-    n, k = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim, p.model.hidden
-    tokens, copies = TOKENS if row == "tiles" else MORE_TOKENS, None
-    seen_m, seen_s = np.zeros(0), np.zeros(0)
+    n = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim
+    k = p.model.hidden
+    tokens = TOKENS if row == "tiles" else MORE_TOKENS
+    copies = None
+    seen_m = np.zeros(0)
+    seen_s = np.zeros(0)
     if (seen := p.measured.get(hw.label)) is not None:
         rows = np.flatnonzero((seen.n == n) & (seen.k == k) & (seen.m <= tokens[-1]))
-        seen_m, seen_s = seen.m[rows], seen.seconds[rows]
+        seen_m = seen.m[rows]
+        seen_s = seen.seconds[rows]
         copies = (
             float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
         )
     times = _times(p, hw, tokens, n, k, copies)
-    device, names = device_title(hw.label), ("M (tokens)", f"N {n}, K {k}")
+    device = device_title(hw.label)
+    names = ("M (tokens)", f"N {n}, K {k}")
     if row == "tiles":
         columns = {name: 1e6 * seconds for name, seconds in times.items()}
         return Stairs(row, device, *names, "time (µs)", tokens, columns, seen_m, 1e6 * seen_s)
@@ -353,7 +359,8 @@ def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
 def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
     """Return the panel of the gate projection as its output narrows in steps of 16, down to
     half."""
-    inner, k = p.model.inner or p.model.expert_inner, p.model.hidden
+    inner = p.model.inner or p.model.expert_inner
+    k = p.model.hidden
     widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
     columns = {
         name: 1e6 * seconds for name, seconds in _times(p, hw, p.request.seq, widths, k).items()
@@ -367,7 +374,8 @@ def _times(
 ) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the
     highest clock, s."""
-    dtype, size = p.dtype, ELEMENT_BYTES[p.dtype]
+    dtype = p.dtype
+    size = ELEMENT_BYTES[p.dtype]
     t = gemm_time(
         m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level)
     )
@@ -378,7 +386,8 @@ def _times(
 
 
 def _scatter(p: Paper) -> Made:
-    clouds, errors = [], []
+    clouds = []
+    errors = []
     for hw in p.devices:
         if (seen := p.measured.get(hw.label)) is None:
             continue
@@ -403,7 +412,8 @@ def _scatter(p: Paper) -> Made:
 
 
 def _pareto(p: Paper) -> Made:
-    model, notes = p.model, []
+    model = p.model
+    notes = []
     try:
         table = load_quality().of_model(model.name)
         few = len({r.family for r in table.on_axis(choose_axis(table)).rows}) < 2
@@ -412,7 +422,8 @@ def _pareto(p: Paper) -> Made:
     if few:
         reason = f"fewer than two families of {model.name} have quality on one axis"
         notes.append(f"pareto: {reason}; drawn for {QUALITY_MODEL}")
-        model, table = load_model(QUALITY_MODEL), load_quality().of_model(QUALITY_MODEL)
+        model = load_model(QUALITY_MODEL)
+        table = load_quality().of_model(QUALITY_MODEL)
     axis = choose_axis(table)
     found, more = fronts(model, p.devices, table, axis, **p.settings(phase=["prefill", "decode"]))
     figure = fronts_of(found)
@@ -440,7 +451,5 @@ _MAKERS = (
     _crossover,
 )
 # figures by name, in the order of a paper
-FIGURES: Mapping[str, Callable[[Paper], Made]] = MappingProxyType(
-    {f.__name__.lstrip("_"): f for f in _MAKERS}
-)
+FIGURES: Mapping[str, Callable[[Paper], Made]] = {f.__name__.lstrip("_"): f for f in _MAKERS}
 MEASURED = ("staircase", "scatter")  # figures that show measured GEMMs

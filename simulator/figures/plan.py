@@ -25,6 +25,7 @@ from simulator.figures.style import (
     PAGE_IN,
     PALE_INK,
     VERMILLION,
+    Look,
     Style,
     paper_style,
 )
@@ -52,26 +53,26 @@ STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this
 NEARBY = 3.0  # the axis of the frontier ends at this many times the loss of the chosen plan
 
 _WIDE = 38  # characters of a line of the legend
-_REMOVED: dict[str, Any] = {
+_REMOVED: Look = {
     "linestyle": "none",
     "marker": "x",
     "color": VERMILLION,
     "markeredgewidth": 0.9,
 }
-_LINEAR: dict[str, Any] = {
+_LINEAR: Look = {
     "facecolor": "white",
     "edgecolor": GREEN,
     "hatch": "//////",
     "linewidth": 0.4,
 }
-_FRONTIER: dict[str, Any] = {
+_FRONTIER: Look = {
     "color": INK,
     "linewidth": 0.8,
     "marker": "o",
     "markersize": 2.6,
     "markeredgewidth": 0,
 }
-_CHOSEN: dict[str, Any] = {
+_CHOSEN: Look = {
     "color": BLACK,
     "linestyle": "none",
     "marker": "*",
@@ -92,20 +93,20 @@ def plan_figure(plan: Plan) -> Figure:
         title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
         axes["attention"].set_title(layout.wrapped(title, PAGE_IN - 0.6), loc="left", pad=14)
         layers = [
-            Patch(facecolor=UNCHANGED, linewidth=0, label="unchanged"),
-            Patch(
-                facecolor=BLUE, linewidth=0, label="smaller (share of heads or width that stays)"
-            ),
+            Patch(facecolor=UNCHANGED, label="unchanged"),
+            Patch(facecolor=BLUE, label="smaller (share of heads or width that stays)"),
             Patch(**_LINEAR, label="replaced by a linear layer"),
-            Line2D([], [], **_REMOVED, markersize=4, label="removed"),
+            layout.entry("removed", **_REMOVED, markersize=4),
         ]
-        place: dict[str, Any] = {
-            "loc": "lower left",
-            "bbox_to_anchor": (0.0, 1.0),
-            "borderaxespad": 0.2,
-        }
         axes["attention"].legend(
-            handles=layers, ncols=4, handlelength=1.2, columnspacing=1.0, borderpad=0.0, **place
+            handles=layers,
+            ncols=4,
+            handlelength=1.2,
+            columnspacing=1.0,
+            borderpad=0.0,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            borderaxespad=0.2,
         )
         _losses(axes["loss"], plan)
         handles = _frontier(axes["frontier"], plan)
@@ -121,7 +122,8 @@ def plan_figure(plan: Plan) -> Figure:
 def kept(part: str, layer: Layer, dense: Layer) -> float:
     """Return the kept share of an MLP's or of all experts' width, or the smaller share of heads and
     KV heads."""
-    new, old = layer.of(part), dense.of(part)
+    new = layer.of(part)
+    old = dense.of(part)
     known = Attention | LatentAttention
     if isinstance(new, known) and isinstance(old, known):
         return min(new.heads / old.heads, new.kv_heads / old.kv_heads)
@@ -132,20 +134,17 @@ def kept(part: str, layer: Layer, dense: Layer) -> float:
     return 1.0
 
 
-def _becomes_linear(part: str, layer: Layer, dense: Layer) -> bool:
-    return isinstance(layer.of(part), Linear) and not isinstance(dense.of(part), Linear)
-
-
 def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
     """Draw one sublayer of all layers: bars, and marks of removed ones."""
     pairs = list(zip(plan.pruned.layers, plan.dense.layers))
     own = [i for i, (_, dense) in enumerate(pairs) if dense.has(sublayer)]
-    linear = [i for i in own if _becomes_linear(sublayer, *pairs[i])]
+    kinds = [[isinstance(layer.of(sublayer), Linear) for layer in pair] for pair in pairs]
+    linear = [i for i in own if kinds[i] == [True, False]]
     gone = [i for i in own if not pairs[i][0].has(sublayer)]
     text = {row.layer: getattr(row, sublayer) for row in plan.layers}
     same = [i for i in own if text[i] == "dense"]
     less = [i for i in own if i not in (*linear, *gone, *same)]
-    look: dict[str, Any] = {"width": 0.8, "linewidth": 0, "zorder": 2}
+    look: Look = {"width": 0.8, "zorder": 2}
     ax.bar(own, [1.0] * len(own), **look | {"zorder": 1.5}, color=EMPTY, label="dense")
     ax.bar(same, [1.0] * len(same), **look, color=UNCHANGED, label="unchanged")
     ax.bar(less, [kept(sublayer, *pairs[i]) for i in less], **look, color=BLUE, label="smaller")
@@ -167,7 +166,7 @@ def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
 
 def _losses(ax: Axes, plan: Plan) -> None:
     values = np.array([row.score for row in plan.layers])
-    ax.bar(range(len(values)), values, width=0.8, color=INK, linewidth=0, zorder=2, label="loss")
+    ax.bar(range(len(values)), values, width=0.8, color=INK, zorder=2, label="loss")
     usual = float(np.median(values[values > 0.0])) if (values > 0.0).any() else 1.0
     title = f"{textwrap.shorten(plan.metric, 70)} of each layer"
     if values.max() > STEEP * usual:
@@ -180,9 +179,7 @@ def _losses(ax: Axes, plan: Plan) -> None:
     ax.set(xlabel="layer", ylabel="quality\nloss")
     ax.xaxis.labelpad = 2
     _layer_axis(ax, len(values), named=True)
-    ax.text(
-        1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", fontsize=6, color=PALE_INK
-    )
+    ax.text(1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", color=PALE_INK)
 
 
 def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, z: float, **look: Any) -> Line2D:
@@ -217,7 +214,9 @@ def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
 
 def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
     """Draw the targets of the first setting; return the entries of a legend."""
-    first, handles, styles = plan.results[0], list[Any](), iter(["--", "-.", ":"])
+    first = plan.results[0]
+    handles = list[Any]()
+    styles = iter(["--", "-.", ":"])
     setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
     chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
     for t in plan.targets:
@@ -225,8 +224,16 @@ def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
             name = textwrap.fill(name + (chance if plan.confidence > 0.5 else ""), _WIDE)
-            line: dict[str, Any] = {"color": PALE_INK, "linewidth": 0.8, "linestyle": next(styles)}
-            handles.append(ax.axhline(chosen.speedup * share, **line, label=name, zorder=1.6))
+            handles.append(
+                ax.axhline(
+                    chosen.speedup * share,
+                    color=PALE_INK,
+                    linewidth=0.8,
+                    linestyle=next(styles),
+                    label=name,
+                    zorder=1.6,
+                )
+            )
     return handles
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.figures import layout
 from simulator.figures.style import (
     COLORS,
@@ -32,6 +31,7 @@ from simulator.figures.style import (
     GREY,
     INK,
     PALE_INK,
+    Look,
     Style,
     in_order,
     label,
@@ -45,12 +45,11 @@ from simulator.prediction.service import LIMITS, OperatingPoint, Service
 from simulator.prediction.wording import GAIN
 
 # most candidates drawn as curves with bands (more become dots), and with bounds
-MOST_CURVES, MOST_BOUNDED = 4, 2
+MOST_CURVES = 4
+MOST_BOUNDED = 2
 
 # fields that speedup is drawn over, and labels of their axes
-AXES: Mapping[str, str] = MappingProxyType(
-    {"batch": "batch", "seq": "sequence (tokens)", "sparsity": "removed (%)"}
-)
+AXES: Mapping[str, str] = {"batch": "batch", "seq": "sequence (tokens)", "sparsity": "removed (%)"}
 PAYS = "pays from here (interval above 1)"  # label of the rings
 PAGE_HEIGHT_IN = 9.0  # height of a page's text, inches
 MOST_ACROSS = 4  # panels of dots per row
@@ -59,22 +58,23 @@ LINE = 0.055  # height of a name next to a curve of throughput, as a share of a 
 
 # minimum height of a line of text and of a dot, inches; on a page with less, dots become curves
 # without bands
-LEAST_LINE_IN, LEAST_DOT_IN = 0.1, 0.04
+LEAST_LINE_IN = 0.1
+LEAST_DOT_IN = 0.04
 
 # upper bounds: attribute of a result, line of curves, colour of ticks
 BOUNDS = {
     "FLOP bound": ("flop_bound", (0, (1, 1)), GREY),
     "roofline bound": ("roofline_bound", (0, (5, 1.5)), "black"),
 }
-_BAND: dict[str, Any] = {"alpha": 0.16, "linewidth": 0}
-_NOMINAL: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (3, 1, 1, 1))}
-_RING: dict[str, Any] = {
+_BAND: Look = {"alpha": 0.16}
+_NOMINAL: Look = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (3, 1, 1, 1))}
+_RING: Look = {
     "marker": "o",
     "markersize": 7.5,
     "markerfacecolor": "none",
     "linestyle": "none",
 }
-_LIMIT_RING: dict[str, Any] = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
+_LIMIT_RING: Look = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,19 @@ class Speedups:
     def label(self, x_label: str) -> str:
         return f"{x_label}{self.note and f'; {self.note}'}"
 
-    def rows(self, setting: str, device: str, name: str) -> NDArray[np.intp]:
+    def rows(self, setting: str, device: str, name: str) -> IndexArray:
         """Return the rows of a candidate in a panel, by rising value."""
         panel = (self.data["row"] == setting) & (self.data["column"] == device)
         rows = np.flatnonzero(panel & (self.data["candidate"] == name))
-        ordered: NDArray[np.intp] = rows[np.argsort(self.data["at"][rows], kind="stable")]
+        ordered: IndexArray = rows[np.argsort(self.data["at"][rows], kind="stable")]
         return ordered
 
     def range(self, names: Sequence[str]) -> tuple[float, float]:
         """Return the limits of an axis with all values of some columns."""
         values = np.concatenate([*(self.data[name] for name in names), np.ones(1)])
         values = values[np.isfinite(values) & (values > 0)]
-        low, high = float(values.min()), float(values.max())
+        low = float(values.min())
+        high = float(values.max())
         pad = max((high / low) ** 0.04, 1.02)
         return low / pad, high * pad
 
@@ -243,7 +244,8 @@ def _of_few_settings(
 def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
     """Return the index of the first value from which the whole interval is above 1 at every value;
     None without one."""
-    x, low = np.asarray(at, dtype=float), np.asarray(lower, dtype=float)
+    x = np.asarray(at, dtype=float)
+    low = np.asarray(lower, dtype=float)
     order = np.argsort(x, kind="stable")
     pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
     return int(order[np.argmax(pays)]) if pays.any() else None
@@ -313,12 +315,12 @@ def _dots(speedups: Speedups, line_in: float, down: int) -> Figure:
 
 
 def _dot_handles(looks: Mapping[str, Style], interval: str) -> list[Line2D]:
-    tick: dict[str, Any] = {"marker": "|", "markersize": 6, "markeredgewidth": 1.1}
+    tick: Look = {"marker": "|", "markersize": 6, "markeredgewidth": 1.1}
     return [
-        *(Line2D([], [], **style.marks(linestyle="none"), label=n) for n, style in looks.items()),
-        Line2D([], [], color=INK, linewidth=0.8, label=interval),
+        *(layout.entry(n, **style.marks(linestyle="none")) for n, style in looks.items()),
+        layout.entry(interval, color=INK, linewidth=0.8),
         *(
-            Line2D([], [], color=color, linestyle="none", **tick, label=n)
+            layout.entry(n, color=color, linestyle="none", **tick)
             for n, (*_, color) in BOUNDS.items()
         ),
     ]
@@ -333,7 +335,7 @@ def _empty_lines(ax: Axes, candidates: Sequence[str]) -> None:
     shaded = list(dict.fromkeys(candidates))[::2]
     for place, name in enumerate(candidates):
         if name in shaded:
-            ax.axhspan(place - 0.5, place + 0.5, color="#F0F0F0", linewidth=0, zorder=0)
+            ax.axhspan(place - 0.5, place + 0.5, color="#F0F0F0", zorder=0)
 
 
 def _draw_dots(
@@ -374,29 +376,30 @@ class _Look:
         return cls(few, bounds, few and any(pay))
 
     @property
-    def band(self) -> dict[str, Any]:
+    def band(self) -> Look:
         return _BAND if self.bounds else {**_BAND, "alpha": 0.08}
 
     def handles(self, speedups: Speedups, width_in: float) -> list[Any]:
         handles: list[Any] = [
-            Line2D([], [], **style.marks(), label=layout.wrapped(label(name), 0.9 * width_in))
+            layout.entry(layout.wrapped(label(name), 0.9 * width_in), **style.marks())
             for name, style in speedups.styles.items()
         ]
         for name, (_, line, _) in self.bounds.items():
-            handles.append(Line2D([], [], color=INK, linestyle=line, linewidth=0.8, label=name))
+            handles.append(layout.entry(name, color=INK, linestyle=line, linewidth=0.8))
         if self.few:
             handles.append(Patch(color=INK, **_BAND, label=speedups.interval))
         if speedups.axis == "sparsity":
-            handles.append(Line2D([], [], **_NOMINAL, label="nominal 1 / (1 - s)"))
+            handles.append(layout.entry("nominal 1 / (1 - s)", **_NOMINAL))
         if self.rings:
-            handles.append(Line2D([], [], **_RING, markeredgecolor=INK, label=PAYS))
+            handles.append(layout.entry(PAYS, **_RING, markeredgecolor=INK))
         return handles
 
 
 def _curves(speedups: Speedups) -> Figure:
     """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without
     bounds, more as lines."""
-    look, across = _Look.of(speedups), len(speedups.devices)
+    look = _Look.of(speedups)
+    across = len(speedups.devices)
     width = layout.width_of(len(speedups.settings) * across)
     handles = look.handles(speedups, width)
     room = PAGE_HEIGHT_IN - 0.5 - 0.14 * layout.legend_lines(handles, width)
@@ -439,7 +442,7 @@ def _draw_curves(ax: Axes, speedups: Speedups, panel: tuple[str, str], look: _Lo
 def _curve(ax: Axes, data: layout.FigurePoints, style: Style, look: _Look) -> None:
     """Draw one candidate in a panel."""
     x, speedup, lower, upper = (data[column] for column in ("at", "speedup", "lower", "upper"))
-    color: dict[str, Any] = {"color": style.color}
+    color: Look = {"color": style.color}
     if look.few:
         ax.fill_between(x, lower, upper, **color, **look.band, zorder=2)
         if not look.bounds:  # where three bands overlap, lines show the ends of each
@@ -456,12 +459,11 @@ def _curve(ax: Axes, data: layout.FigurePoints, style: Style, look: _Look) -> No
     ax.plot(x, speedup, **style.marks(), zorder=4)
 
 
-def _value_axes(
-    panels: layout.Panels, values: NDArray[np.float64], axis: str, room_in: float
-) -> None:
+def _value_axes(panels: layout.Panels, values: FloatArray, axis: str, room_in: float) -> None:
     """Put ticks at the values of the x axes, as many as there is room for: in per cent, or on a
     logarithmic axis."""
-    low, high = float(values[0]), float(values[-1])
+    low = float(values[0])
+    high = float(values[-1])
     ticks = values[:: -(-len(values) // max(2, int(room_in / 0.26)))]
 
     def text(value: float, _: object) -> str:
@@ -520,13 +522,16 @@ def _padded(columns: Sequence[FloatArray]) -> tuple[float, float]:
 
 
 def _service_handles(services: Sequence[Service]) -> list[Any]:
-    most: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": INK, "markersize": 5.5}
-    handles: list[Any] = [Line2D([], [], **most, label="as many as fit (number)")]
+    handles: list[Any] = [
+        layout.entry(
+            "as many as fit (number)", linestyle="none", marker="o", color=INK, markersize=5.5
+        )
+    ]
     if any(_within(service) for service in services):
         ring = {**_LIMIT_RING, "markeredgecolor": INK}
-        handles.append(Line2D([], [], **ring, label="most within the limits"))
+        handles.append(layout.entry("most within the limits", **ring))
     interval = layout.interval(services[0].points[0].level)
-    return [*handles, Patch(color=INK, alpha=0.12, linewidth=0, label=interval)]
+    return [*handles, Patch(color=INK, alpha=0.12, label=interval)]
 
 
 def _throughputs(service: Service) -> dict[str, tuple[FloatArray, FloatArray]]:
@@ -567,7 +572,7 @@ def _draw_throughputs(
         style = styles[name]
         # a slower pass moves a point right and down
         edge = np.concatenate([x[1], x[2][::-1]]), np.concatenate([y[2], y[1][::-1]])
-        ax.fill(*edge, color=style.color, alpha=0.12, linewidth=0, zorder=2)
+        ax.fill(*edge, color=style.color, alpha=0.12, zorder=2)
         ax.plot(x[0], y[0], **style.marks(markersize=2.6, zorder=4))
         ax.plot(x[0, -1:], y[0, -1:], **style.marks(markersize=5.5, zorder=4.5))
         if name in within:
@@ -595,8 +600,13 @@ def _name_throughputs(
             f"{name} ({most[name]:,})",
             transform=ax.transAxes,
             va="center",
-            fontsize=6,
         )
         to = float(np.exp(low + height * (high - low)))
-        line: dict[str, Any] = {"color": GREY, "linewidth": 0.4, "clip_on": False, "zorder": 3}
-        ax.plot([curves[name][0][0, -1], edge], [curves[name][1][0, -1], to], **line)
+        ax.plot(
+            [curves[name][0][0, -1], edge],
+            [curves[name][1][0, -1], to],
+            color=GREY,
+            linewidth=0.4,
+            clip_on=False,
+            zorder=3,
+        )

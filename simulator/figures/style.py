@@ -36,6 +36,10 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, INK, PALE_INK = "#8A8A8A", "#444444", "#5A5A5A"
 
 
+Look = dict[str, Any]
+"""Arguments of a mark, a line or a text."""
+
+
 @dataclass(frozen=True)
 class Style:
     color: str
@@ -44,7 +48,7 @@ class Style:
     hollow: bool = False
     label: str = ""
 
-    def marks(self, **other: Any) -> dict[str, Any]:
+    def marks(self, **other: Any) -> Look:
         face = "white" if self.hollow else self.color
         marks = {"color": self.color, "marker": self.marker, "linestyle": self.line}
         return marks | {"markerfacecolor": face, "markeredgecolor": self.color} | other
@@ -91,7 +95,8 @@ def label(name: str) -> str:
 def in_order(names: Any) -> list[str]:
     """Return names without repeats: families in the order of legends, then the other names in the
     given order."""
-    once, known = list(dict.fromkeys(names)), list(STYLES)
+    once = list(dict.fromkeys(names))
+    known = list(STYLES)
     return sorted(once, key=lambda name: known.index(name) if name in STYLES else len(known))
 
 
@@ -151,7 +156,8 @@ def check_figure(path: str | Path) -> Path:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, whole, in the format of its suffix; the same figure has the same bytes."""
-    target, out = check_figure(path), io.BytesIO()
+    target = check_figure(path)
+    out = io.BytesIO()
     suffix = target.suffix.lower()
     with paper_style():
         figure.savefig(out, format=suffix[1:], metadata=_METADATA[suffix])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,16 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap, Normalize, to_rgb, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from simulator.arrays import BoolArray, FloatArray
+from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.codes import Kernel
 from simulator.figures.layout import (
     FigurePoints,
     arrays,
     as_table,
+    entry,
     laid_out,
     of_panel,
     panel_grid,
@@ -37,6 +36,7 @@ from simulator.figures.style import (
     INK,
     PALE_INK,
     VERMILLION,
+    Look,
     in_order,
     label,
     paper_style,
@@ -46,23 +46,27 @@ from simulator.workload import Workload
 
 # axis of the query-key pairs that a family skips, if it is not N: skipped tokens are M, skipped
 # heads are K
-SKIPPED_PAIRS: Mapping[str, str] = MappingProxyType({"dynamic_depth": "M", "dynamic_width": "K"})
+SKIPPED_PAIRS: Mapping[str, str] = {"dynamic_depth": "M", "dynamic_width": "K"}
 
 AXES = ("M", "N", "K")
 WHOLE = 0.995  # shares from this value up count as unchanged
-_ROW_IN, _BAR_IN, _STEP_IN = 0.345, 0.05, 0.094
+_ROW_IN = 0.345
+_BAR_IN = 0.05
+_STEP_IN = 0.094
 
 # opacity of a cell whose winner is certain, and of a cell whose winner is not
-CERTAIN, PALE = 0.42, 0.14
+CERTAIN = 0.42
+PALE = 0.14
 # efficiencies of the darkest blue (the whole gain of the bound) and the darkest red
-CLOSE, LOSS = 1.0, -0.5
-_CELL_IN, _LINE_IN = 0.24, 0.155
+CLOSE = 1.0
+LOSS = -0.5
+_CELL_IN = 0.24
+_LINE_IN = 0.155
 _SQUARE = [(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)]
 # numbers fit into their cells, and measuring hundreds of them for the layout is slow
-_NUMBER: dict[str, Any] = {
+_NUMBER: Look = {
     "ha": "center",
     "va": "center_baseline",
-    "fontsize": 6,
     "in_layout": False,
 }
 
@@ -90,16 +94,13 @@ def _winner_handles(data: FigurePoints) -> list[Any]:
     shown = data["fits"].astype(bool)
     families = in_order(data["winner"][shown])
     handles: list[Any] = [
-        Line2D([], [], **style_of(name).marks(linestyle="none"), label=label(name))
-        for name in families
-        if name
+        entry(label(name), **style_of(name).marks(linestyle="none")) for name in families if name
     ]
-    blank: dict[str, Any] = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
+    blank: Look = {"facecolor": "white", "edgecolor": GREY, "linewidth": 0.4}
     if "" in families:
         handles.append(Patch(**blank, hatch="////", label="no speedup"))
     if not data["certain"][shown].all():
-        pale: dict[str, Any] = {"facecolor": BLUE, "alpha": PALE, "linewidth": 0}
-        handles.append(Patch(**pale, label="pale: winner uncertain"))
+        handles.append(Patch(facecolor=BLUE, alpha=PALE, label="pale: winner uncertain"))
     if not shown.all():
         handles.append(Patch(**blank, label="blank: dense model exceeds memory"))
     return handles
@@ -111,10 +112,12 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
     data = {name: values[data["fits"].astype(bool)] for name, values in data.items()}
     x = np.array([batches.index(int(b)) for b in data["batch"]], dtype=float)
     y = np.array([lengths.index(int(n)) for n in data["seq"]], dtype=float)
-    gains, centers = data["winner"] != "", np.stack([x, y], axis=1)
+    gains = data["winner"] != ""
+    centers = np.stack([x, y], axis=1)
     _draw_cells(ax, centers[gains], facecolors=_gain_colors(data, gains), linewidths=0.6)
-    none: dict[str, Any] = {"edgecolors": "#B8B8B8", "linewidths": 0.0, "hatch": "////"}
-    _draw_cells(ax, centers[~gains], facecolors="white", **none)
+    _draw_cells(
+        ax, centers[~gains], facecolors="white", edgecolors="#B8B8B8", linewidths=0.0, hatch="////"
+    )
     for name in in_order(data["winner"][gains]):
         won = data["winner"] == name
         look = style_of(name).marks(linestyle="none", markersize=3.0, markeredgewidth=0.6)
@@ -126,7 +129,8 @@ def _draw_winners(ax: Axes, data: FigurePoints, batches: list[int], lengths: lis
 def _gain_colors(data: FigurePoints, gains: BoolArray) -> list[Any]:
     colors = []
     for name, certain in zip(data["winner"][gains], data["certain"][gains]):
-        color, opacity = style_of(name).color, CERTAIN if certain else PALE
+        color = style_of(name).color
+        opacity = CERTAIN if certain else PALE
         # numbers would be unreadable on a darker black
         colors.append(to_rgba(color, 0.6 * opacity if color == BLACK else opacity))
     return colors
@@ -143,7 +147,8 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     NaN have a dash. Columns: ``row`` and ``column`` (labels of the setting and the device),
     ``family``, ``batch``, ``efficiency``."""
     data = arrays(points)
-    families, batches = list(dict.fromkeys(data["family"])), sorted({int(b) for b in data["batch"]})
+    families = list(dict.fromkeys(data["family"]))
+    batches = sorted({int(b) for b in data["batch"]})
     with paper_style():
         figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
         for place, ax in panels.items():
@@ -170,8 +175,14 @@ def _draw_efficiencies(
 def _draw_scale(figure: Figure, panels: list[Axes]) -> None:
     """Draw a scale of the colours below the panels, whose title is the label of their x axes."""
     shades = ListedColormap([_color(float(value))[0] for value in np.linspace(LOSS, CLOSE, 60)])
-    place: dict[str, Any] = {"location": "bottom", "shrink": 0.4, "aspect": 29, "pad": 0.01}
-    bar = figure.colorbar(ScalarMappable(Normalize(LOSS, CLOSE), shades), ax=panels, **place)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(LOSS, CLOSE), shades),
+        ax=panels,
+        location="bottom",
+        shrink=0.4,
+        aspect=29,
+        pad=0.01,
+    )
     texts = ["slower than dense", "no gain", "half", "all of the bound"]
     bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=texts)
     bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
@@ -218,7 +229,8 @@ def kept_axes(
     share = float(after.flops.sum() / before.flops.sum())
     is_attention = "attention" in roles
     (rows0, width0), (rows1, width1) = (_rows_and_width(w, is_attention) for w in (before, after))
-    m, width = rows1 / rows0, width1 / width0 if width1 else 1.0
+    m = rows1 / rows0
+    width = width1 / width0 if width1 else 1.0
     rest = share / (m * width) if m * width else 1.0
     if is_attention:
         return {"N": (m, rest, width), "M": (m * rest, 1.0, width), "K": (m, 1.0, width * rest)}[
@@ -232,9 +244,11 @@ def kept_axes(
 def _rows_and_width(w: Workload, attention: bool) -> tuple[float, float]:
     """Return queries and features of attention in a pass, or tokens and outputs of GEMMs (second
     low-rank factors)."""
-    rows, width = w.batch * w.q_len * w.count, w.heads * w.head_dim
+    rows = w.batch * w.q_len * w.count
+    width = w.heads * w.head_dim
     if not attention:
-        rows, width = (w.m * w.count)[w.stage != 1], w.n[w.stage != 1]
+        rows = (w.m * w.count)[w.stage != 1]
+        width = w.n[w.stage != 1]
     return float(rows.sum()), float((rows * width).sum() / rows.sum()) if rows.sum() else 0.0
 
 
@@ -249,7 +263,10 @@ def taxonomy_figure(
     operator that the model lacks. A row is a family with the axis that it changes and the operators
     that it adds."""
     values = np.asarray(kept, dtype=float)
-    wide, left, right, top = width_of(len(operators)), 1.38, 1.04, 0.30
+    wide = width_of(len(operators))
+    left = 1.38
+    right = 1.04
+    top = 0.30
     with paper_style():
         height = top + 0.05 + _ROW_IN * len(family)
         figure = Figure(figsize=(wide, height))
@@ -257,7 +274,7 @@ def taxonomy_figure(
         ax.set(xlim=(0, wide), ylim=(height, 0))
         ax.axis("off")
         cell = (wide - left - right) / len(operators)
-        bold: dict[str, Any] = {"va": "bottom", "fontsize": 7, "fontweight": "bold"}
+        bold: Look = {"va": "bottom", "fontsize": 7, "fontweight": "bold"}
         for j, name in enumerate(operators):
             ax.text(left + (j + 0.5) * cell, top - 0.09, name, ha="center", **bold)
         ax.text(wide - right + 0.06, top - 0.09, "adds", ha="left", **bold)
@@ -265,39 +282,54 @@ def taxonomy_figure(
         for i, name in enumerate(family):
             y = top + (i + 0.5) * _ROW_IN
             if i % 2 == 0:
-                ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", linewidth=0, zorder=0)
+                ax.axhspan(y - _ROW_IN / 2, y + _ROW_IN / 2, color="#F5F5F5", zorder=0)
             style = style_of(name, i)
             ax.plot([0.12], [y], **style.marks(linestyle="none", markersize=4.5))
             ax.text(0.24, y - 0.012, label(name), ha="left", va="bottom", fontsize=7)
-            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", fontsize=6, color=PALE_INK)
+            ax.text(0.24, y + 0.012, axis[i], ha="left", va="top", color=PALE_INK)
             added = textwrap.fill(adds[i] or "nothing", 20)
-            look: dict[str, Any] = {"va": "center", "fontsize": 6, "linespacing": 1.05}
-            ax.text(wide - right + 0.06, y, added, color=BLACK if adds[i] else GREY, **look)
+            ax.text(
+                wide - right + 0.06,
+                y,
+                added,
+                color=BLACK if adds[i] else GREY,
+                va="center",
+                linespacing=1.05,
+            )
             for j in range(len(operators)):
                 _cell(ax, left + j * cell, y, cell, values[i, j], style.color)
     return figure
 
 
-def _cell(ax: Axes, x: float, y: float, width: float, kept: NDArray[Any], color: str) -> None:
+def _cell(ax: Axes, x: float, y: float, width: float, kept: Array, color: str) -> None:
     """Draw three bars, each after the letter of its axis and before the kept per cent; an unchanged
     axis is a line."""
-    start, full = x + 0.13, width - 0.13 - 0.19
+    start = x + 0.13
+    full = width - 0.13 - 0.19
     for b, share in enumerate(kept):
         if not np.isfinite(share):
             continue
-        middle, reduced = y + (b - 1) * _STEP_IN, share < WHOLE
-        letter: dict[str, Any] = {
-            "fontsize": 6,
-            "va": "center_baseline",
-            "color": BLACK if reduced else "#9A9A9A",
-        }
-        ax.text(x + 0.11, middle, AXES[b], ha="right", **letter)
+        middle = y + (b - 1) * _STEP_IN
+        reduced = share < WHOLE
+        ax.text(
+            x + 0.11,
+            middle,
+            AXES[b],
+            ha="right",
+            va="center_baseline",
+            color=BLACK if reduced else "#9A9A9A",
+        )
         if reduced:
-            style: dict[str, Any] = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
+            style: Look = {"height": _BAR_IN, "linewidth": 0.4, "align": "center"}
             ax.barh(middle, full, left=start, facecolor="white", edgecolor=color, **style)
             ax.barh(middle, full * share, left=start, facecolor=color, edgecolor=color, **style)
-            text: dict[str, Any] = {"ha": "left", "va": "center_baseline", "fontsize": 6}
-            ax.text(start + full + 0.03, middle, f"{100 * share:.0f}", **text)
+            ax.text(
+                start + full + 0.03,
+                middle,
+                f"{100 * share:.0f}",
+                ha="left",
+                va="center_baseline",
+            )
         else:
             ax.plot(
                 [start, start + full],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +20,7 @@ from simulator.figures.layout import (
     width_of,
     wrapped,
 )
-from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, paper_style
+from simulator.figures.style import BLUE, GREEN, INK, VERMILLION, Look, paper_style
 from simulator.prediction.explain import Explanation
 
 NEGLIGIBLE = 0.0005  # a factor this close to 1 has no effect: its step has a line but no bar
@@ -61,7 +60,8 @@ def folded(panels: Sequence[Steps]) -> list[Steps]:
 
 def steps_of(e: Explanation, title: str) -> Steps:
     (nominal, *steps), r = e.steps, e.result
-    names, factors = [s.name for s in steps], [s.factor for s in steps]
+    names = [s.name for s in steps]
+    factors = [s.factor for s in steps]
     return Steps(title, names, factors, nominal.speedup, r.speedup_lower, r.speedup_upper)
 
 
@@ -96,14 +96,17 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
 def _limits(panels: Sequence[Steps]) -> tuple[float, float]:
     """Return the ends of the axis, with room for the factors next to the bars."""
     values = np.concatenate([[1.0], *([p.lower, p.upper, *p.reached] for p in panels)])
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     span = max(high / low, 1.1)
     return low / span**0.08, high * span**0.34
 
 
 def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
-    count, reached = len(panel.names), panel.reached
-    last, predicted = count + 1, float(reached[-1])
+    count = len(panel.names)
+    reached = panel.reached
+    last = count + 1
+    predicted = float(reached[-1])
     ax.set(xscale="log", xlim=(low, high), ylim=(last + 0.6, -0.6))
     ax.set_title(panel.title, pad=4)
     log_axis(ax.xaxis, low, high, 6)
@@ -112,7 +115,7 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     ax.spines["left"].set_visible(False)
     ax.axvline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     places = np.arange(count + 1)
-    line: dict[str, Any] = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
+    line: Look = {"color": "#777777", "linewidth": 0.5, "zorder": 1.8}
     ax.vlines(reached, places + 0.33, places + 0.67, **line)  # lines that connect the bars
     ax.barh(
         [0, last],
@@ -124,12 +127,13 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
     )
     _write(ax, max(panel.nominal, 1.0), 0, f"{panel.nominal:.2f}×")
     for i, factor in enumerate(panel.factors, start=1):
-        before, after = float(reached[i - 1]), float(reached[i])
+        before = float(reached[i - 1])
+        after = float(reached[i])
         if abs(factor - 1.0) <= NEGLIGIBLE:
             ax.vlines(after, i - 0.33, i + 0.33, **line)
             continue
         # with a hatch, because gains and losses must differ in grey print
-        style: dict[str, Any] = {"facecolor": VERMILLION, "edgecolor": VERMILLION}
+        style: Look = {"facecolor": VERMILLION, "edgecolor": VERMILLION}
         if factor > 1.0:
             style = {"facecolor": "white", "edgecolor": GREEN, "hatch": "//////"}
         ax.barh(i, after - before, left=before, height=0.66, linewidth=0.6, zorder=2, **style)
@@ -146,10 +150,14 @@ def _draw(ax: Axes, panel: Steps, low: float, high: float) -> None:
 def _write(ax: Axes, x: float, y: float, text: str) -> None:
     # keeps the number clear of the line at 1
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    where: dict[str, Any] = {
-        "xytext": (2.5, 0),
-        "textcoords": "offset points",
-        "va": "center",
-        "ha": "left",
-    }
-    ax.annotate(text, (x, y), fontsize=6, zorder=5, annotation_clip=False, bbox=paper, **where)
+    ax.annotate(
+        text,
+        (x, y),
+        zorder=5,
+        annotation_clip=False,
+        bbox=paper,
+        xytext=(2.5, 0),
+        textcoords="offset points",
+        va="center",
+        ha="left",
+    )

@@ -26,7 +26,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
@@ -54,14 +53,16 @@ from simulator.models.sublayers.base import Sublayer
 MAX_HEADER_BYTES = 8_000_000
 MAX_HEADERS_BYTES = 24_000_000  # headers of all files; DeepSeek-V3 has 10 MB
 MAX_INDEX_BYTES = 16_000_000  # DeepSeek-V3 with 91,000 tensors has 9 MB
-MAX_FILES, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME, MAX_AXES = 4_096, 150_000, 2**44, 400, 8
+MAX_FILES = 4_096
+MAX_TENSORS = 150_000
+MAX_ELEMENTS = 2**44
+MAX_NAME = 400
+MAX_AXES = 8
 
 _DTYPES = (
     "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E4M3 F8_E5M2 F8_E8M0 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64"
 )
-BITS = MappingProxyType(
-    {"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()}
-)
+BITS = {"BOOL": 8} | {name: int(re.split(r"[A-Z]+|_", name)[1]) for name in _DTYPES.split()}
 """Bits of an element of each dtype."""
 
 _PICKLE = re.compile(
@@ -154,7 +155,8 @@ def _header_bytes(path: Path) -> int:
     them."""
     try:
         with open(path, "rb") as file:
-            size, first = os.fstat(file.fileno()).st_size, file.read(8)
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(8)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     length = int.from_bytes(first, "little")
@@ -171,7 +173,8 @@ def _header_bytes(path: Path) -> int:
 
 
 def _tensor(name: str, dtype: str, shape: list[int], path: Path) -> Tensor:
-    where, tensor = f"{path}: tensor {_short(name)}", Tensor(dtype, tuple(shape))
+    where = f"{path}: tensor {_short(name)}"
+    tensor = Tensor(dtype, tuple(shape))
     if len(name) > MAX_NAME:
         raise InputError(f"{where}: expected a name of at most {MAX_NAME} characters")
     if dtype not in BITS:
@@ -207,12 +210,11 @@ BUFFER = re.compile(r"(?:.*[._])?(?:rotary_emb|inv_freq|masked_bias|layer_scalar
 # twice i. A bias has the first axis. "out" are the outputs of an MLP, and H the inputs of the head:
 # both are h except in the last layer of SliceGPT. A gated delta net has values, channels of its
 # convolution, conv positions, delta heads, and features of a value head.
-ATTENTION, MLP = (
-    r"(?:self_attn|attention|attn)\.",
-    r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?",
-)
+ATTENTION = r"(?:self_attn|attention|attn)\."
+MLP = r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
-EXPERT, EXPERTS = ROUTED + r"experts\.\d{1,5}\.", ROUTED + r"experts\."
+EXPERT = ROUTED + r"experts\.\d{1,5}\."
+EXPERTS = ROUTED + r"experts\."
 _DELTA = r"linear_attn\."
 LAYER = tuple(
     (re.compile(pattern), tuple(axes.split()))
@@ -335,11 +337,13 @@ def logical(
     if not name:
         raise ValueError("has no weight")
     stored = parts[name]
-    shape, dtype = stored.shape, stored.dtype
+    shape = stored.shape
+    dtype = stored.dtype
     if name == "blocks" and len(shape) == 4:  # (experts, outputs, groups, bytes per group)
         return Weight((shape[0], shape[2] * shape[3] * 2, shape[1]), "mxfp4")
     if name == "weight" and "absmax" in parts:
-        elements, known = stored.elements * 2, inputs or outputs
+        elements = stored.elements * 2
+        known = inputs or outputs
         if not known or elements % known:
             raise ValueError(f"has {elements:,} elements, which do not match its known widths")
         return Weight((elements // known, known) if inputs else (known, elements // known), "int4")
@@ -463,7 +467,8 @@ class _Part:
         if width.startswith("2"):
             if size % 2:
                 raise InputError(f"{name}: expected two halves, got {size:,}")
-            width, size = width[1:], size // 2
+            width = width[1:]
+            size = size // 2
         if size > MAX_WIDTH:
             raise InputError(f"{name}: expected widths up to {MAX_WIDTH:,}, got {size:,}")
         if (known := self.widths.setdefault(width, size)) != size:
@@ -485,7 +490,8 @@ class _Part:
         for module, axes in sorted(
             found.items(), key=lambda item: len(item[1]) == 2 and item[1][1] != "h"
         ):
-            parts, name = self.modules[module], self.name(module)
+            parts = self.modules[module]
+            name = self.name(module)
             if not axes:
                 if not (parts.keys() & {*WEIGHTS, "bias"}):
                     continue  # scales of a cache
@@ -506,7 +512,8 @@ class _Part:
             self.take(module, axes, weight, parts.get("bias"))
 
     def take(self, module: str, axes: tuple[str, ...], weight: Weight, bias: Tensor | None) -> None:
-        name, size = self.name(module), 1
+        name = self.name(module)
+        size = 1
         for width, length in zip(axes, weight.shape):
             self.put(width, length, name)
             size *= length
@@ -631,7 +638,8 @@ def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
     modules: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (match := _NUMBERED.fullmatch(name)) and not BUFFER.fullmatch(name):
-            number, inside = int(match[1]), match[2]
+            number = int(match[1])
+            inside = match[2]
             module, leaf = found.groups() if (found := _LEAF.fullmatch(inside)) else (inside, "")
             modules.setdefault((number, module), {})[leaf] = tensor
     stored = [0] * len(model.layers)
@@ -682,7 +690,9 @@ def _sorted(
 ) -> tuple[_Part, list[_Part], int]:
     """Return tensors outside the layers, tensors per layer, and the number of parameters outside
     the decoder."""
-    outside, layers, ignored = _Part(where, -1), dict[int, _Part](), 0
+    outside = _Part(where, -1)
+    layers = dict[int, _Part]()
+    ignored = 0
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
         number, module, leaf, other = match.groups() if match else (None, name, None, None)
@@ -756,7 +766,8 @@ class _Flags:
         def some(pattern: str, among: Iterable[str] = biases) -> bool:
             return any(re.fullmatch(pattern, module) for module in among)
 
-        attention, mlp = model.attention, model.usual.of("mlp")
+        attention = model.attention
+        mlp = model.usual.of("mlp")
         known = attention if isinstance(attention, Attention) else None
         up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
         norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
@@ -856,7 +867,8 @@ def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer
 
 def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
     """Return query heads and key/value heads of grouped-query attention."""
-    width, features = part.widths, usual.head_dim
+    width = part.widths
+    features = usual.head_dim
     if "qkv" in width and "o" in width:
         part.put("q", width["o"], part.names["o"])
         part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
@@ -869,7 +881,8 @@ def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
             )
         part.divided(name, features, "head_dim")
     part.put("q", width["o"], part.names["o"])
-    heads, kv_heads = width["q"] // features, width["kv"] // features
+    heads = width["q"] // features
+    kv_heads = width["kv"] // features
     if heads and (not kv_heads or heads % kv_heads):
         raise InputError(
             f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got"
@@ -904,7 +917,8 @@ def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention
 
 
 def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
-    width, dense = part.widths, old.of("mlp")
+    width = part.widths
+    dense = old.of("mlp")
     if part.has("mlp.linear_mlp"):
         return Linear(replaces=Part.MLP)
     rotates = SHORTCUTS["mlp"] in part.modules

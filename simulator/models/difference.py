@@ -35,7 +35,8 @@ _WIDTHS = {
 def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
     """Return the pruning families found in a model; layers are matched by numbers in a checkpoint,
     or in order."""
-    numbers, news = pruned.layer_numbers, pruned.layers
+    numbers = pruned.layer_numbers
+    news = pruned.layers
     olds = _matched(dense, pruned)
     changes = tuple(zip(numbers, map(_without, olds, news), news))
     # each step turns the model before it into one that is closer to the pruned model, from the
@@ -56,7 +57,8 @@ def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
         (_cross(dense, pruned), crossed),
         (_other(dense, pruned), other),
     )
-    lines, last = [], dense
+    lines = []
+    last = dense
     for words, model in steps:
         share = (last.parameters - model.parameters) / dense.parameters
         if words:
@@ -81,13 +83,15 @@ def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
 def _matched(dense: Model, pruned: Model) -> tuple[Layer, ...]:
     """Return the dense layer of each pruned one: that of its number, or, if the layers of a hybrid
     were renumbered, the next one of its kind."""
-    news, many = pruned.layers, len(dense.layers)
+    news = pruned.layers
+    many = len(dense.layers)
     place = {number: i for i, number in enumerate(dense.layer_numbers)}
     if not place.keys() >= set(pruned.layer_numbers):
         return (dense.layers * (1 + len(news) // max(many, 1)))[: len(news)]
     places = [place[number] for number in pruned.layer_numbers]
     if not pruned.numbers and len(news) < many:
-        start, found = 0, []
+        start = 0
+        found = []
         for new in news:
             alike = (i for i in range(start, many) if _kinds(dense.layers[i]) == _kinds(new))
             if (i := next(alike, None)) is None:
@@ -111,7 +115,8 @@ def _without(old: Layer, new: Layer) -> Layer:
 
 
 def _with_experts(old: Layer, new: Layer) -> Layer:
-    before, after = old.of("mlp"), new.of("mlp")
+    before = old.of("mlp")
+    after = new.of("mlp")
     if not (isinstance(before, Experts) and isinstance(after, Experts)):
         return old
     return old.with_part("mlp", replace(before, experts=after.experts, active=after.active))
@@ -134,7 +139,8 @@ def _unrotated(layer: Layer) -> Layer:
 
 def _depth(dense: Model, pruned: Model, olds: Sequence[Layer]) -> str:
     texts = []
-    numbers, news = pruned.layer_numbers, pruned.layers
+    numbers = pruned.layer_numbers
+    news = pruned.layers
     places = dense.layer_numbers
     gone = sorted(set(places) - set(numbers))
     if len(numbers) > len(places):

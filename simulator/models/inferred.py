@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product as combined
@@ -17,6 +17,7 @@ from typing import Any
 
 from simulator.codes import Part
 from simulator.models.architectures import Architecture, Reader, refuse_unknown
+from simulator.models.architectures.reader import Content
 from simulator.models.model import Layer, Model
 from simulator.models.sublayers import (
     Attention,
@@ -89,7 +90,7 @@ class _Keys:
         return float(rope.get("partial_rotary_factor", 1.0)) if isinstance(rope, dict) else 0.0
 
 
-def inferred_model(data: Mapping[str, Any], source: str, name: str) -> Model:
+def inferred_model(data: Content, source: str, name: str) -> Model:
     """Return the model of a configuration whose type no table has; InputError if Transformers does
     not build it, or would ignore a key that names sizes."""
     config = transformers_config(data, source)
@@ -158,7 +159,8 @@ def _layer(keys: _Keys, part: TracedPart) -> Layer:
         for name, some in _groups(part.products)
     ]
     sublayers.sort(key=lambda sublayer: sublayer.part)
-    many, norms = len(sublayers), sum("." not in path for path, _ in part.norms)
+    many = len(sublayers)
+    norms = sum("." not in path for path, _ in part.norms)
     after = all("post" in path for path, _ in part.norms if "." not in path)
     both = norms >= 2 * many
     placed = [
@@ -207,7 +209,8 @@ def _mixing(keys: _Keys, name: str, modules: Modules) -> Modules:
     if not inner or "conv" in name:
         return modules
     if _RECURS.search(f"{name} {keys.kind}"):
-        channels, state = keys.number(*_CHANNELS, default=64), keys.number(*_STATE, default=128)
+        channels = keys.number(*_CHANNELS, default=64)
+        state = keys.number(*_STATE, default=128)
         heads = max(inner // channels, 1)
         return replace(modules, heads=heads, kv_heads=1, head_dim=channels, state=state)
     heads = max(inner // keys.head_dim, 1)

@@ -31,6 +31,7 @@ from simulator.models.architectures import (
     model_fields,
     refuse_unknown,
 )
+from simulator.models.architectures.reader import ConfigFields, Content
 from simulator.models.model import Model
 from simulator.models.quantization import with_formats
 
@@ -51,7 +52,7 @@ _QUANTISED = ("quantization_config", "compression_config")
 _SHARED = ("tie_word_embeddings", *_QUANTISED, "block_configs")
 
 
-def from_hf_config(data: Mapping[str, Any], source: str = "config", name: str = "") -> Model:
+def from_hf_config(data: Content, source: str = "config", name: str = "") -> Model:
     """Return the shapes in the content of a Hugging Face ``config.json``, of multimodal models
     those of the decoder.
 
@@ -107,7 +108,8 @@ def _declared(read: Reader) -> str:
 
 def decoder_of(read: Reader) -> tuple[str, Reader] | None:
     """Return the type of the decoder and its keys; None if no table has the type."""
-    kind, text = read.data.get("model_type"), read.data.get("text_config")
+    kind = read.data.get("model_type")
+    text = read.data.get("text_config")
     named = kind if isinstance(kind, str) else ""
     if named in ARCHITECTURES:
         return named, read
@@ -188,8 +190,8 @@ def _key(name: str) -> str:
     return re.sub(r"[-_. ]+", "", name).lower()
 
 
-def _content(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+def _content(name: str) -> ConfigFields:
+    content: ConfigFields = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -253,7 +255,7 @@ def shipped_model(name: str) -> Model | None:
     return None
 
 
-def load_model(source: str | os.PathLike[str] | Mapping[str, Any] | Model) -> Model:
+def load_model(source: str | os.PathLike[str] | Content | Model) -> Model:
     """Load the shapes of a model; no weight is read.
 
     Parameters

@@ -60,7 +60,7 @@ from simulator.engines.engine import Engine, Schedule, load_engine
 from simulator.errors import InputError
 from simulator.models.library import load_model
 from simulator.models.model import Layer, Model, shard
-from simulator.models.pass_rows import Lowering, OperatorRow, PassRows
+from simulator.models.pass_rows import Lowering, OperatorRow, OperatorRows, PassRows
 from simulator.models.sublayers import SharedCacheAttention
 from simulator.models.sublayers.entry import Streams
 from simulator.operators.experts import EXPERT_SKEW
@@ -167,7 +167,8 @@ def number_formats(request: Request, model: Model) -> NumberFormats:
 def cached_tokens(request: Request) -> int:
     """Return the tokens of each prompt that the prefix cache holds; InputError if no token is left
     to compute."""
-    prefix, seq = request.cached_prefix, request.seq
+    prefix = request.cached_prefix
+    seq = request.seq
     if request.phase == "decode":
         return 0
     tokens = int(prefix * seq) if prefix < 1.0 else int(prefix)
@@ -189,7 +190,8 @@ def _lower(request: Request, engine: Engine) -> Workload:
     model = request.model
     lowering = _lowering(request, engine)
     part = shard(model, request.devices, request.parallel)
-    table, lengths = _Table(), []
+    table = _Table()
+    lengths = []
     for p, cached in _passes(lowering):
         _add_pass(table, p, part, model.logits)
         lengths.append(cached)
@@ -198,7 +200,8 @@ def _lower(request: Request, engine: Engine) -> Workload:
 
 def _lowering(request: Request, engine: Engine) -> Lowering:
     """Return the request with the values that follow from model and engine."""
-    model, several = request.model, request.devices > 1
+    model = request.model
+    several = request.devices > 1
     formats = number_formats(request, model)
     has_kernels = engine.sparse24_kernels(formats.dtype, formats.weight_dtype) is not None
     runs_sparse24 = not request.engine or has_kernels
@@ -252,14 +255,16 @@ def _passes(lowering: Lowering) -> Iterator[tuple[PassRows, tuple[Array, Array]]
         p = PassRows(lowering, Phase.DECODE, request.batch, request.positions, steps)
         grown, times = _steps(steps)
         if request.phase == "serve":
-            grown, times = np.array([(steps + 1) // 2]), np.array([steps])
+            grown = np.array([(steps + 1) // 2])
+            times = np.array([steps])
         yield p, (request.seq + request.positions - 1 + grown, times)
 
 
 def _prefills(r: Lowered, schedule: Schedule | None) -> Iterator[tuple[int, int, int, int, float]]:
     """Yield kinds of prefill passes: prompts, tokens per prompt, positions before them, chunks,
     executions."""
-    cached, limit = int(r.cached_prefix), r.token_budget or 0
+    cached = int(r.cached_prefix)
+    limit = r.token_budget or 0
     tokens = r.seq - cached
     budget = limit or r.batch * tokens
     if schedule is not None and schedule.chunked and tokens > budget:
@@ -303,7 +308,8 @@ class _Table:
     places: list[int] = field(default_factory=list)
 
     def add(self, row: OperatorRow, places: Sequence[int]) -> None:
-        size, runs = len(self.places), len(places)
+        size = len(self.places)
+        runs = len(places)
         for name, value in row.items():
             column = self.columns.get(name)
             if column is None:
@@ -356,7 +362,7 @@ def _add_outside(table: _Table, p: PassRows, rows: Iterable[OperatorRow]) -> Non
         table.add({**row, "phase": p.phase, "count": count}, [len(table.places)])
 
 
-def _layer_rows(p: PassRows, layer: Layer) -> Iterator[OperatorRow]:
+def _layer_rows(p: PassRows, layer: Layer) -> OperatorRows:
     attention = layer.of("attention")
     if isinstance(attention, SharedCacheAttention):
         p = attention.computed(p)
@@ -365,7 +371,7 @@ def _layer_rows(p: PassRows, layer: Layer) -> Iterator[OperatorRow]:
             yield row | {"params": 0.0} if sublayer.reused else row
 
 
-def _sublayer_rows(p: PassRows, layer: Layer, index: int) -> Iterator[OperatorRow]:
+def _sublayer_rows(p: PassRows, layer: Layer, index: int) -> OperatorRows:
     sublayer = layer.sublayers[index]
     part = sublayer.part
     mlp = part == Part.MLP
@@ -392,8 +398,9 @@ def _sublayer_rows(p: PassRows, layer: Layer, index: int) -> Iterator[OperatorRo
         yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden)
 
 
-def _embedding(p: PassRows, part: Model) -> Iterator[OperatorRow]:
-    hidden, positions = part.hidden, part.learned_positions
+def _embedding(p: PassRows, part: Model) -> OperatorRows:
+    hidden = part.hidden
+    positions = part.learned_positions
     features = part.embedding_width or hidden
     read = features + hidden * (positions > 0)
     owned = part.vocab * features + positions * hidden + part.other_parameters
@@ -402,7 +409,7 @@ def _embedding(p: PassRows, part: Model) -> Iterator[OperatorRow]:
     yield row | {"q_len": p.q_len * p.decodes}
     yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
     if part.embedding_width:
-        yield p.gemm("embedding_in", Part.EMBEDDING, hidden, features) | p.wide
+        yield p.wide_gemm("embedding_in", Part.EMBEDDING, hidden, features)
     if part.embedding_norm:
         owned = features * part.norm_parameters // hidden
         yield p.move("embedding_norm", Part.EMBEDDING, features, features, features, owned)
@@ -412,24 +419,26 @@ def _embedding(p: PassRows, part: Model) -> Iterator[OperatorRow]:
         yield from _streams(p, part, Part.EMBEDDING)
 
 
-def _layer_inputs(p: PassRows, part: Model) -> Iterator[OperatorRow]:
+def _layer_inputs(p: PassRows, part: Model) -> OperatorRows:
     """Yield the inputs of all layers: embeddings from their tables, and a projection of the usual
     embedding, which is normed and added."""
-    features, tables = part.input_features, part.input_tables
+    features = part.input_features
+    tables = part.input_tables
     yield p.move("layer_inputs", Part.EMBEDDING, features, features, features, tables)
     yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
-    yield p.gemm("layer_inputs", Part.EMBEDDING, features, part.hidden) | p.wide
+    yield p.wide_gemm("layer_inputs", Part.EMBEDDING, features, part.hidden)
     yield p.move("layer_inputs", Part.EMBEDDING, features, 2 * features, features)
 
 
-def _streams(p: PassRows, part: Model, place: Part) -> Iterator[OperatorRow]:
+def _streams(p: PassRows, part: Model, place: Part) -> OperatorRows:
     """Yield the products that make further residual streams of the first, or map them back."""
-    hidden, further = part.hidden, part.streams - 1
-    yield p.gemm("altup", place, hidden, hidden) | p.wide | {"count": further}
+    hidden = part.hidden
+    further = part.streams - 1
+    yield p.wide_gemm("altup", place, hidden, hidden) | {"count": further}
     yield p.move("altup", place, hidden, further * hidden, further * hidden)
 
 
-def _head(p: PassRows, part: Model, logits: int) -> Iterator[OperatorRow]:
+def _head(p: PassRows, part: Model, logits: int) -> OperatorRows:
     """Yield the final norm and the head; ``logits`` are those of the whole model."""
     # positions that the head computes; a check of drafted tokens needs all
     positions = p.tokens if p.lowering.engine.logits == "all" or p.decodes else p.batch
@@ -440,13 +449,13 @@ def _head(p: PassRows, part: Model, logits: int) -> Iterator[OperatorRow]:
         owned = width * part.norm_parameters // part.hidden
         yield p.move("final_norm", Part.HEAD, width, 2 * width, width, owned)
     if part.embedding_width:
-        yield p.gemm("embedding_out", Part.HEAD, part.embedding_width, width) | p.wide
+        yield p.wide_gemm("embedding_out", Part.HEAD, part.embedding_width, width)
         width = part.embedding_width
     if part.head_projection:
-        yield p.gemm("embedding_out", Part.HEAD, width, width) | p.wide | {"m": positions}
+        yield p.wide_gemm("embedding_out", Part.HEAD, width, width) | {"m": positions}
         owned = p.lowering.norm_parameters
         yield p.move("inner_norm", Part.HEAD, width, width, width, owned, tokens=positions)
-    head = p.gemm("lm_head", Part.HEAD, part.logits, width) | p.wide | {"m": positions}
+    head = p.wide_gemm("lm_head", Part.HEAD, part.logits, width) | {"m": positions}
     bias = part.head_bias * part.logits * p.owns
     yield head | {"params": bias + (0 if part.tied else head["params"])}
     yield from p.collective("all_gather", Part.HEAD, positions, logits)
@@ -491,7 +500,8 @@ def _attention_columns(windows: tuple[int, ...], kv_len: Array, times: Array, fi
     for lengths, many in zip(np.split(kv_len, cuts), np.split(times, cuts)):
         if not len(lengths):
             continue
-        runs, start = [], first
+        runs = []
+        start = first
         for window, same in groupby(w if 0 < w < lengths[0] else 0 for w in windows):
             size = len(list(same))
             runs.append((start, size, window))

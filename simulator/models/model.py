@@ -32,6 +32,7 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, Part
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
+from simulator.models.pass_rows import Products
 from simulator.models.sublayers import (
     Attention,
     DeltaNet,
@@ -144,7 +145,7 @@ def stacked_layer(layers: Sequence[Layer]) -> Layer:
     return Layer(tuple(stacked(alike) for alike in sublayers), layers[0].parallel)
 
 
-def _products(sublayer: Sublayer, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+def _products(sublayer: Sublayer, hidden: int) -> Products:
     around = sublayer.entry.products(hidden) if sublayer.entry else {}
     return {**sublayer.products(hidden), **around}
 
@@ -287,7 +288,8 @@ class Model(Displayed):
 
     def __post_init__(self) -> None:
         for name in ("hidden", "vocab", "max_positions", "learned_positions"):
-            value, least = whole(getattr(self, name)), int(name != "learned_positions")
+            value = whole(getattr(self, name))
+            least = int(name != "learned_positions")
             if value is None or not least <= value <= _MOST_WIDTH:
                 expected = f"a whole number from {least} to {_MOST_WIDTH}"
                 raise InputError(f"{name}: expected {expected}, got {shown(getattr(self, name))}")
@@ -432,7 +434,7 @@ class Model(Displayed):
         return any(form.zeros == "2:4" for s in sublayers for _, form in s.forms)
 
     @cached_property
-    def products(self) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
+    def products(self) -> tuple[Products, ...]:
         """Outputs and inputs of all linear products of each layer, and how many there are, by the
         number of the sublayer and role."""
         by_layer = {
@@ -480,7 +482,8 @@ class Model(Displayed):
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """Runs of layers that are equal except for their windows."""
-        out, first = [], 0
+        out = []
+        first = 0
         for layer, some in itertools.groupby(self.layers, key=lambda one: one.windowless):
             windows = tuple(one.window for one in some)
             out.append(Run(first, layer, windows))
@@ -572,7 +575,8 @@ class Model(Displayed):
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model, exact; tied weights count once."""
-        width, embedded = self.head_hidden, self.embedding_width or self.hidden
+        width = self.head_hidden
+        embedded = self.embedding_width or self.hidden
         norms = self.final_norm + self.head_projection
         head = norms * width * self._norm_vectors + self.head_bias * self.logits
         head += self.head_projection * width * width

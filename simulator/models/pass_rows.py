@@ -28,12 +28,22 @@ _MXFP4 = dtype_code("mxfp4")
 STATE = dtype_code("fp32")
 """Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
-COMPRESSED: tuple[str, ...] = (
-    *("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in"),
-)
+COMPRESSED = (*("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in"),)
 """Weights that a 2:4 checkpoint compresses."""
 
 OperatorRow = dict[str, Any]
+OperatorRows = Iterator[OperatorRow]
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Outputs and inputs of weights by role."""
+
+Products = Mapping[str, tuple[int, int, int]]
+"""Outputs and inputs of linear products, and how many there are, by role."""
+
+
+def elements(products: Products) -> int:
+    """Return the number of weights of linear products."""
+    return sum(n * k * many for n, k, many in products.values())
 
 
 class Weights(Protocol):
@@ -157,9 +167,13 @@ class PassRows:
             row["density"] = form.density
         return row
 
+    def wide_gemm(self, role: str, part: Part, n: Any, k: Any) -> OperatorRow:
+        """Return a product that is never quantised."""
+        return self.gemm(role, part, n, k) | self.wide
+
     def product(
         self, sublayer: Weights, role: str, n: Any, k: Any, bias: bool = False
-    ) -> Iterator[OperatorRow]:
+    ) -> OperatorRows:
         """Yield the product of a weight of a sublayer, or the two products of its factors."""
         form = sublayer.form(role)
         row = self.gemm(role, sublayer.part, n, k, form)
@@ -178,7 +192,7 @@ class PassRows:
         k: Any,
         bias: bool,
         fuses: bool,
-    ) -> Iterator[OperatorRow]:
+    ) -> OperatorRows:
         """Yield the products of several weights (role -> outputs) that read one input.
 
         An engine that ``fuses`` runs them as one product if they are stored alike. Factors are
@@ -191,7 +205,7 @@ class PassRows:
 
     def fused(
         self, sublayer: Weights, fused: str, outputs: Mapping[str, Any], k: Any, bias: bool
-    ) -> Iterator[OperatorRow]:
+    ) -> OperatorRows:
         n = sum(outputs.values())
         if sublayer.stores(fused):
             yield from self.product(sublayer, fused, n, k, bias)
@@ -201,14 +215,14 @@ class PassRows:
             row["params"] = row["params"] + n * self.owns
         yield row
 
-    def quantized(self, product: str, part: Part, k: Any) -> Iterator[OperatorRow]:
+    def quantized(self, product: str, part: Part, k: Any) -> OperatorRows:
         """Yield the conversion of a product's activations, if a further kernel does it."""
         lowering = self.lowering
         if product in lowering.quantised:
             written = k * float(DTYPE_BYTES[lowering.dtype] / DTYPE_BYTES[lowering.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
-    def residual_projection(self, sublayer: Weights, n: Any) -> Iterator[OperatorRow]:
+    def residual_projection(self, sublayer: Weights, n: Any) -> OperatorRows:
         """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
         adds."""
         if sublayer.rotates and not self.lowering.ideal:
@@ -241,7 +255,8 @@ class PassRows:
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
         are in elements."""
-        stream, tokens = self.lowering.stream_dtype, tokens or self.tokens
+        stream = self.lowering.stream_dtype
+        tokens = tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
         return {
             "kind": Kind.ELEMENTWISE,
@@ -256,7 +271,7 @@ class PassRows:
             "weight_dtype": stream,
         }
 
-    def rotary(self, features: Any) -> Iterator[OperatorRow]:
+    def rotary(self, features: Any) -> OperatorRows:
         """Yield the rotation of ``features`` of queries and keys."""
         if present(features):
             yield self.move("rotary", Part.ATTENTION, features, features, features)
@@ -275,7 +290,8 @@ class PassRows:
             repeats = shares * (heads // kv_heads)
             copied = self.mean_length * (1 + repeats)
             reads = copied + self.mean_length * shares
-            read, write = read + write * reads, write * copied
+            read = read + write * reads
+            write = write * copied
             positions = {"kv_len": int(self.mean_length)}
         row = self.move("cache_write", Part.ATTENTION, elements, read, write)
         return row | {"weight_dtype": lowering.cache_dtype, **positions}
@@ -295,7 +311,28 @@ class PassRows:
             **sizes,
         }
 
-    def collective(self, role: str, part: Part, tokens: int, width: Any) -> Iterator[OperatorRow]:
+    def recurrence(
+        self, role: str, heads: Any, groups: Any, state: Any, channels: Any, **others: Any
+    ) -> OperatorRow:
+        """Return the recurrence of a state per head, ``channels`` x ``state``; ``groups`` of heads
+        share keys and queries."""
+        return {
+            "kind": Kind.STATE_SPACE,
+            "role": role,
+            "part": Part.ATTENTION,
+            "m": self.tokens,
+            "n": heads * channels,
+            "batch": self.batch,
+            "heads": heads,
+            "kv_heads": groups,
+            "head_dim": state,
+            "value_dim": channels,
+            "dtype": self.lowering.stream_dtype,
+            "weight_dtype": STATE,
+            **others,
+        }
+
+    def collective(self, role: str, part: Part, tokens: int, width: Any) -> OperatorRows:
         """Yield the collective whose payload is (tokens, width); none on one device."""
         if self.lowering.split:
             stream = self.lowering.stream_dtype
@@ -310,7 +347,7 @@ class PassRows:
                 "read_bytes": tokens * width * DTYPE_BYTES[stream],
             }
 
-    def send(self) -> Iterator[OperatorRow]:
+    def send(self) -> OperatorRows:
         """Yield a pipeline's sends of the residual stream, each between two devices; layer pruning
         keeps them."""
         if self.request.devices > 1 and not self.lowering.split:

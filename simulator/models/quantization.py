@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from simulator.arguments import shown
@@ -22,24 +21,24 @@ from simulator.errors import one_line
 from simulator.models.architectures.reader import Reader
 from simulator.models.model import Model
 
-FORMATS: Mapping[str, str] = MappingProxyType(
-    {"weight_dtype": "weights", "dtype": "arithmetic", "kv_dtype": "K/V cache"}
-)
+FORMATS: Mapping[str, str] = {
+    "weight_dtype": "weights",
+    "dtype": "arithmetic",
+    "kv_dtype": "K/V cache",
+}
 """Fields of a model and of a request that are number formats, in words."""
 
-QUANT_ALGOS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), ("fp8", "fp8")),
-        # vLLM converts the activations for FP8_PB_WO, although WO means "weights only"
-        **dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO"), ("fp8_block", "fp8")),
-        **dict.fromkeys(("NVFP4", "NVFP4_AWQ"), ("nvfp4", "nvfp4")),
-        **{"W4A8_NVFP4_FP8": ("nvfp4", "fp8"), "W4A16_NVFP4": ("nvfp4", "")},
-        **dict.fromkeys(("W4A16", "W4A16_AWQ", "W4A16_GPTQ", "INT4_AWQ"), ("int4", "")),
-        **{"W4A8_AWQ": ("int4", "fp8"), "W4A16_MXFP4": ("mxfp4", "")},
-        **dict.fromkeys(("W8A16", "W8A16_GPTQ"), ("int8", "")),
-        **dict.fromkeys(("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("int8", "int8")),
-    }
-)
+QUANT_ALGOS: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), ("fp8", "fp8")),
+    # vLLM converts the activations for FP8_PB_WO, although WO means "weights only"
+    **dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO"), ("fp8_block", "fp8")),
+    **dict.fromkeys(("NVFP4", "NVFP4_AWQ"), ("nvfp4", "nvfp4")),
+    **{"W4A8_NVFP4_FP8": ("nvfp4", "fp8"), "W4A16_NVFP4": ("nvfp4", "")},
+    **dict.fromkeys(("W4A16", "W4A16_AWQ", "W4A16_GPTQ", "INT4_AWQ"), ("int4", "")),
+    **{"W4A8_AWQ": ("int4", "fp8"), "W4A16_MXFP4": ("mxfp4", "")},
+    **dict.fromkeys(("W8A16", "W8A16_GPTQ"), ("int8", "")),
+    **dict.fromkeys(("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("int8", "int8")),
+}
 """Formats of weights and arithmetic ("": 16 bits) by ``quant_algo`` of ModelOpt and TensorRT-LLM
 (tensorrt_llm/quantization/mode.py)."""
 
@@ -151,7 +150,8 @@ def _bitsandbytes(read: Reader) -> StatedFormats:
 
 
 def _fp8(read: Reader) -> StatedFormats:
-    block, experts = read.raw("weight_block_size"), read.raw("expert_dtype")
+    block = read.raw("weight_block_size")
+    experts = read.raw("expert_dtype")
     if experts not in (None, "fp8"):
         return StatedFormats(unread_format=f"expert_dtype {shown(experts)}")
     if block not in (None, _BLOCK):
@@ -196,11 +196,13 @@ def _scheme(group: Reader) -> StatedFormats:
     """Return the format of a group: of its weights, and of activations that engines convert."""
     if group.raw("weights") is None:
         return NOTHING
-    weights, arithmetic = group.part("weights"), ""
+    weights = group.part("weights")
+    arithmetic = ""
     stored = _number(weights)
     if group.raw("input_activations") is not None:
         arithmetic = _number(group.part("input_activations"))
-    strategy, block = weights.raw("strategy"), weights.raw("block_structure")
+    strategy = weights.raw("strategy")
+    block = weights.raw("block_structure")
     if stored == "fp8" and strategy == "block" and block == _BLOCK:
         stored = "fp8_block"
     elif stored == "fp8" and strategy not in (None, "tensor", "channel"):
@@ -215,23 +217,22 @@ def _scheme(group: Reader) -> StatedFormats:
 
 def _number(read: Reader) -> str:
     """Return the format of a number, or a text for one that is not understood."""
-    bits, kind = read.raw("num_bits"), read.raw("type") or "int"
+    bits = read.raw("num_bits")
+    kind = read.raw("type") or "int"
     named = (name for name, known in _NUMBERS.items() if known == (bits, kind))
     return next(named, f"{shown(bits)}-bit {shown(kind)}")
 
 
-_METHODS: Mapping[str, Callable[[Reader], StatedFormats]] = MappingProxyType(
-    {
-        **dict.fromkeys(("awq", "gptq", "auto-round"), _integers),
-        "bitsandbytes": _bitsandbytes,
-        "compressed-tensors": _compressed_tensors,
-        "fp8": _fp8,
-        "fbgemm-fp8": lambda read: StatedFormats("fp8", "fp8"),
-        **dict.fromkeys(("modelopt", "modelopt-fp4"), _modelopt),
-        "mxfp4": lambda read: StatedFormats("mxfp4"),
-        "nvfp4": lambda read: StatedFormats("nvfp4", "nvfp4"),
-    }
-)
+_METHODS: Mapping[str, Callable[[Reader], StatedFormats]] = {
+    **dict.fromkeys(("awq", "gptq", "auto-round"), _integers),
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "fbgemm-fp8": lambda read: StatedFormats("fp8", "fp8"),
+    **dict.fromkeys(("modelopt", "modelopt-fp4"), _modelopt),
+    "mxfp4": lambda read: StatedFormats("mxfp4"),
+    "nvfp4": lambda read: StatedFormats("nvfp4", "nvfp4"),
+}
 """Rule of each ``quant_method``, in which "-" and "_" are equal."""
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from simulator.arguments import shown
 from simulator.errors import InputError, needs_extra, one_line
 from simulator.models.architectures import ARCHITECTURES, NESTED
+from simulator.models.architectures.reader import Content
 
 Product = tuple[int, int, int]  # outputs, inputs, number of products
 
@@ -94,7 +95,7 @@ def causal_types() -> set[str]:
     return {*CLASSES}
 
 
-def transformers_config(data: Mapping[str, Any], source: str) -> Any:
+def transformers_config(data: Content, source: str) -> Any:
     """Return the configuration object of Transformers; InputError if it refuses the keys, or if a
     size would take very long to build."""
     _refuse_large(data, source)
@@ -215,7 +216,8 @@ class _Tracer:
         self.counted: set[int] = set()
 
     def traced(self) -> TracedModel:
-        model, head = self.model, self.model.get_output_embeddings()
+        model = self.model
+        head = self.model.get_output_embeddings()
         layers = self._layers()
         inside = {id(module) for module in (*layers.modules(), head)}
         outside = [(name, m) for name, m in model.named_modules() if id(m) not in inside]
@@ -260,7 +262,8 @@ class _Tracer:
 
     def _part(self, modules: Iterable[tuple[str, Any]]) -> TracedPart:
         counts: Counter[tuple[str, int, int, bool]] = Counter()
-        norms, parameters = [], 0
+        norms = []
+        parameters = 0
         for path, module in modules:
             if "norm" in type(module).__name__.lower():
                 norms.append((path, sum(p.numel() for p in module.parameters())))

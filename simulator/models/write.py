@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from simulator.errors import InputError
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS, Reader, model_fields
+from simulator.models.architectures.reader import ConfigFields, Content
 from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, list_models, load_model
 from simulator.models.model import Layer, Model
 from simulator.models.quantization import without_formats
@@ -36,7 +36,7 @@ from simulator.models.sublayers import (
 )
 from simulator.models.sublayers.base import Sublayer
 
-NONE: Mapping[str, Any] = MappingProxyType({})
+NONE: Content = {}
 _DECI = "nemotron-nas"
 # architectures that compute the same as DeciLM
 _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)
@@ -53,72 +53,64 @@ _HEADS = {
 }
 _LINEAR_HEADS = ("linear_num_heads", "linear_attn_config.num_heads")  # of queries, keys and values
 _EXPANDED = ("mamba_expand", "expand")
-_KEYS: Mapping[type[Sublayer], Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        Attention: _HEADS,
-        LatentAttention: _HEADS,
-        LightningAttention: {"heads": _HEADS["heads"]},
-        DeltaNet: {
-            "heads": ("linear_num_value_heads", *_LINEAR_HEADS),
-            "kv_heads": ("linear_num_key_heads", *_LINEAR_HEADS),
-        },
-        Mamba: {
-            "channels": ("intermediate_size",),
-            "state": ("state_size", "mamba_d_state"),
-            "expand": _EXPANDED,
-        },
-        Mamba2: {
-            "heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads"),
-            "channels": ("mamba_head_dim", "mamba_d_head", "mamba_headdim", "head_dim"),
-            "state": ("ssm_state_size", "mamba_d_state", "state_size"),
-            "inner": ("mamba_d_ssm",),
-            "expand": _EXPANDED,
-        },
-        Mlp: {
-            "inner": (
-                *("intermediate_size", "ffn_dim", "intermediate_size_mlp"),
-                *("shared_intermediate_size", "ffn_hidden_size"),
-            ),
-            "expand": ("expansion_ratio",),
-        },
-        Experts: {
-            "experts": (
-                *("num_experts", "num_local_experts", "n_routed_experts"),
-                "ffn_config.moe_num_experts",
-            ),
-            "active": ("num_experts_per_tok", "ffn_config.moe_top_k"),
-            "inner": (
-                *("moe_intermediate_size", "intermediate_size"),
-                *("expert_ffn_hidden_size", "ffn_config.ffn_hidden_size"),
-            ),
-            "shared_inner": (
-                *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
-                *("shared_intermediate_size", "intermediate_size"),
-            ),
-            "latent": ("moe_latent_size",),
-            "shared_experts": ("n_shared_experts", "num_shared_experts"),
-        },
-    }
-)
+_KEYS: Mapping[type[Sublayer], Mapping[str, tuple[str, ...]]] = {
+    Attention: _HEADS,
+    LatentAttention: _HEADS,
+    LightningAttention: {"heads": _HEADS["heads"]},
+    DeltaNet: {
+        "heads": ("linear_num_value_heads", *_LINEAR_HEADS),
+        "kv_heads": ("linear_num_key_heads", *_LINEAR_HEADS),
+    },
+    Mamba: {
+        "channels": ("intermediate_size",),
+        "state": ("state_size", "mamba_d_state"),
+        "expand": _EXPANDED,
+    },
+    Mamba2: {
+        "heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads"),
+        "channels": ("mamba_head_dim", "mamba_d_head", "mamba_headdim", "head_dim"),
+        "state": ("ssm_state_size", "mamba_d_state", "state_size"),
+        "inner": ("mamba_d_ssm",),
+        "expand": _EXPANDED,
+    },
+    Mlp: {
+        "inner": (
+            *("intermediate_size", "ffn_dim", "intermediate_size_mlp"),
+            *("shared_intermediate_size", "ffn_hidden_size"),
+        ),
+        "expand": ("expansion_ratio",),
+    },
+    Experts: {
+        "experts": (
+            *("num_experts", "num_local_experts", "n_routed_experts"),
+            "ffn_config.moe_num_experts",
+        ),
+        "active": ("num_experts_per_tok", "ffn_config.moe_top_k"),
+        "inner": (
+            *("moe_intermediate_size", "intermediate_size"),
+            *("expert_ffn_hidden_size", "ffn_config.ffn_hidden_size"),
+        ),
+        "shared_inner": (
+            *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+            *("shared_intermediate_size", "intermediate_size"),
+        ),
+        "latent": ("moe_latent_size",),
+        "shared_experts": ("n_shared_experts", "num_shared_experts"),
+    },
+}
 """Kind of sublayer -> its sizes -> keys that can state them, by their usual names."""
 
-_SIZES: Mapping[str, Callable[[Any, int], float]] = MappingProxyType(
-    {
-        "expand": lambda one, hidden: (
-            (one.channels if isinstance(one, Mamba) else one.inner) / hidden
-        ),
-        "shared_experts": lambda experts, hidden: experts.shared_inner / experts.inner,
-    }
-)
+_SIZES: Mapping[str, Callable[[Any, int], float]] = {
+    "expand": lambda one, hidden: (one.channels if isinstance(one, Mamba) else one.inner) / hidden,
+    "shared_experts": lambda experts, hidden: experts.shared_inner / experts.inner,
+}
 """Sizes that are no fields of a sublayer, given the sublayer and the hidden size."""
 
-_NUMBERED = MappingProxyType(
-    {
-        **dict.fromkeys(("mlp_only_layers", "moe_layers", "full_attn_idxs"), 0),
-        **dict.fromkeys(("attn_layer_indices", "hybrid_layer_ids"), 0),
-        **dict.fromkeys(("full_attn_layers", "kda_layers"), 1),  # of linear_attn_config
-    }
-)
+_NUMBERED = {
+    **dict.fromkeys(("mlp_only_layers", "moe_layers", "full_attn_idxs"), 0),
+    **dict.fromkeys(("attn_layer_indices", "hybrid_layer_ids"), 0),
+    **dict.fromkeys(("full_attn_layers", "kda_layers"), 1),  # of linear_attn_config
+}
 """Keys that list numbers of layers -> number of the first layer."""
 
 _OBJECTS = ("attn_config", "ffn_config", "linear_attn_config")
@@ -128,7 +120,7 @@ _FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Keys of the number of first layers of one kind."""
 
 
-def config_content(content: Mapping[str, Any], dense: Model, pruned: Model) -> dict[str, Any]:
+def config_content(content: Content, dense: Model, pruned: Model) -> ConfigFields:
     """Return the content of the ``config.json`` of a pruned model, given that of the dense model.
 
     The usual keys state a model of equal layers. Layers that differ are stated as
@@ -149,7 +141,7 @@ def config_content(content: Mapping[str, Any], dense: Model, pruned: Model) -> d
     raise _unstated(dense)
 
 
-def plain_content(content: Mapping[str, Any], dense: Model, pruned: Model) -> dict[str, Any]:
+def plain_content(content: Content, dense: Model, pruned: Model) -> ConfigFields:
     """Return the content of :func:`config_content` in the usual keys alone; InputError if these
     cannot state the shapes."""
     numbers = _numbers(dense, pruned)
@@ -193,7 +185,7 @@ class _Config:
     """The content of a config.json. The decoder's keys are read and changed by their usual names; a
     key of an object is "object.key"."""
 
-    content: Mapping[str, Any]
+    content: Content
     architecture: str
 
     def __post_init__(self) -> None:
@@ -201,7 +193,7 @@ class _Config:
             raise InputError(f"no table has the keys of model_type {self.architecture}")
 
     @cached_property
-    def keys(self) -> Mapping[str, Any]:
+    def keys(self) -> Content:
         """Stated keys of the decoder."""
         inside = _inside(self.content)
         nested = {
@@ -229,7 +221,7 @@ class _Config:
     def knows(self, key: str) -> bool:
         return self.name(key) in self.known
 
-    def with_keys(self, keys: Mapping[str, Any]) -> dict[str, Any]:
+    def with_keys(self, keys: Content) -> ConfigFields:
         """Return the content with other values of some keys."""
         inside = dict(_inside(self.content))
         for key, value in keys.items():
@@ -240,27 +232,26 @@ class _Config:
         return inside
 
 
-def _inside(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _inside(content: Content) -> Content:
     """Return the keys of the decoder, which multimodal models nest."""
     text = content.get("text_config")
     return text if isinstance(text, Mapping) else content
 
 
-def _candidates(
-    content: Mapping[str, Any], dense: Model, pruned: Model
-) -> Iterator[dict[str, Any]]:
+def _candidates(content: Content, dense: Model, pruned: Model) -> Iterator[ConfigFields]:
     numbers = _numbers(dense, pruned)
     if numbers is not None:
         yield from _plain(_Config(content, dense.architecture), dense, pruned, numbers)
         if len(numbers) < len(dense.layers):
             fewer = dense.with_layers((dense.layers[number] for number in numbers), numbers)
-            content, dense = plain_content(content, dense, fewer), fewer
+            content = plain_content(content, dense, fewer)
+            dense = fewer
     yield from _by_layer(_Config(content, dense.architecture), dense, pruned)
 
 
 def _plain(
     config: _Config, dense: Model, pruned: Model, numbers: tuple[int, ...]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ConfigFields]:
     fewer = config.with_keys(_fewer_layers(config, len(dense.layers), numbers))
     remaining = dense.with_layers(dense.layers[number] for number in numbers)
     for stated in (fewer, *_literal(_Config(fewer, dense.architecture), remaining)):
@@ -287,20 +278,21 @@ def _numbers(dense: Model, pruned: Model) -> tuple[int, ...] | None:
     return numbers if known else None
 
 
-def _literal(config: _Config, model: Model) -> Iterator[dict[str, Any]]:
+def _literal(config: _Config, model: Model) -> Iterator[ConfigFields]:
     """Yield a content that states the width of MLPs which LFM2 computes from another width."""
-    adjusts, widths = "block_auto_adjust_ff_dim", {"intermediate_size", "block_ff_dim"}
+    adjusts = "block_auto_adjust_ff_dim"
+    widths = {"intermediate_size", "block_ff_dim"}
     if config.knows(adjusts):
         stated = {key: model.inner for key in widths if key in config.keys}
         yield config.with_keys({adjusts: False, **stated})
 
 
-def _fewer_layers(config: _Config, many: int, numbers: tuple[int, ...]) -> dict[str, Any]:
+def _fewer_layers(config: _Config, many: int, numbers: tuple[int, ...]) -> ConfigFields:
     """Return the keys that state fewer layers: their number, lists and texts by layer, and numbers
     of first or last layers of one kind."""
     if numbers == tuple(range(many)):
         return {}
-    keys: dict[str, Any] = {}
+    keys: ConfigFields = {}
     first = {config.name(key) for key in _FIRST}
     for key, value in config.keys.items():
         least = _NUMBERED.get(key.rpartition(".")[2])
@@ -333,7 +325,7 @@ def _fewer_layers(config: _Config, many: int, numbers: tuple[int, ...]) -> dict[
 _Change = tuple[int, float, float]
 
 
-def _changed_keys(config: _Config, dense: Model, pruned: Model) -> dict[str, Any]:
+def _changed_keys(config: _Config, dense: Model, pruned: Model) -> ConfigFields:
     """Return the keys of sizes that differ, given a pruned model with as many layers. A key that is
     not stated is added if no stated key has the size."""
     keys = dict[str, Any]()
@@ -402,7 +394,7 @@ def _changed(stated: Any, changes: Sequence[_Change]) -> Any:
     return int(size) if size == int(size) else None
 
 
-def _kinds_of_layers(config: _Config, pruned: Model) -> dict[str, Any]:
+def _kinds_of_layers(config: _Config, pruned: Model) -> ConfigFields:
     """Return keys that list the kinds of layers, for layers that follow no rule."""
     lists: dict[str, list[Any]] = {
         "layer_types": [_layer_type(layer, pruned.architecture) for layer in pruned.layers],
@@ -431,7 +423,7 @@ def _rotates(layer: Layer) -> bool:
     return not isinstance(attention, Attention) or attention.rotary > 0
 
 
-def _by_layer(config: _Config, dense: Model, pruned: Model) -> Iterator[dict[str, Any]]:
+def _by_layer(config: _Config, dense: Model, pruned: Model) -> Iterator[ConfigFields]:
     """Yield contents that state each layer; ``dense`` has as many layers as the pruned model."""
     if len(dense.layers) != len(pruned.layers):
         return
@@ -459,9 +451,7 @@ def _with_heads(model: Model, heads: int) -> Model:
     )
 
 
-def _block_configs(
-    content: Mapping[str, Any], dense: Model, pruned: Model
-) -> Iterator[dict[str, Any]]:
+def _block_configs(content: Content, dense: Model, pruned: Model) -> Iterator[ConfigFields]:
     try:
         configs = [block_config(new, old) for new, old in zip(pruned.layers, dense.layers)]
     except InputError:
@@ -474,14 +464,14 @@ def _block_configs(
             for config, window in zip(configs, windows)
         ]
         # a reader that knows no block_configs must fail instead of loading a dense model
-        keys: dict[str, Any] = {"num_key_value_heads": None, "intermediate_size": None}
+        keys: ConfigFields = {"num_key_value_heads": None, "intermediate_size": None}
         keys |= {"max_position_embeddings": dense.max_positions}  # defaults differ
         names = {"model_type": _DECI, "architectures": ["DeciLMForCausalLM"]}
         yield {**content, **names, **keys, "block_configs": deci}
     yield {**content, "block_configs": configs}
 
 
-def _per_layer_config(config: _Config, dense: Model, pruned: Model) -> dict[str, Any]:
+def _per_layer_config(config: _Config, dense: Model, pruned: Model) -> ConfigFields:
     """Return a content whose ``per_layer_config`` overrides the keys of layers that differ."""
     overrides = {}
     for i, (old, new) in enumerate(zip(dense.layers, pruned.layers)):
@@ -494,17 +484,18 @@ def _per_layer_config(config: _Config, dense: Model, pruned: Model) -> dict[str,
     return config.with_keys({"per_layer_config": overrides})
 
 
-def block_config(layer: Layer, dense: Layer) -> dict[str, Any]:
+def block_config(layer: Layer, dense: Layer) -> ConfigFields:
     """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state."""
-    attention, mlp = layer.of("attention"), layer.of("mlp")
+    attention = layer.of("attention")
+    mlp = layer.of("mlp")
     return {
         "attention": _attention_config(attention, dense.of("attention")),
         "ffn": _mlp_config(mlp, dense.of("mlp")),
     }
 
 
-def _attention_config(attention: Sublayer | None, dense: Sublayer | None) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def _attention_config(attention: Sublayer | None, dense: Sublayer | None) -> ConfigFields:
+    config: ConfigFields = {
         "no_op": attention is None,
         "replace_with_linear": isinstance(attention, Linear),
     }
@@ -522,8 +513,8 @@ def _attention_config(attention: Sublayer | None, dense: Sublayer | None) -> dic
     return config
 
 
-def _mlp_config(mlp: Sublayer | None, dense: Sublayer | None) -> dict[str, Any]:
-    config: dict[str, Any] = {"no_op": mlp is None, "replace_with_linear": isinstance(mlp, Linear)}
+def _mlp_config(mlp: Sublayer | None, dense: Sublayer | None) -> ConfigFields:
+    config: ConfigFields = {"no_op": mlp is None, "replace_with_linear": isinstance(mlp, Linear)}
     if isinstance(mlp, Experts):
         if mlp.active != int(mlp.active):
             raise InputError(
@@ -539,10 +530,12 @@ def _mlp_config(mlp: Sublayer | None, dense: Sublayer | None) -> dict[str, Any]:
     return config
 
 
-def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int) -> dict[str, Any]:
+def _deci_config(config: Content, heads: int, hidden: int, window: int) -> ConfigFields:
     """Return a layer in the keys of DeciLM, given its object in the keys of ModelOpt."""
-    attention, mlp = dict(config["attention"]), dict(config["ffn"])
-    groups, inner = attention.pop("num_key_value_heads", 0), mlp.pop("intermediate_size", 0)
+    attention = dict(config["attention"])
+    mlp = dict(config["ffn"])
+    groups = attention.pop("num_key_value_heads", 0)
+    inner = mlp.pop("intermediate_size", 0)
     if not (attention["no_op"] or attention["replace_with_linear"]):
         attention["n_heads_in_group"] = heads // groups
     if window:
@@ -552,7 +545,7 @@ def _deci_config(config: Mapping[str, Any], heads: int, hidden: int, window: int
     return {"attention": attention, "ffn": mlp}
 
 
-def states(content: Mapping[str, Any], model: Model) -> bool:
+def states(content: Content, model: Model) -> bool:
     """Return whether a content has all shapes of a model. Its name may differ, and the format of
     its weights, which a changed content keeps."""
     try:
@@ -574,9 +567,9 @@ def _stated(model: Model) -> Model:
 
 
 def content_of(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Model,
+    source: str | os.PathLike[str] | Content | Model,
     model: Model | None = None,
-) -> Mapping[str, Any]:
+) -> Content:
     """Return the content of the ``config.json`` of a model source, which is loaded as ``model``. A
     named model has the published keys that change its shapes or its results; a model that was made
     in Python has no content."""
@@ -596,7 +589,7 @@ def content_of(
     return content if isinstance(content, dict) else NONE
 
 
-def write_config(folder: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+def write_config(folder: str | os.PathLike[str], content: Content) -> Path:
     """Write a ``config.json`` into a folder, which is created; never replace a file with different
     content."""
     file = Path(folder).expanduser() / "config.json"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from simulator.operators.attention import DecodeAttention, PrefillAttention
-from simulator.operators.base import RUNTIME_CONSTANTS, Constant, Operator
+from simulator.operators.base import RUNTIME_CONSTANTS, Constants, Operator
 from simulator.operators.collective import Collective
 from simulator.operators.delta_net import DeltaNet
 from simulator.operators.elementwise import Elementwise
@@ -16,7 +15,7 @@ from simulator.operators.indexer import Indexer
 from simulator.operators.short_conv import ShortConv
 from simulator.operators.state_space import StateSpace
 
-OPERATORS: tuple[Operator, ...] = (
+OPERATORS = (
     Gemm(),
     PrefillAttention(),
     DecodeAttention(),
@@ -29,9 +28,7 @@ OPERATORS: tuple[Operator, ...] = (
     ShortConv(),
 )
 
-BY_CODE: Mapping[int, Operator] = MappingProxyType(
-    {operator.code: operator for operator in OPERATORS}
-)
+BY_CODE: Mapping[int, Operator] = {operator.code: operator for operator in OPERATORS}
 """Operators by their code in the column ``kind``."""
 
 MOST_CODES = max(BY_CODE) + 1
@@ -49,18 +46,16 @@ _WRITTEN_FIRST = (
     "mla_decode",
     "elementwise",
 )
-CONSTANTS: Mapping[str, Mapping[str, Constant]] = MappingProxyType(
+CONSTANTS: Mapping[str, Constants] = (
     {section: _BY_SECTION[section] for section in _WRITTEN_FIRST}
     | {"runtime": RUNTIME_CONSTANTS}
     | _BY_SECTION
 )
 """Constants of each section of a profile, in the order of a file."""
 
-TITLES: Mapping[str, str] = MappingProxyType(
-    {
-        section: title
-        for operator in sorted(OPERATORS, key=lambda operator: not operator.weighted)
-        for section, title in zip(operator.constants, operator.titles)
-    }
-)
+TITLES: Mapping[str, str] = {
+    section: title
+    for operator in sorted(OPERATORS, key=lambda operator: not operator.weighted)
+    for section, title in zip(operator.constants, operator.titles)
+}
 """Section of a profile -> name of its operators in notes; operators with weights come first."""

@@ -14,10 +14,9 @@ error on all rows from 19 to 4.2 (H100) and 4.9 % (A100).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -26,437 +25,40 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.errors import InputError
 from simulator.operators.base import (
-    AIC,
-    ENGINE_STACK,
     OTHER_STACK,
-    SAME_STACK,
+    Cached,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
+    Estimates,
     FittedValues,
     Formats,
     Machine,
-    Operator,
     ResidualGrid,
     Rows,
+    RowValues,
     Sizes,
+    Values,
     element_bytes,
     from_l2,
     largest_part,
-    row,
+    read_constants,
     unfitted,
 )
 
-# sources of the defaults of constants
-_CONTEXT = (
-    f"fits on the context tables of {AIC}: A100, L40S TRT-LLM, H100 sglang (FlashAttention-3);"
-    " bf16, head_dim 128"
-)
-_RIDGE = (
-    "; tables of one GPU determine only the sum of the two times. Hopper: products at the datasheet"
-    " rate leave 2.3e10 exponentials/s of the 2.9e10 of 16 special functions per clock, with equal"
-    " errors on H100 and H200, and 7 % on the H20 (InferSim), whose SMs compute a quarter of the"
-    " H100's products"
-)
-_GENERATION = (
-    f"fits on the generation tables of {AIC} (sglang: FlashAttention on A100 and H100, FlashInfer"
-    " on L40S; bf16)"
-)
-_TILES = (
-    "0: from 1 to 16 query heads per KV head, tables of seven GPUs have one bandwidth; fits compare"
-    " other values where the products of 16 rows take a quarter of the time of reading or more"
-    " (H20)"
-)
-_MMA = (
-    f"0.43 to 0.54, fits of kernels with mma.sync on the context and MLA tables of {AIC} (A100,"
-    " L40S, RTX PRO 6000)"
-)
-_MLA = (
-    f"fits on the MLA tables of {AIC} (TensorRT-LLM on A100, L40S, H100, RTX PRO 6000 and B200,"
-    " decode on Hopper SGLang's; bf16)"
-)
+_PREFILL, _PREFILL_ERRORS = read_constants("prefill_attention")
+# attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit, and by 11 % in the
+# median between two releases of one kernel (vLLM's Triton kernel on a B200, 0.22 and 0.24)
+_DECODE, _DECODE_ERRORS = read_constants("decode_attention")
+_BY_SECTION = {**_PREFILL, **_DECODE}
 
-# unit, range, source, meaning, default by architecture
-
-PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s",
-            1e-6,
-            4e-5,
-            _CONTEXT,
-            "fixed time of the kernel and of further launches of its library",
-            ampere=9.25e-6,
-            ada=7.3e-6,
-            hopper=1.1e-5,
-            other=9e-6,
-        ),
-        "e_tc": row(
-            "1",
-            0.1,
-            1.1,
-            _CONTEXT + _RIDGE,
-            "share of the datasheet tensor rate that the two products achieve",
-            ampere=0.505,
-            ada=0.426,
-            hopper=1.0,
-            other=0.5,
-        ),
-        "exp_per_s": row(
-            "1/s",
-            1e9,
-            1e13,
-            _CONTEXT + _RIDGE,
-            "exponentials/s of an SM, in addition to its products",
-            ampere=3.7e10,
-            ada=3.7e10,
-            hopper=2.3e10,
-            other=3.7e10,
-        ),
-        "tile_s": row(
-            "s",
-            1e-10,
-            2e-5,
-            _CONTEXT,
-            "start and end of one query tile on an SM",
-            ampere=9.6e-7,
-            other=1e-9,
-        ),
-        "sequence_s": row(
-            "s",
-            1e-11,
-            1e-6,
-            _CONTEXT,
-            "scheduling one sequence of the batch",
-            hopper=2.5e-8,
-            other=1e-10,
-        ),
-        "kappa": row(
-            "1",
-            0.05,
-            6.0,
-            _CONTEXT,
-            "time of the longest tile alone, in units of its share of a full SM",
-            ampere=1.56,
-            ada=1.18,
-            hopper=0.88,
-            other=1.2,
-        ),
-        "e_io": row(
-            "1",
-            0.05,
-            1.0,
-            _CONTEXT,
-            "share of the datasheet bandwidth at which queries, keys, values and outputs move",
-            ampere=0.305,
-            ada=0.38,
-            hopper=0.48,
-            other=0.35,
-        ),
-        "l2_gain": row(
-            "1",
-            1.0,
-            10.0,
-            _CONTEXT,
-            "rate of these operands from L2 over the rate from DRAM",
-            ampere=1.09,
-            ada=3.35,
-            hopper=1.98,
-            other=1.3,
-        ),
-        "l2_share": row(
-            "1",
-            0.1,
-            4.0,
-            _CONTEXT,
-            "bytes over L2 size at which half are in L2",
-            ampere=0.64,
-            ada=1.07,
-            hopper=0.53,
-            other=0.7,
-        ),
-        "packs": row(
-            "1",
-            0.0,
-            1.0,
-            "FlashAttention-3 packs so; its tables fit better with it (core 6.5 against 6.7 %)",
-            "1: a tile combines the query heads of a KV head if that fills it better; 0: never",
-            hopper=1.0,
-            other=0.0,
-        ),
-        "pads": row(
-            "1",
-            0.0,
-            1.0,
-            "tiles of tensor cores are padded, loops of a CPU are not",
-            "1: a tile of few queries takes the time of a full tile; 0: the time of its queries",
-            cpu=0.0,
-            other=1.0,
-        ),
-        "sparse_block": row(
-            "1",
-            0.0,
-            256.0,
-            "uncalibrated: a block of 16 keys fills a quarter of a 64-key step of the tensor cores",
-            "edge of skipped blocks at which the remaining blocks cost twice their dense share",
-            other=16.0,
-        ),
-    }
-)
-
-DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s",
-            1e-6,
-            4e-5,
-            _GENERATION,
-            "fixed time of the kernel and of further launches of its library",
-            ampere=1.05e-5,
-            ada=4.1e-6,
-            hopper=6.65e-6,
-            other=8e-6,
-        ),
-        "unit_s": row(
-            "s",
-            1e-9,
-            2e-5,
-            _GENERATION,
-            "start and end of a work unit on an SM",
-            ampere=1.5e-6,
-            ada=6.5e-7,
-            hopper=2.3e-6,
-            other=2e-6,
-        ),
-        "wide_s": row(
-            "s",
-            1e-10,
-            2e-5,
-            _GENERATION,
-            "further fixed time if a KV head serves more than 64 query heads (a larger tile)",
-            ampere=4e-7,
-            hopper=1.7e-6,
-            other=5e-7,
-        ),
-        "sequence_s": row(
-            "s",
-            1e-11,
-            1e-6,
-            _GENERATION,
-            "scheduling one sequence of the batch",
-            ampere=1.2e-8,
-            ada=2.6e-9,
-            hopper=1.1e-8,
-            other=5e-9,
-        ),
-        "unit_bytes_per_s": row(
-            "B/s",
-            1e9,
-            1e12,
-            _GENERATION,
-            "rate at which one work unit reads its cache",
-            ampere=1.4e10,
-            ada=4e10,
-            hopper=7.2e10,
-            other=4e10,
-        ),
-        "e_d": row(
-            "1",
-            0.2,
-            1.0,
-            _GENERATION,
-            "share of the datasheet bandwidth that a long cache achieves",
-            ampere=0.95,
-            ada=0.83,
-            hopper=0.93,
-            other=0.85,
-        ),
-        "split_s": row(
-            "s",
-            1e-9,
-            2e-5,
-            _GENERATION,
-            "a second kernel that merges the parts of split caches",
-            ampere=1e-8,
-            ada=2.2e-6,
-            hopper=1.65e-6,
-            other=1.5e-6,
-        ),
-        "merge_s": row(
-            "s",
-            1e-9,
-            2e-5,
-            _GENERATION,
-            "further time of that kernel for 16 times the splits",
-            ampere=4.6e-6,
-            ada=1.1e-6,
-            hopper=1.9e-6,
-            other=2e-6,
-        ),
-        "l2_gain": row(
-            "1",
-            1.0,
-            10.0,
-            _GENERATION,
-            "rate of a cache in L2 over the rate from DRAM",
-            ampere=1.0,
-            ada=7.0,
-            hopper=3.0,
-            other=2.0,
-        ),
-        "l2_share": row(
-            "1",
-            0.1,
-            4.0,
-            _GENERATION,
-            "cache bytes over L2 size at which half are in L2",
-            ada=1.01,
-            other=0.71,
-        ),
-        "rows": row(
-            "1",
-            1.0,
-            128.0,
-            "96 and 128 rows start no second unit in the A100 and H100 tables",
-            "largest number of query rows of one KV head per unit",
-            other=128.0,
-        ),
-        "units_per_sm": row(
-            "1",
-            0.25,
-            8.0,
-            _GENERATION,
-            "units per SM for which the splits are chosen",
-            ada=2.0,
-            other=1.0,
-        ),
-        "split_keys": row(
-            "1",
-            16.0,
-            4096.0,
-            "64 to 256 fit the tables alike",
-            "keys per split, at least",
-            other=128.0,
-        ),
-        "regroup": row(
-            "1",
-            0.0,
-            4.0,
-            "fp32 attention measured by prunesim on two cores of a Xeon",
-            "further time of a cache whose KV heads serve several query heads, as a CPU packs it",
-            cpu=1.0,
-            other=0.0,
-        ),
-        "e_tc": row(
-            "1",
-            0.05,
-            1.1,
-            _MMA,
-            "share of the datasheet rate that the products of padded rows achieve",
-            other=0.5,
-        ),
-        "tile_rows": row(
-            "1",
-            0.0,
-            128.0,
-            _TILES,
-            "rows that the query heads of a KV head are padded to a multiple of; 0: reading the"
-            " cache hides all products",
-            other=0.0,
-        ),
-    }
-)
-
-DECODE_KERNELS: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "hopper": {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
-    }
-)
+DECODE_KERNELS: Mapping[str, Values] = {
+    "hopper": {"tile_rows": 16.0, "e_tc": 0.5, "units_per_sm": 2.0},
+}
 """Constants of the decode kernel that is assumed on an architecture without a fit, where they
 differ from the defaults. FlashInfer computes with mma.sync on tiles of 16 rows
 (include/flashinfer/utils.cuh: FA2DetermineCtaTileQ) and has two units per SM, as in its fit on the
 L40S."""
-
-_LATENT_ON = ("ampere", "ada", "hopper", "blackwell", "blackwell_sm100", "*")
-
-
-def _latent(registry: Mapping[str, Constant], **fitted: tuple[float, ...]) -> dict[str, Constant]:
-    """Return constants of attention with the ``fitted`` defaults of latent attention, by
-    _LATENT_ON."""
-    own = {name: dict(zip(_LATENT_ON, values, strict=True)) for name, values in fitted.items()}
-    return {
-        **registry,
-        **{
-            n: replace(registry[n], defaults=MappingProxyType(d), source=_MLA)
-            for n, d in own.items()
-        },
-    }
-
-
-_PROMPT = _latent(
-    PREFILL_CONSTANTS,
-    t0_s=(8.4e-6, 5.5e-6, 9.9e-6, 8.4e-6, 6.8e-6, 8e-6),
-    e_tc=(0.54, 0.49, 1.0, 0.58, 0.78, 0.55),
-    exp_per_s=(5.1e10, 6.1e10, 2.2e10, 5.3e10, 8.3e10, 5.5e10),
-    kappa=(1.36, 0.63, 1.73, 0.9, 2.9, 1.3),
-    tile_s=(2.3e-6, 2.1e-6, 2.4e-6, 2.6e-6, 2.2e-6, 2.3e-6),
-    sequence_s=(7e-8, 2.7e-8, 5.7e-8, 3.6e-8, 6e-8, 5e-8),
-    e_io=(0.84, 0.64, 0.9, 0.89, 0.9, 0.8),
-    l2_gain=(1.7, 7.4, 1.0, 2.6, 1.0, 1.5),
-)
-_DECODE = _latent(
-    DECODE_CONSTANTS,
-    t0_s=(7.2e-6, 3e-6, 8.3e-6, 5.6e-6, 1e-5, 7e-6),
-    unit_s=(1e-9, 1.6e-6, 2.3e-6, 1e-9, 1e-9, 1e-9),
-    wide_s=(1e-10,) * 6,
-    sequence_s=(5e-8, 3e-8, 2.4e-8, 1.9e-8, 3.4e-8, 3e-8),
-    unit_bytes_per_s=(9.6e9, 1.5e10, 5.2e10, 1.28e10, 1e12, 1.3e10),
-    e_d=(0.55, 0.86, 0.95, 0.9, 0.72, 0.8),
-    split_s=(1.5e-6, 1.5e-6, 2.2e-6, 1.5e-6, 1e-9, 1.5e-6),
-    merge_s=(2e-6, 2e-6, 4.1e-6, 2e-6, 5.5e-6, 2e-6),
-    l2_gain=(1.8, 2.8, 1.2, 2.2, 2.6, 1.8),
-    rows=(64.0, 64.0, 64.0, 64.0, 128.0, 64.0),
-    units_per_sm=(1.0, 1.0, 1.0, 1.0, 2.0, 1.0),
-    split_keys=(1e6, 1e6, 128.0, 1e6, 128.0, 1e6),
-    tile_rows=(1.0,) * 6,
-)
-MLA_PREFILL_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        **_PROMPT,
-        "e_tc": replace(_PROMPT["e_tc"], high=2.2),
-    }
-)
-MLA_DECODE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        **_DECODE,
-        "split_keys": replace(_DECODE["split_keys"], high=1e6),
-        "e_d": replace(_DECODE["e_d"], low=0.02),
-        "e_tc": row(
-            "1",
-            0.05,
-            2.2,
-            _MLA + "; hopper: FlashMLA, 660 TFLOP/s on an H800 (README of deepseek-ai/FlashMLA): "
-            "tables of H100 and H200 do not determine it",
-            "share of the datasheet rate of the activations' format that the two products achieve;"
-            " above 1 if they run in the format of a narrower cache, or if the time of work units"
-            " includes them",
-            ampere=0.54,
-            ada=0.53,
-            hopper=0.7,
-            blackwell=0.56,
-            blackwell_sm100=2.2,
-            other=0.55,
-        ),
-    }
-)
-_PREFILLS = MappingProxyType(
-    {"attention_prefill": PREFILL_CONSTANTS, "mla_prefill": MLA_PREFILL_CONSTANTS}
-)
-_DECODES = MappingProxyType(
-    {"attention_decode": DECODE_CONSTANTS, "mla_decode": MLA_DECODE_CONSTANTS}
-)
 
 
 def attention_pairs(q_len: Array, kv_len: Array, window: Array) -> Array:
@@ -486,7 +88,8 @@ def entry_pairs(q_len: Array, kv_len: Array, ratio: Array, topk: Array | float =
         rest = (position + 1.0 - ratio * entries) * last
         return np.asarray(rest + ratio * attention_pairs(before, before, np.asarray(topk)))
 
-    q, kv = np.asarray(q_len, dtype=np.float64), np.asarray(kv_len, dtype=np.float64)
+    q = np.asarray(q_len, dtype=np.float64)
+    kv = np.asarray(kv_len, dtype=np.float64)
     return np.asarray(until(kv) - until(kv - q))
 
 
@@ -578,7 +181,8 @@ def causal_blocks(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the query tiles of a head, the key blocks of all tiles, and the key blocks of the
     longest tile."""
-    tiles, last = np.ceil(q / TILE), np.ceil(kv / TILE)
+    tiles = np.ceil(q / TILE)
+    last = np.ceil(kv / TILE)
     blocks = (tiles - 1.0) * (np.ceil((kv - q) / TILE) + 0.5 * tiles) + last
     if not np.count_nonzero(window):
         return tiles, blocks, last
@@ -595,7 +199,7 @@ def causal_blocks(
     )
 
 
-def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
+def prefill_work(a: Geometry, c: Values) -> PrefillWork:
     """Return the work of prefill attention; it depends only on the constants ``pads``, ``packs``,
     ``sparse_block``."""
     window, density = (np.asarray(v, dtype=np.float64) for v in (a.window, a.density))
@@ -615,14 +219,16 @@ def prefill_work(a: Geometry, c: Mapping[str, float]) -> PrefillWork:
         # if whole queries are skipped, there are fewer tiles; the last tile reads as many keys as
         # before
         left = np.where(edge > 0, 1.0, density)
-        tiles, blocks, flops = tiles * left, blocks * left, flops * density
+        tiles = tiles * left
+        blocks = blocks * left
+        flops = flops * density
     return PrefillWork(
         a, tiles, blocks, chain, flops, a.batch * a.head_dim * (queries + keys), cost
     )
 
 
 def _prefill_tiles(
-    a: Geometry, units: FloatArray, window: FloatArray, c: Mapping[str, float]
+    a: Geometry, units: FloatArray, window: FloatArray, c: Values
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the tiles and blocks of all sequences and heads, and the longest chain."""
     tiles, blocks, chain = causal_blocks(a.q_len, a.kv_len, window)
@@ -631,7 +237,8 @@ def _prefill_tiles(
         blocks = np.where(
             part > 0.0, blocks - chain + part * np.minimum(chain, a.kv_len / TILE), blocks
         )
-    tiles, blocks = units * tiles, units * blocks
+    tiles = units * tiles
+    blocks = units * blocks
     if c["packs"] > 0:
         packed = np.minimum(
             tiles, a.batch * a.kv_heads * np.ceil(a.q_len * (a.heads / a.kv_heads) / TILE)
@@ -640,7 +247,7 @@ def _prefill_tiles(
     return tiles, blocks, chain
 
 
-def prefill_core(work: PrefillWork, device: Machine, c: Mapping[str, float]) -> Parts:
+def prefill_core(work: PrefillWork, device: Machine, c: Values) -> Parts:
     """Return the time of prefill attention: a 4/3-norm joins throughput, longest chain and
     memory."""
     per_pair = 2.0 * work.calls.sides * device.sm_count / (c["e_tc"] * device.peak_flop_per_s)
@@ -690,13 +297,15 @@ class DecodeWork(NamedTuple):
 def decode_work(a: Geometry) -> DecodeWork:
     seen = np.where(np.asarray(a.window) > 0, np.minimum(a.kv_len, a.window), a.kv_len)
     kv = seen * np.asarray(a.density, dtype=np.float64)
-    pairs, key, sides = a.batch * a.kv_heads, a.stored * a.cache_bytes * a.head_dim, a.sides
+    pairs = a.batch * a.kv_heads
+    key = a.stored * a.cache_bytes * a.head_dim
+    sides = a.sides
     flops = 2.0 * sides * a.batch * a.heads * a.head_dim * kv
     io = sides * a.element_bytes * a.batch * a.heads * a.head_dim
     return DecodeWork(a, kv, pairs, a.heads / a.kv_heads, key, flops, pairs * key * kv, io)
 
 
-def decode_core(work: DecodeWork, device: Machine, c: Mapping[str, float]) -> Parts:
+def decode_core(work: DecodeWork, device: Machine, c: Values) -> Parts:
     """Return the time of decode attention: a 2-norm joins memory and work units; fixed times are
     added."""
     slots = c["units_per_sm"] * device.sm_count
@@ -772,7 +381,7 @@ class Kernels:
         apart = apart + OTHER_KERNEL * (narrow != narrower)
         return apart.argmin(axis=-1), apart.min(axis=-1)
 
-    def constants(self, common: Mapping[str, float], which: Any) -> dict[str, Any]:
+    def constants(self, common: Values, which: Any) -> dict[str, Any]:
         """Return the constants of each call; constants that all kernels share are numbers."""
         own = ((name, logs) for name, logs in zip(common, self.factors.T) if logs.any())
         return {**common, **{name: common[name] * np.exp(logs)[which] for name, logs in own}}
@@ -781,7 +390,8 @@ class Kernels:
         """Return the residual of each call from the grid of its kernel."""
         if self.grid is None:
             return None
-        start, step = self.grid.start[0], self.grid.step[0]
+        start = self.grid.start[0]
+        step = self.grid.step[0]
         nodes = self.grid.values.shape[0] // len(self.kinds)
         first = which * (nodes * step) + np.clip(position[0], start, start + (nodes - 1) * step)
         return np.asarray(self.grid((first, *position[1:])))
@@ -802,14 +412,15 @@ class AttentionCalls(Calls):
     def operator(self) -> str:
         return f"{'mla' if self.latent else 'attention'}_{self.phase}"
 
-    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+    def seconds(self, c: RowValues) -> FloatArray:
         if self.phase == "decode":
             return decode_core(decode_work(self.geometry), self.machine, c).total_s
         return prefill_core(prefill_work(self.geometry, c), self.machine, c).total_s
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost; a constant that differs between kernels is an array."""
-        g, decodes = self.geometry, self.phase == "decode"
+        g = self.geometry
+        decodes = self.phase == "decode"
         work: DecodeWork | PrefillWork
         if decodes:
             work = decode_work(g)
@@ -819,18 +430,18 @@ class AttentionCalls(Calls):
                 np.log2(work.pairs * np.ceil(work.group / 128.0)),
                 np.log2(work.kv),
             )
-            length, kind = g.kv_len, Kind.DECODE_ATTENTION
+            length = g.kv_len
+            kind = Kind.DECODE_ATTENTION
         else:
             work = prefill_work(g, c)
             parts = prefill_core(work, self.machine, c)
             sharing = g.heads if self.latent else g.kv_heads  # keys of one head or of all
             position = np.log2(g.heads / sharing), np.log2(g.batch * g.heads), np.log2(g.q_len)
-            length, kind = g.q_len, Kind.PREFILL_ATTENTION
+            length = g.q_len
+            kind = Kind.PREFILL_ATTENTION
         shape = parts.total_s.shape
-        compute_s, bytes_s = (
-            work.flops / self.fastest,
-            work.moved_bytes / self.machine.bandwidth_bytes_per_s,
-        )
+        compute_s = work.flops / self.fastest
+        bytes_s = work.moved_bytes / self.machine.bandwidth_bytes_per_s
         loadings: dict[str, Any] = {**parts.loadings, **dict.fromkeys(self.unfitted, 1.0)}
         if np.count_nonzero(self.distance):
             loadings["kernel"] = np.broadcast_to(self.distance, shape)
@@ -838,10 +449,8 @@ class AttentionCalls(Calls):
             loadings["sparse"] = np.broadcast_to(np.asarray(g.density) < 1.0, shape)
         if np.count_nonzero(g.selected):
             loadings["selected"] = np.broadcast_to(g.selected, shape) * (1.0 - loadings["launch"])
-        sizes, warm = (
-            (length, g.batch * g.kv_heads, g.heads / g.kv_heads),
-            np.asarray(g.warm, dtype=np.bool_),
-        )
+        sizes = (length, g.batch * g.kv_heads, g.heads / g.kv_heads)
+        warm = np.asarray(g.warm, dtype=np.bool_)
         return Estimate(
             operator="mla_decode" if decodes and self.latent else self.phase,
             kind=int(kind),
@@ -861,7 +470,7 @@ class _Ready:
     machine: Machine
     section: FittedValues
     fastest: float
-    common: Mapping[str, float]
+    common: Values
     kernels: Kernels
     narrow: bool  # the cache is narrower than the arithmetic
     makeshift: bool
@@ -870,18 +479,17 @@ class _Ready:
 
 @lru_cache(maxsize=128)
 def _ready(hw: Device, operator: str, dtype: str, kv_dtype: str | None) -> _Ready:
-    section, cache = hw.section(operator, dtype), kv_dtype or dtype
+    section = hw.section(operator, dtype)
+    cache = kv_dtype or dtype
     cache_bytes = element_bytes(cache)
-    machine, constants = (
-        Machine.of(hw, dtype),
-        {name: section[name] for name in (_PREFILLS | _DECODES)[operator]},
-    )
+    machine = Machine.of(hw, dtype)
+    constants = {name: section[name] for name in _BY_SECTION[operator]}
     machine, fastest = replace(machine, weight_bytes=cache_bytes), machine.peak_flop_per_s
     # kernels of TensorRT-LLM compute in the format of the cache
     if operator.startswith("mla") and cache in hw.rates:
         fastest = max(fastest, hw.peak_flop_per_s(cache))
     known = operator == "attention_decode" and hw.architecture in DECODE_KERNELS
-    factors = () if known else unfitted(section, (_PREFILLS | _DECODES)[operator], hw.architecture)
+    factors = () if known else unfitted(section, _BY_SECTION[operator], hw.architecture)
     narrow = cache_bytes < machine.element_bytes
     makeshift = operator == "mla_decode" and _makeshift(hw, section, narrow)
     return _Ready(
@@ -902,7 +510,7 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, Mapping[str, Any]]:
+def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, RowValues]:
     which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
     return which, distance, r.kernels.constants(r.common, which)
 
@@ -915,7 +523,8 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
         "cache_bytes": r.machine.weight_bytes,
     }
     g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
-    width, windowed = np.asarray(g.head_dim), np.asarray(g.window) > 0
+    width = np.asarray(g.head_dim)
+    windowed = np.asarray(g.window) > 0
     if (
         width.size
         and width.min() == width.max()
@@ -953,14 +562,8 @@ def decode(
     return _estimate("decode", calls, hw, dtype, kv_dtype)
 
 
-# attention differs by 10 to 100 % between stacks, by 2 to 6 % from its own fit, and by 11 % in the
-# median between two releases of one kernel (vLLM's Triton kernel on a B200, 0.22 and 0.24)
-_SAME_KERNELS = {SAME_STACK: 0.1, ENGINE_STACK: 0.45}
-
-
-class Attention(Operator):
+class Attention(Cached):
     sizes: ClassVar[tuple[str, ...]] = ("batch", "kv_len", "heads", "kv_heads", "head_dim")
-    cached = True
 
     def flops(self, w: Rows) -> Any:
         """2 (d_key + d_value) per query-key pair and head."""
@@ -1006,96 +609,32 @@ class Attention(Operator):
         options["selected"] = compressed | (w.k > 0)
         return Geometry(*(size.astype(np.float64) for size in sizes), **options)
 
-    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
-        return hw.section(self.section(w), formats.dtype)["t0_s"]
-
 
 class PrefillAttention(Attention):
-    code, name = int(Kind.PREFILL_ATTENTION), "prefill_attention"
+    code = int(Kind.PREFILL_ATTENTION)
+    name = "prefill_attention"
     sizes = (*Attention.sizes, "q_len")
-    constants = _PREFILLS
+    constants = _PREFILL
     titles = ("prefill attention", "latent prefill attention")
-    errors = MappingProxyType(
-        {
-            "prefill": ErrorSize(
-                0.10,
-                0.03,
-                {"launch": 0.014},
-                _SAME_KERNELS,
-                0.6,
-                {
-                    "launch": 0.42,
-                    "compute": 0.19,
-                    "memory": 0.44,
-                    "latency": 0.48,
-                    "occupancy": 0.5,
-                    "sparse": 0.15,
-                    "selected": 0.4,
-                    "default": 0.12,
-                    "generic": 0.20,
-                    "kernel": 0.12,
-                },
-            )
-        }
-    )
+    errors = _PREFILL_ERRORS
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         yield slice(None), prefill(self._calls(w, block=w.block), hw, formats.dtype, formats.second)
 
 
 class DecodeAttention(Attention):
-    code, name = int(Kind.DECODE_ATTENTION), "decode_attention"
-    constants = _DECODES
+    code = int(Kind.DECODE_ATTENTION)
+    name = "decode_attention"
+    constants = _DECODE
     titles = ("decode attention", "latent decode attention")
-    errors = MappingProxyType(
-        {
-            "decode": ErrorSize(
-                0.16,
-                0.045,
-                {"launch": 0.017},
-                _SAME_KERNELS,
-                0.6,
-                {
-                    "launch": 0.21,
-                    "memory": 0.12,
-                    "latency": 0.3,
-                    "merge": 0.5,
-                    "sparse": 0.10,
-                    "selected": 0.4,
-                    "compute": 0.12,
-                    "default": 0.12,
-                    "generic": 0.20,
-                    "kernel": 0.12,
-                },
-            ),
-            "mla_decode": ErrorSize(
-                0.05,
-                0.045,
-                {"launch": 0.017},
-                _SAME_KERNELS,
-                0.6,
-                {
-                    "launch": 0.08,
-                    "memory": 0.03,
-                    "latency": 0.12,
-                    "compute": 0.08,
-                    "merge": 0.2,
-                    "sparse": 0.10,
-                    "selected": 0.4,
-                    "default": 0.20,
-                    "generic": 0.20,
-                    "kernel": 0.12,
-                },
-            ),
-        }
-    )
+    errors = _DECODE_ERRORS
 
     def cache_bytes_read(self, w: Rows) -> Any:
         """Bytes that are read of keys and values of all heads, or of the latent vector."""
         elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         calls = self._calls(w, latent=w.latent)
         # positions that are checked together share the keys of a KV head, as its query heads do
         calls = replace(

@@ -10,39 +10,43 @@ local updates follow. docs/adding.md adds an operator as an example.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from types import MappingProxyType
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arrays import Array, BoolArray, FloatArray
-from simulator.codes import DTYPE_BYTES, DTYPES, formats_of, label_of
+from simulator.arrays import Array, BoolArray, CodeArray, FloatArray
+from simulator.codes import DTYPE_BYTES, DTYPES, Kind, formats_of, label_of
 from simulator.errors import InputError
 
-OTHER_STACK, ENGINE_STACK, SAME_STACK = 1.25, 1.0, 0.5
+OTHER_STACK = 1.25
+ENGINE_STACK = 1.0
+SAME_STACK = 0.5
 """Scale of the prior of systematic errors: for a section fitted on another stack than the user's
 (evaluated on held-out stacks and labs), on another version of the stack that the engine runs, and
 on the user's own stack."""
 
-AIC = "aiconfigurator-core 0.12.0"
-"""Package with the tables that most defaults were fitted on."""
-
-BOTTLENECKS: tuple[str, ...] = ("compute", "memory", "l2", "latency", "launch", "host", "link")
+BOTTLENECKS = ("compute", "memory", "l2", "latency", "launch", "host", "link")
 """Parts of an operator's time, of which the largest is its bottleneck; arrays hold the index."""
 
-ELEMENT_BYTES: Mapping[str, float] = MappingProxyType(
-    dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True))
-)
+Values = Mapping[str, float]
+"""Numbers by name, such as the values of constants."""
+
+RowValues = Mapping[str, Any]
+"""Numbers by name, each for all rows or an array of one per row."""
+
+ELEMENT_BYTES: Values = dict(zip(DTYPES, DTYPE_BYTES.tolist(), strict=True))
 """Bytes of one element by number format."""
 
 
-def largest_part(parts: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[np.int8]:
+def largest_part(parts: RowValues, shape: tuple[int, ...]) -> CodeArray:
     """Return the code of each operator's bottleneck; ``parts`` maps bottlenecks to times."""
     times = np.empty((len(parts), *shape))
     for i, part in enumerate(parts.values()):
@@ -133,9 +137,9 @@ class FittedValues(Protocol):
     :class:`simulator.hardware.profile.Section` has them."""
 
     @property
-    def constants(self) -> Mapping[str, Any]: ...
+    def constants(self) -> RowValues: ...
     @property
-    def arrays(self) -> Mapping[str, NDArray[Any]]: ...
+    def arrays(self) -> Mapping[str, Array]: ...
     @property
     def status(self) -> str: ...
     @property
@@ -221,7 +225,7 @@ class Machine:
         )
 
 
-def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Mapping[str, float]) -> FloatArray:
+def from_l2(footprint_bytes: FloatArray, machine: Machine, c: Values) -> FloatArray:
     """Return the time to move bytes over the time from DRAM. L2 holds a share 1 / (1 + (bytes /
     (l2_share L2))^8). The power is fixed: the error of L40S decode is 16.3, 14.0, 13.2 % with
     powers 4, 8, 16."""
@@ -248,15 +252,15 @@ class Estimate:
     time: Array  # analytical time times the residual's factor
     floor: Any  # least time that physics allows
     roofline: Array  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
-    bottleneck: NDArray[Any]  # int8: index into BOTTLENECKS
+    bottleneck: Array  # int8: index into BOTTLENECKS
     # error factor -> loading: derivative of the log of the time by the log of the part that the
     # factor changes
-    loadings: Mapping[str, Any]
+    loadings: RowValues
     coordinates: Array  # (n, 3) log2 of sizes, octaves; errors at close coordinates are similar
     position: tuple[Any, ...] = ()  # the same sizes as axes of the residual grid
     section: FittedValues | None = None  # section of the profile that was used
     # further shares of the time that add independent error
-    noise: Mapping[str, Any] = field(default_factory=dict)
+    noise: RowValues = field(default_factory=dict)
     outside: Any = None  # octaves outside the sizes that the fit saw
     # share of the time in a kernel that may differ entirely from the fitted kernel
     unlike: Any = None
@@ -271,6 +275,14 @@ class Estimate:
         without residual."""
         time = self.time if log_factor is None else self.time * np.exp(log_factor)
         return Estimate(**{**vars(self), "time": time, "section": section})
+
+    def on_grid(self, residual: ResidualGrid | None, section: FittedValues) -> Estimate:
+        """Return the estimate with the residual grid of a section."""
+        return self.with_residual(None if residual is None else residual(self.position), section)
+
+
+Estimates = Iterator[tuple[Any, Estimate]]
+"""Some rows of a workload, and their cost."""
 
 
 S = TypeVar("S", bound="Sizes")
@@ -301,10 +313,10 @@ class Calls(Sizes, ABC):
         """Section of a profile that stores the constants."""
 
     @abstractmethod
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost by the analytical model, without residual, from constants by name."""
 
-    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+    def seconds(self, c: RowValues) -> FloatArray:
         """Return the analytical time alone, s; a fit evaluates it many times."""
         e = self.estimate(c)
         return np.asarray(e.time * e.unit_s)
@@ -319,6 +331,37 @@ def overlapped(
     power = 1.0 if machine.packs else 2.0
     least = np.maximum(work, 1e-30)
     return work, ((compute / least) ** power, (memory / least) ** power)
+
+
+def chained(
+    calls: Calls,
+    machine: Machine,
+    parts: Mapping[str, FloatArray],
+    least: tuple[FloatArray, FloatArray],
+    position: tuple[Array, ...],
+) -> Estimate:
+    """Return the cost of a recurrence from the parts of its time, s: arithmetic and bytes
+    (:func:`overlapped`), the chain of chunks (latency) and launches. ``least`` are the times of
+    bytes and of FLOPs at the datasheet's rates."""
+    work, shares = overlapped(parts["compute"], parts["memory"], machine)
+    total = np.asarray(parts["launch"] + parts["latency"] + work)
+    bytes_s, flops_s = least
+    return Estimate(
+        operator=calls.operator,
+        kind=int(Kind[calls.operator.upper()]),
+        time=total,
+        floor=np.maximum(bytes_s, flops_s / machine.headroom),
+        roofline=np.maximum(bytes_s, flops_s),
+        bottleneck=largest_part(parts, total.shape),
+        loadings={
+            "launch": parts["launch"] / total,
+            "compute": shares[0] * work / total,
+            "memory": shares[1] * work / total,
+            "latency": parts["latency"] / total,
+        },
+        coordinates=np.stack([np.ravel(x) for x in position], axis=1),
+        position=position,
+    )
 
 
 def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
@@ -350,7 +393,7 @@ class ResidualGrid:
     inset: float = 0.0  # steps before the last node at which a coordinate stops
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> ResidualGrid | None:
         """Return the grid of a section ("start", "step", "values"; axes from the last to the
         first); None without."""
         if "values" not in arrays:
@@ -358,15 +401,17 @@ class ResidualGrid:
         start, step = (tuple(map(float, arrays[name][::-1])) for name in ("start", "step"))
         return cls(start, step, np.ascontiguousarray(arrays["values"].T, dtype=np.float64))
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        start, step = np.array(self.start[::-1]), np.array(self.step[::-1])
+    def arrays(self) -> dict[str, Array]:
+        start = np.array(self.start[::-1])
+        step = np.array(self.step[::-1])
         return {"start": start, "step": step, "values": np.ascontiguousarray(self.values.T)}
 
     @cached_property
     def _ends(self) -> tuple[Array, Array, Array, Array]:
         """First node, nodes per unit, last position and last cell, (coordinates, 1) each."""
         nodes = np.array(self.values.shape, dtype=np.float64)
-        last, last_cell = nodes - (1.0 + self.inset), np.maximum(nodes - 2.0, 0.0)
+        last = nodes - (1.0 + self.inset)
+        last_cell = np.maximum(nodes - 2.0, 0.0)
         columns = np.array(self.start), 1.0 / np.array(self.step), last, last_cell
         start, per_unit, last, last_cell = (c.astype(self.values.dtype)[:, None] for c in columns)
         return start, per_unit, last, last_cell
@@ -412,7 +457,8 @@ class ResidualGrid:
         # one coordinate after the other, between the near and the far side of the cell
         for position in inside:
             half = len(found) // 2
-            low, high = found[:half], found[half:]
+            low = found[:half]
+            high = found[half:]
             high -= low
             high *= position
             low += high
@@ -429,7 +475,7 @@ class RowResidual:
     values: Array
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> RowResidual | None:
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> RowResidual | None:
         if "row_m" not in arrays:
             return None
         return cls(
@@ -437,11 +483,34 @@ class RowResidual:
             np.asarray(arrays["row_values"], dtype=np.float64),
         )
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Array]:
         return {"row_m": self.m, "row_values": self.values}
 
     def __call__(self, m: Array) -> Array:
         return np.asarray(np.interp(np.log2(m), np.log2(self.m), self.values)).astype(m.dtype)
+
+
+class Ready(NamedTuple):
+    """Machine and fitted values of an operator with one residual grid."""
+
+    machine: Machine
+    section: FittedValues
+    constants: Values
+    residual: ResidualGrid | None
+
+    def cost(self, calls: Calls) -> Estimate:
+        return calls.estimate(self.constants).on_grid(self.residual, self.section)
+
+
+@lru_cache(maxsize=512)
+def ready(hw: Device, operator: str, dtype: str, state: str = "") -> Ready:
+    """Return the fitted values of an operator; ``state`` is the number format of its state."""
+    section = hw.section(operator, dtype)
+    machine = Machine.of(hw, dtype)
+    if state:
+        machine = replace(machine, weight_bytes=element_bytes(state, "state_dtype"))
+    constants = {name: section[name] for name in section.constants}
+    return Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays))
 
 
 @dataclass(frozen=True)
@@ -452,95 +521,23 @@ class Constant:
     low: float
     high: float
     meaning: str
-    defaults: Mapping[str, float]  # by architecture; "*": all others
+    defaults: Values  # by architecture; "*": all others
     source: str
 
     def default(self, architecture: str) -> float:
         return self.defaults.get(architecture, self.defaults["*"])
 
 
-def unfitted(
-    section: FittedValues, constants: Mapping[str, Constant], architecture: str
-) -> tuple[str, ...]:
+Constants = Mapping[str, Constant]
+
+
+def unfitted(section: FittedValues, constants: Constants, architecture: str) -> tuple[str, ...]:
     """Return the error factors of a section of defaults: "generic" too if no GPU of its
     architecture was fitted."""
     if section.status != "default":
         return ()
     known = any(architecture in constant.defaults for constant in constants.values())
     return ("default",) if known else ("default", "generic")
-
-
-def row(
-    unit: str,
-    low: float,
-    high: float,
-    source: str,
-    meaning: str,
-    *,
-    other: float,
-    **defaults: float,
-) -> Constant:
-    """Return a constant with defaults by architecture; ``other`` is the default of all other
-    architectures."""
-    return Constant(unit, low, high, meaning, MappingProxyType({**defaults, "*": other}), source)
-
-
-def joined(
-    unit: str, low: float, high: float, source: str, meaning: str, **defaults: float
-) -> Constant:
-    """Return a constant with defaults by kind of link; the default of PCIe applies to each kind of
-    PCIe."""
-    kinds = dict.fromkeys(("pcie3", "pcie4", "pcie_host"), defaults["pcie"])
-    return row(unit, low, high, source, meaning, **{**kinds, **defaults})
-
-
-# sources of the defaults of constants
-_GRAPH = (
-    "0: operator times are fitted on CUDA-graph replays and hold the gap; a profile fitted on bare"
-    " kernel times sets it"
-)
-_EAGER = (
-    "geometric mean of two hosts, 10.1 us (H20) and 27.1 us (L4), of which published_dense.csv has"
-    " eager Transformers at batch 1 among the rows fitted on"
-)
-_LOADED = (
-    "ampere: published prefill times on an A100 among the rows fitted on (MInference, TriangleMix; "
-    "published_dense.csv); others: no sign of it (RTX PRO 6000, H100)"
-)
-
-RUNTIME_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "graph_gap_s": row(
-            "s",
-            0.0,
-            2e-5,
-            _GRAPH,
-            "idle time between two kernels of a CUDA graph that the times of kernels exclude",
-            other=0.0,
-        ),
-        "host_op_s": row(
-            "s",
-            1e-7,
-            1e-3,
-            _EAGER,
-            "host time to launch one kernel in an eager framework (interpreter, dispatcher,"
-            " driver)",
-            other=16.5e-6,
-            cpu=5e-6,
-        ),
-        "sustained": row(
-            "1",
-            1.0,
-            2.0,
-            _LOADED,
-            "time of compute-bound GEMMs in a pass over their time in a short benchmark, as clocks"
-            " drop under load",
-            other=1.0,
-            ampere=1.12,
-        ),
-    }
-)
-"""Constants of launches, gaps and clocks of a device and its software, section "runtime"."""
 
 
 @dataclass(frozen=True)
@@ -550,14 +547,41 @@ class ErrorSize:
     correlated: float  # standard deviation that no error factor explains
     independent: float  # least standard deviation
     # share of the time -> added standard deviation
-    by_share: Mapping[str, float] = field(default_factory=dict)
+    by_share: Values = field(default_factory=dict)
     # scale of a profile -> scale of this operator
     scales: Mapping[float, float] = field(default_factory=dict)
     # factor on correlated and independent errors, if the engine's own kernels were fitted
     engine_scale: float = 1.0
     # error factor (a loading of the estimate) -> prior standard deviation of the part that it
     # changes
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Values = field(default_factory=dict)
+
+
+_SCALES = {"same_stack": SAME_STACK, "engine_stack": ENGINE_STACK}
+
+
+def read_constants(operator: str) -> tuple[Mapping[str, Constants], Mapping[str, ErrorSize]]:
+    """Return the constants of an operator by section of a profile, and the sizes of its errors,
+    from its file."""
+    path = Path(__file__).with_name(f"{operator}.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    sources = content["sources"]
+    constants = {
+        section: {
+            name: Constant(**{**fields, "source": sources[fields["source"]]})
+            for name, fields in rows.items()
+        }
+        for section, rows in content["constants"].items()
+    }
+    errors = {}
+    for name, sizes in content["errors"].items():
+        scales = {_SCALES[stack]: scale for stack, scale in sizes.get("scales", {}).items()}
+        errors[name] = ErrorSize(**{**sizes, "scales": scales})
+    return constants, errors
+
+
+RUNTIME_CONSTANTS = read_constants("runtime")[0]["runtime"]
+"""Constants of launches, gaps and clocks of a device and its software, section "runtime"."""
 
 
 class Formats(NamedTuple):
@@ -574,7 +598,8 @@ class Rows:
     """Some rows of a workload; a column or property of the workload is indexed at its first use."""
 
     def __init__(self, table: Any, at: Any) -> None:
-        self.table, self.at = table, at
+        self.table = table
+        self.at = at
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__[name] = getattr(self.table, name)[self.at]
@@ -589,10 +614,11 @@ class Operator(ABC):
     name: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]  # columns that are at least 1 in a row that is timed
     # by section of a profile; attention has a second section for latent attention
-    constants: ClassVar[Mapping[str, Mapping[str, Constant]]]
+    constants: ClassVar[Mapping[str, Constants]]
     titles: ClassVar[tuple[str, ...]] = ()  # names of the operators in notes, by section
     errors: ClassVar[Mapping[str, ErrorSize]]  # by ``Estimate.operator``
     weighted: ClassVar[bool] = False  # sections depend on the number format of weights
+    owned_in: ClassVar[str] = "weight_dtype"  # column with the number format of the parameters
     cached: ClassVar[bool] = False  # keeps keys, values or states of each sequence
 
     def flops(self, w: Rows) -> Any:
@@ -609,7 +635,7 @@ class Operator(ABC):
 
     def parameter_bytes(self, w: Rows) -> Any:
         """Bytes of the parameters in memory."""
-        return w.params * DTYPE_BYTES[w.weight_dtype]
+        return w.params * DTYPE_BYTES[getattr(w, self.owned_in)]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         """Bytes in the cache of a layer for some sequences of ``positions``."""
@@ -628,7 +654,7 @@ class Operator(ABC):
         return label_of(dtype, second) if self.weighted else dtype
 
     @abstractmethod
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         """Yield some of the rows and their cost on a device."""
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate | FloatArray | float:
@@ -636,7 +662,16 @@ class Operator(ABC):
         it."""
         return 0.0
 
-    def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def effects(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         """Yield rows whose kernels have steps of the waterfall between roofline and kernel, in
         ``Estimate.details``."""
         return iter(())
+
+
+class Cached(Operator):
+    """An operator that keeps keys, values or states of each sequence."""
+
+    cached = True
+
+    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
+        return hw.section(self.section(w), formats.dtype)["t0_s"]

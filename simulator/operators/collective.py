@@ -12,182 +12,38 @@ PCIe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
-    AIC,
     BOTTLENECKS,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
+    Estimates,
     FittedValues,
     Formats,
     Link,
     Operator,
     ResidualGrid,
     Rows,
-    joined,
+    RowValues,
+    Values,
+    read_constants,
 )
 
-# sources of the defaults of constants
-_NCCL = (
-    f"NCCL and engine all-reduce tables of {AIC} (a100_sxm, h100_sxm, h200_sxm, b200_sxm, l40s, "
-    "rtx_pro_6000_server; 2, 4 and 8 devices)"
-)
-_HOST_MEMORY = (
-    "NVIDIA/nccl issue 1639, https://github.com/NVIDIA/nccl/issues/1639 (RTX 5090 over PCIe 5 on"
-    " two Xeon 8480+: 35 GB/s with 4 devices, 28 GB/s with 8)"
-)
-_PEERS = (
-    "vLLM's all-reduce needs peer access,"
-    " vllm/distributed/device_communicators/custom_all_reduce.py"
-)
-
-COLLECTIVE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": joined(
-            "s",
-            1e-7,
-            1e-4,
-            _NCCL,
-            "start of a library's collective in a CUDA graph",
-            pcie=4.0e-6,
-            nvlink3=8.6e-6,
-            nvlink4=4.5e-6,
-            nvlink5=7.4e-6,
-            other=5.5e-6,
-        ),
-        "hop_s": joined(
-            "s",
-            0.0,
-            1e-4,
-            _NCCL,
-            "one of its synchronising steps; without a fit, the latency of the link",
-            pcie=1.4e-6,
-            other=9e-7,
-        ),
-        "e_link": joined(
-            "1",
-            0.01,
-            1.0,
-            f"{_NCCL}; pcie3 and pcie4: the L40S; pcie_host: {_HOST_MEMORY}",
-            "share of the link's bandwidth in one direction of a large payload",
-            pcie=0.57,
-            pcie3=0.65,
-            pcie4=0.65,
-            pcie_host=0.5,
-            nvlink3=0.75,
-            nvlink4=0.78,
-            nvlink5=0.74,
-            other=0.77,
-        ),
-        "sharing": joined(
-            "1",
-            0.0,
-            3.0,
-            f"{_NCCL}; three hosts with PCIe have 0, 0.33 and 1.95",
-            "power of 2 / devices by which bandwidth drops, as devices share it",
-            pcie=0.5,
-            other=0.0,
-        ),
-        "pipe_s": joined(
-            "s",
-            1e-8,
-            1e-3,
-            _NCCL,
-            "times the transfer time, the square of the time to fill the pipeline",
-            pcie=5.5e-6,
-            nvlink3=3.2e-5,
-            nvlink4=1.27e-5,
-            nvlink5=2.1e-5,
-            other=1.5e-5,
-        ),
-        "own_devices": joined(
-            "1",
-            0.0,
-            1e5,
-            f"{_NCCL}: two over PCIe, all over NVLink; pcie_host: {_PEERS}",
-            "devices up to which the engine has its own all-reduce; 0: it has none",
-            pcie=2.0,
-            pcie_host=0.0,
-            other=8.0,
-        ),
-        "own_bytes": joined(
-            "B",
-            0.0,
-            1e12,
-            _NCCL,
-            "largest payload of the engine's all-reduce",
-            pcie=6.7e7,
-            nvlink3=8.39e6,
-            other=1.68e7,
-        ),
-        "own_t0_s": joined(
-            "s",
-            1e-7,
-            1e-4,
-            _NCCL,
-            "start of the engine's all-reduce",
-            pcie=5.5e-6,
-            nvlink3=4.6e-6,
-            nvlink4=3e-6,
-            nvlink5=5.1e-6,
-            other=3.5e-6,
-        ),
-        "own_hop_s": joined(
-            "s",
-            0.0,
-            1e-5,
-            _NCCL,
-            "further start time per device",
-            pcie=0.0,
-            nvlink3=1.25e-7,
-            nvlink4=9.2e-8,
-            nvlink5=1.06e-7,
-            other=1.2e-7,
-        ),
-        "own_e": joined(
-            "1",
-            0.01,
-            1.0,
-            _NCCL,
-            "share of the link's bandwidth that its reads achieve",
-            pcie=0.59,
-            nvlink3=0.56,
-            nvlink4=0.65,
-            nvlink5=0.5,
-            other=0.65,
-        ),
-        "own_step_s": joined(
-            "s",
-            1e-8,
-            1e-4,
-            _NCCL,
-            "its second synchronising step, if it needs two",
-            pcie=6e-6,
-            nvlink3=9e-6,
-            nvlink4=5.8e-6,
-            nvlink5=9.1e-6,
-            other=6e-6,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("collective")
+COLLECTIVE_CONSTANTS = _CONSTANTS["collective"]
 """Constants with defaults by kind of link (:attr:`~simulator.operators.base.Link.defaults`),
 instead of the architecture."""
 
-COLLECTIVES: tuple[str, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 """Roles of collectives; the index is the code, also in the residual grid of a profile."""
 
 UNFITTED = ("xgmi", "pcie-host")
@@ -211,7 +67,7 @@ class Messages(Calls):
     link: Link
     active: Any = True  # False for a single device
 
-    def parts(self, c: Mapping[str, float]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def parts(self, c: Values) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the parts of the time, s: launch, transfer and ramp."""
         others = self.devices - 1.0
         share = others / self.devices  # share of the payload that a device must receive
@@ -233,11 +89,12 @@ class Messages(Calls):
         return launch, moved, step
 
     def _engine_parts(
-        self, c: Mapping[str, float], wire: FloatArray, rate: FloatArray
+        self, c: Values, wire: FloatArray, rate: FloatArray
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the parts of the time of the engine's own all-reduce, in one shot or in two."""
         others = self.devices - 1.0
-        one_shot, two_shot = others * self.payload / rate, wire / rate
+        one_shot = others * self.payload / rate
+        two_shot = wire / rate
         once = one_shot < two_shot + c["own_step_s"]
         return (
             c["own_t0_s"] + c["own_hop_s"] * others,
@@ -259,7 +116,7 @@ class Messages(Calls):
             return full
         return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one
         uplink ("topology"), and the connection may differ from the usual one unless the user named
         it ("unstated")."""
@@ -300,7 +157,7 @@ class Messages(Calls):
         )
 
 
-def least_wire(code: NDArray[Any], devices: FloatArray, link: Link) -> FloatArray:
+def least_wire(code: Array, devices: FloatArray, link: Link) -> FloatArray:
     """Return the least number of payloads over a device's link. Switches of NVLink 4 and later
     compute sums, so an all-reduce sends and receives each payload once."""
     share = 1.0 - 1.0 / devices
@@ -320,7 +177,7 @@ def _ready(hw: Device) -> tuple[FittedValues, dict[str, float], ResidualGrid | N
     return section, constants, ResidualGrid.from_arrays(section.arrays)
 
 
-def _either(first: NDArray[Any], one: Estimate, other: Estimate) -> Estimate:
+def _either(first: Array, one: Estimate, other: Estimate) -> Estimate:
     """Return estimate ``one`` where ``first`` is true, else the other."""
     names = dict.fromkeys((*one.loadings, *other.loadings))
     parts = {
@@ -347,7 +204,8 @@ def collective(
         raise unknown("collective", kind, COLLECTIVES)
     arrays = np.broadcast_arrays(payload_bytes, devices)
     payload, count = (np.asarray(a, dtype=np.float64) for a in arrays)
-    link, most = hw.link, int(count.max(initial=1.0))
+    link = hw.link
+    most = int(count.max(initial=1.0))
     if link is None:
         if most > 1:
             raise InputError(
@@ -373,37 +231,23 @@ def _over(link: Link, hw: Device, payload: FloatArray, count: FloatArray, code: 
     ).estimate(constants)
     if section.status == "default" and link.connection in UNFITTED:
         e = replace(e, loadings={**e.loadings, "default": np.asarray(count > 1, dtype=np.float64)})
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return e.on_grid(residual, section)
 
 
 class Collective(Operator):
     """Exchanges between the devices that share a model; ``batch`` is their number, ``read_bytes``
     the payload."""
 
-    code, name, sizes = int(Kind.COLLECTIVE), "collective", ("batch",)
-    constants = MappingProxyType({"collective": COLLECTIVE_CONSTANTS})
-    errors = MappingProxyType(
-        {
-            "collective": ErrorSize(
-                0.10,
-                0.08,
-                factors={
-                    "launch": 0.24,
-                    "link": 0.08,
-                    "step": 0.33,
-                    "pcie": 0.4,
-                    "topology": 0.6,
-                    "unstated": 0.35,
-                    "default": 0.3,
-                },
-            )
-        }
-    )
+    code = int(Kind.COLLECTIVE)
+    name = "collective"
+    sizes = ("batch",)
+    constants = _CONSTANTS
+    errors = _ERRORS
 
     def bytes(self, w: Rows) -> Any:
         return w.read_bytes + w.write_bytes
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         over = hw.over(w.table.meta.link)
         for role in np.unique(w.role).tolist():
             rows = np.flatnonzero(w.role == role)

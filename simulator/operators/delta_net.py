@@ -14,10 +14,7 @@ errors of nine rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,93 +22,21 @@ import numpy as np
 from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, ROLES, Kind
 from simulator.operators.base import (
+    Cached,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
-    FittedValues,
+    Estimates,
     Formats,
     Machine,
-    Operator,
-    ResidualGrid,
     Rows,
-    element_bytes,
-    largest_part,
-    overlapped,
-    row,
+    RowValues,
+    chained,
+    read_constants,
+    ready,
 )
 
-# sources of the defaults of constants
-_FITTED = "; cpu: fitted to Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
-_DELTA = (
-    "assumed from similar kernels, not fitted; compared with alibaba/InferSim's H20 rows in"
-    f" docs/model.md{_FITTED}"
-)
-_STEPS = (
-    "slope of alibaba/InferSim's decode steps on an H20, 64 to 1,024 sequences: 1.86 us for the 4.2"
-    f" MB of each{_FITTED}"
-)
-
-DELTA_NET_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s",
-            1e-6,
-            1e-4,
-            _DELTA,
-            "fixed time of convolution and recurrence of a decode step: two kernels in a "
-            "CUDA graph",
-            other=8e-6,
-        ),
-        "prompt_s": row(
-            "s",
-            1e-6,
-            2e-4,
-            _DELTA,
-            "fixed time of convolution and the five kernels of a prompt",
-            other=2.4e-5,
-        ),
-        "chunk_s": row(
-            "s",
-            1e-8,
-            1e-4,
-            _DELTA,
-            "time of one step of the chain of chunks: a load from DRAM, and two "
-            "products that depend on each other",
-            other=1.5e-6,
-        ),
-        "e_tc": row(
-            "1",
-            0.02,
-            1.0,
-            _DELTA,
-            "share of the datasheet tensor rate of products of 64 rows: below the 0.5 of "
-            "attention, whose tiles are larger",
-            other=0.4,
-        ),
-        "e_d": row(
-            "1",
-            0.05,
-            1.0,
-            _STEPS,
-            "share of the datasheet bandwidth at which states and intermediate results move",
-            other=0.57,
-            cpu=0.5,
-        ),
-        "e_conv": row(
-            "1",
-            0.02,
-            1.0,
-            _DELTA,
-            "share of that bandwidth in the convolution, whose state of a channel has "
-            "three positions, 6 bytes of a sector of 32",
-            other=0.3,
-            cpu=0.11,
-        ),
-    }
-)
-
+_CONSTANTS, _ERRORS = read_constants("delta_net")
 
 CHUNK = 64.0
 """Tokens of a chunk."""
@@ -120,21 +45,17 @@ CHUNK = 64.0
 # `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` of Transformers 5.24: scores
 # of a chunk (decays, masks, exponentials, solutions), keys with queries (norms, padding, scaling),
 # values, states per chunk, and the state of a decode step
-SCORES_MOVED, KEYS_MOVED, VALUES_MOVED, STATES_MOVED, STEP_MOVED = 18.0, 30.0, 20.0, 8.0, 14.0
+SCORES_MOVED = 18.0
+KEYS_MOVED = 30.0
+VALUES_MOVED = 20.0
+STATES_MOVED = 8.0
+STEP_MOVED = 14.0
 _FP32 = 4.0  # bytes
 # the same of a decay between two tokens of a chunk: 13.5 ns per feature of a key and pair of tokens
 # of `chunk_kimi_delta_attention` on one core of an EPYC
 _PAIRS_MOVED = 27.0
 _DECAY_BYTES = 4.0  # of a decay of KDA: fp32
 _KDA = ROLES.index("kda")
-
-
-@lru_cache(maxsize=128)
-def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
-    section = hw.section("delta_net", dtype)
-    # weight_bytes: of an element of the state
-    machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
-    return machine, section, {name: section[name] for name in DELTA_NET_CONSTANTS}
 
 
 class DeltaSizes(NamedTuple):
@@ -163,12 +84,16 @@ class DeltaNets(Calls):
     conv: FloatArray  # positions of the causal convolution; 0: none
     channel_decay: FloatArray  # whether each feature of a key has a decay (KDA)
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
         fixed time are added."""
-        m, heads, key, value = self.machine, self.heads, self.key, self.value
+        m = self.machine
+        heads = self.heads
+        key = self.key
+        value = self.value
         batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each, act = self.tokens / batch, m.element_bytes
+        each = self.tokens / batch
+        act = m.element_bytes
         step = each <= 1.0
         channels = 2.0 * self.key_heads * key + heads * value
         state = batch * heads * key * value * m.weight_bytes * np.where(step, 2.0, 1.0)
@@ -187,31 +112,17 @@ class DeltaNets(Calls):
         launch = np.where(step, c["t0_s"], c["prompt_s"])
         bytes_s = (state + stream + tail) / bandwidth
         flops_s = 6.0 * self.tokens * heads * key * value / m.peak_flop_per_s
-        work, shares = overlapped(compute, memory, m)
-        total = np.asarray(launch + chain + work)
         position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
         parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return Estimate(
-            operator=self.operator,
-            kind=int(Kind.DELTA_NET),
-            time=total,
-            floor=np.maximum(bytes_s, flops_s / m.headroom),
-            roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part(parts, total.shape),
-            loadings={
-                "launch": launch / total,
-                "compute": shares[0] * work / total,
-                "memory": shares[1] * work / total,
-                "latency": chain / total,
-            },
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
+        return chained(self, m, parts, (bytes_s, flops_s), position)
 
     def _between(self, padded: FloatArray, step: Array) -> FloatArray:
         """Return the bytes of intermediate results that cross memory, of a value head; ``padded``
         are tokens in whole chunks."""
-        m, key, value, act = self.machine, self.key, self.value, self.machine.element_bytes
+        m = self.machine
+        key = self.key
+        value = self.value
+        act = self.machine.element_bytes
         if m.packs:
             moved = SCORES_MOVED * CHUNK + KEYS_MOVED * key + VALUES_MOVED * value
             moved = moved + _PAIRS_MOVED * CHUNK * key * self.channel_decay
@@ -229,37 +140,23 @@ def delta_net(
     sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
 ) -> Estimate:
     """Return the cost of gated delta nets."""
-    machine, section, constants = _ready(hw, dtype, state_dtype)
+    r = ready(hw, "delta_net", dtype, state_dtype)
     arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    e = DeltaNets(machine, *arrays).estimate(constants)
-    residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return r.cost(DeltaNets(r.machine, *arrays))
 
 
-class DeltaNet(Operator):
+class DeltaNet(Cached):
     """Gated delta nets: ``m`` tokens of ``batch`` sequences; ``weight_dtype`` is the format of the
     state."""
 
-    code, name = int(Kind.DELTA_NET), "delta_net"
+    code = int(Kind.DELTA_NET)
+    name = "delta_net"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = MappingProxyType({"delta_net": DELTA_NET_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("gated delta nets",)
     # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
-    errors = MappingProxyType(
-        {
-            "delta_net": ErrorSize(
-                0.10,
-                0.05,
-                factors={
-                    "launch": 0.4,
-                    "compute": 0.35,
-                    "memory": 0.22,
-                    "latency": 0.5,
-                },
-            )
-        }
-    )
-    cached = True
+    errors = _ERRORS
+    owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
         """6 d_key d_value per token and value head."""
@@ -274,9 +171,6 @@ class DeltaNet(Operator):
         states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
         return DTYPE_BYTES[w.dtype] * w.m * features + decays + states
 
-    def parameter_bytes(self, w: Rows) -> Any:
-        return w.params * DTYPE_BYTES[w.dtype]
-
     def state_bytes(self, w: Rows) -> Any:
         """Recurrent states of value heads (key x value), and the last positions of the channels of
         the convolution."""
@@ -287,10 +181,7 @@ class DeltaNet(Operator):
         states = 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
         return sequences * (states + positions * channels * DTYPE_BYTES[w.dtype])
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
         sizes = DeltaSizes(w.m, w.batch, *heads, w.window, w.role == _KDA)
         yield slice(None), delta_net(sizes, hw, formats.dtype, formats.second)
-
-    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
-        return hw.section("delta_net", formats.dtype)["t0_s"]

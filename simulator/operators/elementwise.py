@@ -10,43 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, Kind
 from simulator.errors import unknown
 from simulator.operators.base import (
-    AIC,
     BOTTLENECKS,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
     FittedValues,
     Formats,
     Operator,
     ResidualGrid,
     Rows,
-    row,
+    RowValues,
+    read_constants,
 )
 
-_STUDY = (
-    "study of kernel tables (A100, H100): floors 1.6-3.8 us, 0.36-1.05 of the datasheet bandwidth; "
-    "uncalibrated on this device"
-)
-_RTX = f"fit on rtx4090_other_ops.csv (RTX 4090); elsewhere: {_STUDY}"
-_SCALED = (
-    f"fits on the quantisation tables of {AIC}, scale_matrix of vLLM (static_scaled_fp8_quant) and"
-    " TensorRT-LLM (L40S, H100, H200, RTX PRO 6000, B200); geometric mean over stacks, median"
-    " error 4 to 15 %"
-)
-
-CLASSES: tuple[str, ...] = (
+CLASSES = (
     "norm",
     "final_norm",
     "rotary",
@@ -60,71 +45,8 @@ CLASSES: tuple[str, ...] = (
 """Classes of elementwise operators, each with its own bandwidth and floor, in the order of rows of
 the residual."""
 
-
-def _elementwise() -> dict[str, Constant]:
-    floors_s = (2.1e-6, 2.6e-6, 2.4e-6, 3.1e-6, 3.9e-6, 2.2e-6, 3.8e-6, 3.9e-6)
-    shares = (0.75, 0.75, 0.65, 0.85, 0.75, 0.70, 0.36, 0.75)
-    rates = {}
-    for name, floor_s, share in zip(CLASSES, floors_s, shares):
-        rates[f"t0_{name}_s"] = row(
-            "s", 5e-7, 5e-5, _RTX, f"floor of a {name} kernel", other=floor_s
-        )
-        meaning = f"share of the DRAM bandwidth that a large {name} operator achieves"
-        rates[f"e_{name}"] = row("1", 0.001, 1.0, _STUDY, meaning, other=share)
-        meaning = f"rate of a {name} operator with data in L2 over its DRAM rate"
-        rates[f"l2_{name}"] = row("1", 1.0, 6.0, _RTX, meaning, ada=2.5, other=1.5)
-    return rates
-
-
-ELEMENTWISE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        **_elementwise(),
-        "t0_quantize_s": row(
-            "s",
-            5e-7,
-            5e-5,
-            _SCALED,
-            "floor of a kernel that converts activations",
-            ada=2.35e-6,
-            hopper=1.85e-6,
-            blackwell=1.8e-6,
-            blackwell_sm100=2.3e-6,
-            other=2e-6,
-        ),
-        "e_quantize": row(
-            "1",
-            0.001,
-            1.0,
-            _SCALED,
-            "share of the DRAM bandwidth that the conversion of many activations achieves",
-            ada=0.83,
-            hopper=0.85,
-            blackwell=0.86,
-            blackwell_sm100=0.72,
-            other=0.83,
-        ),
-        "l2_quantize": row(
-            "1",
-            1.0,
-            10.0,
-            _SCALED,
-            "rate of a conversion with data in L2 over its DRAM rate",
-            ada=7.0,
-            hopper=1.1,
-            blackwell=3.3,
-            blackwell_sm100=1.0,
-            other=1.5,
-        ),
-        "l2_share": row(
-            "1",
-            0.05,
-            4.0,
-            _RTX,
-            "bytes of an operator over L2 size at which half are in L2",
-            other=0.8,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("elementwise")
+ELEMENTWISE_CONSTANTS = _CONSTANTS["elementwise"]
 
 _ROLES = {
     "embedding": "embedding gather",
@@ -165,7 +87,7 @@ class Moves(Calls):
     added: Any = False  # whether pruning added the operator: runs at DRAM speed
     fitted: bool = True  # whether the constants come from measurements
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost. L2 holds 1 / (1 + ratio^4) of the bytes; the data do not distinguish
         powers from 3 to 6."""
         floor, share, gain = np.array([[c[name] for name in names] for names in _PER_CLASS])[
@@ -202,7 +124,7 @@ class Moves(Calls):
         )
 
 
-def class_residual(arrays: Mapping[str, NDArray[Any]]) -> ResidualGrid | None:
+def class_residual(arrays: Mapping[str, Array]) -> ResidualGrid | None:
     """Return log(measured / analytical) over (class, log2 bytes), nodes an octave apart; None if a
     section has none."""
     if "values" not in arrays:
@@ -255,35 +177,23 @@ def elementwise(
     # a broadcast takes longer than timing a few operators
     same = len({a.shape for a in given}) == 1
     read, written, code, added = given if same else np.broadcast_arrays(*given)
-    moved, fitted = np.asarray(read + written, dtype=np.float64), section.status != "default"
+    moved = np.asarray(read + written, dtype=np.float64)
+    fitted = section.status != "default"
     calls = Moves(
         moved, code, hw.l2_bytes, hw.bandwidth_bytes_per_s, hw.architecture, added, fitted
     )
-    e = calls.estimate(constants)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return calls.estimate(constants).on_grid(residual, section)
 
 
 class Elementwise(Operator):
     """Norms, activations, copies, sorts and so on; the role gives the class."""
 
-    code, name, sizes = int(Kind.ELEMENTWISE), "elementwise", ()
-    constants = MappingProxyType({"elementwise": ELEMENTWISE_CONSTANTS})
+    code = int(Kind.ELEMENTWISE)
+    name = "elementwise"
+    sizes = ()
+    constants = _CONSTANTS
     titles = ("elementwise operators",)
-    errors = MappingProxyType(
-        {
-            "elementwise": ErrorSize(
-                0.08,
-                0.08,
-                factors={
-                    "launch": 0.15,
-                    "memory": 0.10,
-                    "l2": 0.20,
-                    "default": 0.28,
-                    "added": 0.30,
-                },
-            )
-        }
-    )
+    errors = _ERRORS
 
     def bytes(self, w: Rows) -> Any:
         return w.read_bytes + w.write_bytes

@@ -9,11 +9,9 @@ and k are tokens, the width of an expert and the hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from statistics import NormalDist
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,188 +20,27 @@ from simulator.arguments import Range
 from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind, label_of
 from simulator.operators.base import (
-    AIC,
-    ENGINE_STACK,
-    SAME_STACK,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
+    Estimates,
     FittedValues,
     Formats,
     Machine,
     Operator,
     ResidualGrid,
     Rows,
+    RowValues,
+    Values,
     element_bytes,
     from_l2,
     largest_part,
-    row,
+    read_constants,
     unfitted,
 )
 
-# sources of the defaults of constants
-_MOE = (
-    f"joint fit to the MoE tables of {AIC} (all formats, tensor parallel alone) and to grouped"
-    " products of an H20 (alibaba/InferSim@f2293da), by architecture around a fit to all GPUs"
-)
-_MOE_E_TC = (
-    f"{_MOE}; the H20, whose SMs are the H100's at a quarter of the tensor rate, separates it from"
-    " b_sm"
-)
-_H20 = "grouped products of an H20, alone (alibaba/InferSim@f2293da, DeepGEMM, kernel times)"
-
-EXPERTS_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s",
-            1e-6,
-            2e-4,
-            _MOE,
-            "fixed time of all kernels except the products: sorting of tokens, activation, sum",
-            ampere=2.1e-5,
-            ada=7.6e-6,
-            hopper=1.9e-5,
-            blackwell=3.2e-5,
-            blackwell_sm100=1.5e-5,
-            other=2e-5,
-        ),
-        "product_s": row("s", 1e-7, 1e-4, _H20, "fixed time of one grouped product", other=5.2e-6),
-        "expert_s": row(
-            "s",
-            1e-11,
-            1e-6,
-            _MOE,
-            "further fixed time per expert of the device",
-            ampere=5.4e-8,
-            ada=1.6e-8,
-            hopper=2.3e-8,
-            blackwell=3.4e-8,
-            blackwell_sm100=1.4e-9,
-            other=2.6e-8,
-        ),
-        "e_tc": row(
-            "1",
-            0.05,
-            1.0,
-            _MOE_E_TC,
-            "share of the datasheet rate in the arithmetic of a tile",
-            other=0.85,
-        ),
-        "b_sm": row(
-            "B/s",
-            1e10,
-            1e13,
-            _MOE,
-            "rate at which an SM loads the weights of a tile",
-            ampere=3.2e10,
-            ada=3.3e10,
-            hopper=1.5e11,
-            blackwell=7.8e10,
-            blackwell_sm100=2.3e11,
-            other=4.4e10,
-        ),
-        "least_rows": row(
-            "1",
-            8.0,
-            64.0,
-            _MOE,
-            "rows of the smallest tile in arithmetic: fewer take as long",
-            ada=36,
-            hopper=44,
-            blackwell=16,
-            ampere=16,
-            blackwell_sm100=16,
-            other=29,
-        ),
-        "tail": row(
-            "1",
-            0.01,
-            4.0,
-            _MOE,
-            "tiles that an SM computes alone at the end of a product",
-            other=0.04,
-        ),
-        "e_d": row(
-            "1",
-            0.1,
-            1.0,
-            _MOE,
-            "share of the datasheet bandwidth that weights from DRAM achieve",
-            ampere=0.99,
-            ada=0.81,
-            hopper=0.96,
-            blackwell=0.83,
-            blackwell_sm100=0.95,
-            other=0.88,
-        ),
-        "e_io": row(
-            "1",
-            0.03,
-            3.0,
-            _MOE,
-            "share of that bandwidth of permuting, activating and summing activations",
-            ampere=0.42,
-            ada=0.64,
-            hopper=0.33,
-            blackwell=0.6,
-            blackwell_sm100=0.37,
-            other=0.45,
-        ),
-        "l2_gain": row(
-            "1",
-            1.0,
-            10.0,
-            _MOE,
-            "rate of weights in L2 over the rate from DRAM",
-            ampere=8.1,
-            ada=10,
-            hopper=9,
-            blackwell=4.7,
-            blackwell_sm100=7.2,
-            other=8.7,
-        ),
-        "l2_share": row(
-            "1",
-            0.1,
-            4.0,
-            _MOE,
-            "bytes of weights in use over L2 size at which half are in L2",
-            ampere=0.36,
-            ada=1,
-            hopper=0.49,
-            blackwell=0.96,
-            blackwell_sm100=0.27,
-            other=0.93,
-        ),
-        "narrow": row(
-            "1",
-            0.1,
-            256.0,
-            _MOE,
-            "columns added to the width of every expert",
-            ampere=1.8,
-            ada=1.4,
-            hopper=22,
-            blackwell=0.25,
-            blackwell_sm100=64,
-            other=12,
-        ),
-        "align": row(
-            "1",
-            0.01,
-            10.0,
-            f"{_MOE}; geometric mean over stacks",
-            "further time of an expert whose width is not a multiple of 16",
-            ada=1.1,
-            hopper=0.82,
-            blackwell=0.04,
-            blackwell_sm100=0.4,
-            other=0.47,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("experts")
+EXPERTS_CONSTANTS = _CONSTANTS["experts"]
 
 EXPERT_RANGE = 200.0
 """Load of the busiest over the least busy expert at a skew of 1, as in tables with a power law of
@@ -286,7 +123,8 @@ def drawn_load(
     nearly follow a Poisson distribution. If ``devices`` share the experts, it is the load of the
     device with the highest load."""
     chance = experts_chance(experts, active, skew)
-    some, mean = 1.0 - (1.0 - chance) ** m, m * chance
+    some = 1.0 - (1.0 - chance) ** m
+    mean = m * chance
     # the last of several tiles is half empty on average; small loads fit one tile
     tiles = (
         np.maximum(some, mean / rows + (0.5 - 0.5 / rows) * -np.expm1(-2.0 / rows * mean)).mean(
@@ -318,7 +156,9 @@ def _highest(
     deviations = quantiles[which].reshape(np.shape(devices)) * np.sqrt(
         experts * (1.0 - 1.0 / np.asarray(devices))
     )
-    some, mean, most = load.touched / experts, m * chance, np.minimum(active * devices, experts)
+    some = load.touched / experts
+    mean = m * chance
+    most = np.minimum(active * devices, experts)
     touched = np.minimum(
         load.touched + deviations * np.sqrt(some * (1.0 - some)), np.minimum(experts, m * most)
     )
@@ -336,7 +176,8 @@ def dealt_load(m: FloatArray, experts: FloatArray, active: FloatArray, power: An
     many choices as experts); experts without tokens take the rest. DeepGEMM draws each number
     uniformly around the mean, rounded down; minus ``power`` is the largest relative distance from
     the mean."""
-    choices, power = m * active, np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
+    choices = m * active
+    power = np.broadcast_to(np.asarray(power, dtype=np.float64), m.shape)
     even = choices / experts
     counts = _dealt_counts(m, even, choices <= experts, power) if power.any() else even[None]
     tiles = (np.where(counts < 1.0, counts, np.ceil(counts / rows)).mean(axis=0) for rows in TILES)
@@ -349,7 +190,8 @@ def _dealt_counts(m: FloatArray, even: FloatArray, few: BoolArray, power: FloatA
     marks at most as many choices as experts."""
     rank = (np.arange(QUANTILES)[:, None] + 0.5) / QUANTILES
     share = np.floor(even * (1.0 - power * (2.0 * rank - 1.0)) + 1e-9)
-    low, high = np.where(few, 0.01, 1.0), np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
+    low = np.where(few, 0.01, 1.0)
+    high = np.where(few, 2.0, np.maximum(0.8 * m, 1.0001))
     inverse = 1.0 - np.where(power > 0, power, 1.01)
     load = (low**inverse + rank * (high**inverse - low**inverse)) ** (1.0 / inverse)
     counts = np.minimum(np.rint(load * (even / load.mean(axis=0))), m)
@@ -401,8 +243,12 @@ class Layers(Calls):
         up, down = self.products
         return np.asarray(((1.0 + self.gated) * up + down) * self.n * self.k)
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
-        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
+    def estimate(self, c: RowValues) -> Estimate:
+        m = self.m
+        n = self.n
+        k = self.k
+        machine = self.machine
+        load = self.load
         (up, down), whole = self.products, self.whole
         slower = (1.0 + c["narrow"] / n) * np.where(n % ALIGNED, 1.0 + c["align"], 1.0)
         # time per weight of a tile of each height: arithmetic of its rows, and the load into an SM
@@ -444,7 +290,11 @@ class Layers(Calls):
     ) -> Estimate:
         """Return the cost from its parts, s: arithmetic and weights overlap in part, the others are
         added."""
-        m, n, k, machine, load = self.m, self.n, self.k, self.machine, self.load
+        m = self.m
+        n = self.n
+        k = self.k
+        machine = self.machine
+        load = self.load
         work = np.hypot(compute, memory)
         total = np.asarray(launch + io + work)
         rest = 1.0 / (np.maximum(work, 1e-30) * total)
@@ -489,7 +339,7 @@ class Layers(Calls):
 class _Ready(NamedTuple):
     machine: Machine
     section: FittedValues
-    constants: Mapping[str, float]
+    constants: Values
     residual: ResidualGrid | None
     unfitted: tuple[str, ...]
 
@@ -497,8 +347,10 @@ class _Ready(NamedTuple):
 @lru_cache(maxsize=128)
 def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
     element_bytes(weight)
-    label, factors = label_of(dtype, weight), tuple[str, ...]()
-    machine, section = Machine.of(hw, label), hw.section("experts", label)
+    label = label_of(dtype, weight)
+    factors = tuple[str, ...]()
+    machine = Machine.of(hw, label)
+    section = hw.section("experts", label)
     if section.status == "default" and weight != dtype:  # use fitted kernels of the dense format
         section = hw.section("experts", dtype)
         factors = () if section.status == "default" else ("quantised",)
@@ -542,47 +394,25 @@ def experts(
     ``part`` is one of :data:`PARTS`."""
     given = (np.asarray(a, dtype=np.float64) for a in np.broadcast_arrays(*sizes))
     m, n, k, number, active, skew, devices, gated = given
-    r, timed = _ready(hw, dtype, weight_dtype or dtype), PARTS.index(part)
+    r = _ready(hw, dtype, weight_dtype or dtype)
+    timed = PARTS.index(part)
     layers = Layers(
         r.machine, m, n, k, number, active, skew, dealt, warm, timed, devices, r.unfitted, gated
     )
-    e = layers.estimate(r.constants)
-    return e.with_residual(None if r.residual is None else r.residual(e.position), r.section)
+    return layers.estimate(r.constants).on_grid(r.residual, r.section)
 
 
 class Experts(Operator):
     """Routed experts of a layer on one device; ``batch`` devices share them (0: one)."""
 
-    code, name = int(Kind.EXPERTS), "experts"
+    code = int(Kind.EXPERTS)
+    name = "experts"
     sizes = ("m", "n", "k", "experts")
-    constants = MappingProxyType({"experts": EXPERTS_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("experts",)
     # stacks differ by 5 to 40 % in the median, two versions of SGLang and of vLLM on Hopper by 2 to
     # 7 %
-    errors = MappingProxyType(
-        {
-            "experts": ErrorSize(
-                0.085,
-                0.035,
-                {"compute": 0.03},
-                {SAME_STACK: 0.15, ENGINE_STACK: 0.5},
-                factors={
-                    "launch": 0.35,
-                    "compute": 0.38,
-                    "memory": 0.07,
-                    "io": 0.5,
-                    "padding": 0.25,
-                    "skew": 0.05,
-                    "balance": 0.2,
-                    "alignment": 0.6,
-                    "quantised": 0.25,
-                    "scaled": 0.2,
-                    "default": 0.1,
-                    "generic": 0.15,
-                },
-            )
-        }
-    )
+    errors = _ERRORS
     weighted = True
 
     def flops(self, w: Rows) -> Any:
@@ -607,7 +437,7 @@ class Experts(Operator):
         """Gathered tokens, their gate and up."""
         return w.m * w.active * (w.k + (1.0 + w.gated) * w.n)
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         devices = np.maximum(w.batch, 1)
         sizes = ExpertSizes(w.m, w.n, w.k, w.experts, w.active, w.skew, devices, w.gated)
         yield slice(None), experts(sizes, hw, formats.dtype, formats.second)

@@ -13,25 +13,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, SHARE, SIZE, Range, text
-from simulator.arrays import Array, FloatArray, array, plain, together
+from simulator.arrays import Array, BoolArray, CodeArray, FloatArray, array, plain, together
 from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
 from simulator.errors import InputError, unknown
 from simulator.operators.base import (
-    AIC,
     BOTTLENECKS,
     ELEMENT_BYTES,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
+    Estimates,
     FittedValues,
     Formats,
     Machine,
@@ -40,9 +37,11 @@ from simulator.operators.base import (
     ResidualGrid,
     RowResidual,
     Rows,
+    RowValues,
+    Values,
     element_bytes,
     octaves_outside_fit,
-    row,
+    read_constants,
     unfitted,
 )
 from simulator.operators.gemm_model import (
@@ -55,319 +54,13 @@ from simulator.operators.gemm_model import (
     weight_only_constants,
 )
 
-# sources of the defaults of constants
-_TABLES = f"fit to the bf16 GEMM tables of {AIC} (a100_sxm, h100_sxm, l40s, rtx_pro_6000_server)"
-_NARROW = (
-    f"fp8 and bf16 sections fitted to {AIC} (H100, H200, L40S, RTX PRO 6000, B200; TensorRT-LLM and"
-    " SGLang): geometric mean of ten ratios"
-)
-_GUIDE = (
-    "uncalibrated: shape of the effect from NVIDIA, Matrix Multiplication Background User's Guide,"
-    " section on alignment; size assumed"
-)
-_OFF_16 = (
-    "ampere: NIRVANA's table 8 (A100, Llama-3.1-8B, 4096 tokens: 0.45 s with an inner width of"
-    " 11468, 0.33 s with 11472; the MLP's GEMMs are 0.14 s of that, so 0.12 s more is 0.85 of them"
-    " for one halving); blackwell: up to 35 % of the gain lost (arXiv 2606.09080, appendix C, RTX"
-    " PRO 6000: half a width takes 0.5 + 0.35 x 0.5 of the time, 0.35 more for three halvings);"
-    " others: least squares of the log times of both, half to twice it"
-)
-_OFF_16_NARROW = (
-    "arXiv 2606.09080, appendix C (RTX PRO 6000): fp8 off 16 bytes runs at 11 % of the aligned rate"
-)
-_SPARSE = (
-    "ratios of 2:4 to dense times; ampere: least squares, A100 (SliceGPT, arXiv 2401.15024, table"
-    " 12; PyTorch pull requests 90119 and 96147) and RTX 3060 (torchao issue 174); hopper: between"
-    " fp8 of torchao's CUTLASS kernels (arXiv 2503.16672) and one fp16 GEMM (PyTorch pull request"
-    " 177866); blackwell: least squares, RTX 5090 from 4,096 tokens on (ZhuYe0729/fake); others:"
-    " assumed, the geometric mean of these"
-)
-_COMPRESSED = (
-    "blackwell: RTX 5090 to 64 tokens (ZhuYe0729/fake); others: assumed, the geometric mean share"
-    " of the saved bytes that two kernels gain at few tokens: 0.50 (RTX 5090: 0.7x to 1.1x of"
-    " 1.78x) and 0.87 (fp8 on Hopper: 1.39x of 1.6x)"
-)
-_PLAN = (
-    "blackwell: RTX 5090 (ZhuYe0729/fake), least squares to 64 tokens, whatever n; others: assumed,"
-    " the geometric mean of that and of a dense step"
-)
-_PACKING = (
-    "the effect: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS"
-    " 34(3), 2008; the size: fp32 GEMMs measured by prunesim on two cores of a Xeon"
-)
-_ASSUMED = "uncalibrated: assumed"
-_QUANTISED = (
-    f"where a profile has no section int8_wo or int4_wo: fit to those rows of {AIC}, a100_sxm"
-    " trtllm, with the dense constants as they are, tau and b_l2 by bytes (m <= 16: 17-20 %, no"
-    " bias); of the 9.5 us they start later, 4.7 are TensorRT's layer profiler, which its int8"
-    " kernels show too"
-)
+_CONSTANTS, _ERRORS = read_constants("gemm")
+GEMM_CONSTANTS = _CONSTANTS["gemm"]
 
-GEMM_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0": row(
-            "s",
-            1e-7,
-            5e-5,
-            _TABLES,
-            "fixed time of a kernel in a CUDA graph",
-            ampere=3.0e-6,
-            ada=1.95e-6,
-            hopper=2.7e-6,
-            blackwell=1.95e-6,
-            cpu=5e-6,
-            other=2.7e-6,
-        ),
-        "e_tc": row(
-            "1",
-            0.05,
-            1.3,
-            _TABLES,
-            "share of the datasheet rate that the main loop achieves",
-            ampere=1.0,
-            ada=0.64,
-            hopper=0.81,
-            blackwell=0.97,
-            blackwell_sm100=0.7,
-            cpu=0.8,
-            other=0.8,
-        ),
-        "tau": row(
-            "s",
-            1e-9,
-            5e-6,
-            _TABLES,
-            "shortest main-loop step (128 bytes of k)",
-            ampere=3.0e-7,
-            ada=2.23e-7,
-            hopper=8.6e-8,
-            blackwell=2.0e-7,
-            cpu=1e-8,
-            other=2e-7,
-        ),
-        "b_e": row(
-            "B/s",
-            1e8,
-            1e13,
-            _TABLES,
-            "rate at which one SM stores its finished tile",
-            ampere=3.0e10,
-            ada=3.0e10,
-            hopper=3.0e10,
-            blackwell=3.0e10,
-            cpu=1e10,
-            other=3.0e10,
-        ),
-        "b_l2": row(
-            "B/s",
-            1e10,
-            1e15,
-            _TABLES,
-            "rate at which L2 feeds operands to all SMs",
-            ampere=5.6e12,
-            ada=7.1e12,
-            hopper=5.0e13,
-            blackwell=1.0e13,
-            cpu=1e12,
-            other=7e12,
-        ),
-        "e_d": row(
-            "1",
-            0.1,
-            1.0,
-            _TABLES,
-            "share of the datasheet bandwidth that DRAM achieves",
-            ampere=0.76,
-            ada=0.78,
-            hopper=0.81,
-            blackwell=0.8,
-            cpu=0.7,
-            other=0.78,
-        ),
-        "b_hit": row(
-            "B/s",
-            1e10,
-            1e15,
-            _TABLES,
-            "rate of operands in L2",
-            ampere=2.0e12,
-            ada=3.0e12,
-            hopper=6.0e12,
-            blackwell=5.0e12,
-            cpu=2e11,
-            other=4e12,
-        ),
-        "c_l2": row(
-            "1",
-            0.05,
-            1.0,
-            _TABLES,
-            "footprint, as a share of L2, of which half stays in L2",
-            ampere=0.8,
-            ada=1.0,
-            hopper=0.75,
-            blackwell=0.8,
-            cpu=0.8,
-            other=0.8,
-        ),
-        "l2_power": row(
-            "1", 0.5, 16.0, _TABLES, "sharpness of that transition", ampere=4.0, other=16.0
-        ),
-        "t_s": row(
-            "s",
-            0.0,
-            1e-4,
-            _TABLES,
-            "fixed time of summing the parts of a split-K",
-            ampere=2.5e-6,
-            ada=2.6e-6,
-            hopper=2.9e-6,
-            blackwell=2.6e-6,
-            cpu=2e-6,
-            other=2.6e-6,
-        ),
-        "b_s": row(
-            "B/s",
-            1e9,
-            1e15,
-            _TABLES,
-            "rate at which these parts are written and read",
-            ampere=2.0e12,
-            ada=2.0e12,
-            hopper=3.0e12,
-            blackwell=2.0e12,
-            cpu=1e11,
-            other=2e12,
-        ),
-        "narrow_step": row(
-            "1",
-            0.05,
-            1.3,
-            _NARROW,
-            "e_tc of formats below 16 bits without their own fit over that of 16 bits",
-            cpu=0.6,
-            other=0.93,
-        ),
-        "align_step": row(
-            "1",
-            0.0,
-            3.0,
-            _OFF_16,
-            "main-loop time added if the alignment of n or k is half of 16 bytes; sqrt(2) and"
-            " sqrt(3) times that at a quarter and an eighth",
-            ampere=0.85,
-            blackwell=0.20,
-            cpu=0.02,
-            other=0.38,
-        ),
-        "align_step_8bit": row(
-            "1",
-            0.0,
-            30.0,
-            _OFF_16_NARROW,
-            "main-loop time added if n or k of formats of 8 bits and fewer is off 16 bytes",
-            cpu=0.02,
-            other=8.1,
-        ),
-        "align_load": row(
-            "1",
-            0.0,
-            3.0,
-            _GUIDE,
-            "weight-load time added per halving of that alignment",
-            ampere=0.06,
-            ada=0.06,
-            hopper=0.08,
-            blackwell=0.06,
-            cpu=0.02,
-            other=0.06,
-        ),
-        "sparse_step": row(
-            "1",
-            0.1,
-            1.2,
-            _SPARSE,
-            "e_tc of 2:4 kernels over that of dense kernels, each relative to its datasheet rate",
-            ampere=0.9,
-            hopper=0.65,
-            blackwell=1.05,
-            cpu=0.5,
-            other=0.85,
-        ),
-        "sparse_load": row(
-            "1",
-            0.1,
-            1.2,
-            _COMPRESSED,
-            "e_d of 2:4 kernels over that of dense kernels",
-            blackwell=1.0,
-            other=0.66,
-        ),
-        "sparse_time": row(
-            "s",
-            0.0,
-            1e-4,
-            "uncalibrated: order of the launch of cuSPARSELt kernels",
-            "further fixed time of a 2:4 kernel over a dense kernel",
-            other=2e-6,
-        ),
-        "sparse_tau": row(
-            "s",
-            1e-9,
-            5e-6,
-            _PLAN,
-            "main-loop step (128 bytes of k) of a 2:4 kernel with one plan for all shapes: a block"
-            " walks the whole k",
-            blackwell=6.4e-7,
-            other=3.6e-7,
-        ),
-        "quant_time": row(
-            "s",
-            0.0,
-            1e-4,
-            _QUANTISED,
-            "further fixed time of a weight-only quantised kernel over a dense kernel",
-            other=5e-6,
-        ),
-        "quant_step": row(
-            "1",
-            0.05,
-            1.2,
-            _QUANTISED,
-            "e_tc of weight-only quantised kernels over that of dense kernels",
-            other=0.73,
-        ),
-        "block_step": row(
-            "1",
-            0.1,
-            1.2,
-            _ASSUMED,
-            "e_tc of kernels that skip blocks of rows over that of dense kernels",
-            other=0.85,
-        ),
-        "pack": row(
-            "1",
-            0.01,
-            10.0,
-            _PACKING,
-            "time to rearrange the weights before a GEMM on a CPU, over the time to read them",
-            other=0.85,
-        ),
-        "pack_m": row(
-            "1",
-            1.0,
-            64.0,
-            _PACKING,
-            "rows from which a GEMM on a CPU rearranges its weights",
-            other=4.0,
-        ),
-    }
-)
-
-EXACT_NAMES: tuple[str, ...] = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
+EXACT_NAMES = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
 """Arrays of measured shapes, of equal length; a profile has all of them or none."""
 
-EXACT_BITS: tuple[int, ...] = (22, 21, 21)
+EXACT_BITS = (22, 21, 21)
 """Bits of m, n and k in the 64-bit key of a measured shape; larger dimensions are never found."""
 
 
@@ -387,7 +80,7 @@ class MeasuredShapes:
         return MeasuredOperators(hit, self.seconds[row[hit]], self.log_half[row[hit]])
 
 
-def measured_shapes(arrays: Mapping[str, NDArray[Any]]) -> MeasuredShapes | None:
+def measured_shapes(arrays: Mapping[str, Array]) -> MeasuredShapes | None:
     """Return the measured shapes of a section, None without any; ValueError as for
     :func:`check_exact`. ``exact_s`` are seconds of the dense kernel with cold weights.
     ``calibration.records.screening`` makes the arrays from records."""
@@ -411,7 +104,7 @@ def pack(m: FloatArray, n: FloatArray, k: FloatArray) -> NDArray[np.uint64]:
     return key
 
 
-def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
+def check_exact(arrays: Mapping[str, Array]) -> None:
     """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths,
     or bad values."""
     if missing := [name for name in EXACT_NAMES if name not in arrays]:
@@ -431,7 +124,8 @@ def check_exact(arrays: Mapping[str, NDArray[Any]]) -> None:
         raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
 
 
-_DENSE, _SPMV = int(Kernel.DENSE), int(Kernel.SPMV)
+_DENSE = int(Kernel.DENSE)
+_SPMV = int(Kernel.SPMV)
 
 PRECISION = np.float32
 """Precision of predictions; fits have float64. Their results differ by at most 1e-6."""
@@ -439,7 +133,8 @@ PRECISION = np.float32
 CHUNK = 4096
 """Shapes per call: few enough for the second-level cache, many enough to hide the cost of calls."""
 
-EXACT, MOST_PRODUCT = 2.0**24, 1e16
+EXACT = 2.0**24
+MOST_PRODUCT = 1e16
 """Largest size, and largest product of sizes, of a shape in :data:`PRECISION`. Above, whole numbers
 are rounded or the cube of a slow device's microseconds overflows, so such shapes are timed in
 float64."""
@@ -447,7 +142,7 @@ float64."""
 # alignment is computed in 32 bits
 _WIDTH = Range(1.0, 2.0**31 - 1.0, "whole numbers from 1 to 2147483647", whole=True)
 _COPIES = Range(1.0, math.inf, "whole numbers from 1 up", whole=True)  # inf: always cold
-KERNELS: tuple[str, ...] = tuple(kernel.name.lower() for kernel in Kernel)
+KERNELS = tuple(kernel.name.lower() for kernel in Kernel)
 """Names of kernels; the index is the code."""
 _CODE = Range(0.0, len(KERNELS) - 1.0, "names of kernels, or their codes", whole=True)
 
@@ -463,7 +158,7 @@ class Options:
     searched: bool = True  # as in Formats
 
 
-def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8], dict[str, Array]]:
+def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[CodeArray, dict[str, Array]]:
     """Return kernel codes, and m, n, k, with copies and block if given, of one shape; InputError
     for bad arguments."""
     text("dtype", path.dtype)
@@ -480,7 +175,7 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[NDArray[np.int8]
     return codes, dict(zip(given, same))
 
 
-def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
+def _kernel_codes(kernel: Any) -> CodeArray:
     given = plain(kernel)
     if given.dtype.kind not in "UO":
         return array("kernel", kernel, _CODE).astype(np.int8)
@@ -492,7 +187,7 @@ def _kernel_codes(kernel: Any) -> NDArray[np.int8]:
     ).reshape(given.shape)
 
 
-def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
+def _stored(n: Any, codes: Array, path: Options) -> Any:
     """Return n; for SpMV kernels, n of the dense product with equal weight bytes, a multiple of
     eight."""
     density = array("density", path.density, SHARE)
@@ -505,7 +200,7 @@ def _stored(n: Any, codes: NDArray[Any], path: Options) -> Any:
     )
 
 
-def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
+def _large(m: Array, n: Array, k: Array) -> BoolArray | None:
     """Return a mask of the shapes beyond :data:`EXACT` or :data:`MOST_PRODUCT`, None without
     any."""
 
@@ -515,9 +210,10 @@ def _large(m: Array, n: Array, k: Array) -> NDArray[np.bool_] | None:
     return large(m, n, k) if len(m) and large(m.max(), n.max(), k.max()) else None
 
 
-def chunks(codes: NDArray[np.int8], m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
+def chunks(codes: CodeArray, m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
     """Yield a kernel code, some of the flat rows that run it, and their precision."""
-    size, large = codes.size, _large(m, n, k)
+    size = codes.size
+    large = _large(m, n, k)
     found = np.unique(codes).tolist() if np.count_nonzero(codes) else [_DENSE]
     if len(found) == 1 and large is None:
         for start in range(0, max(size, 1), CHUNK):
@@ -543,15 +239,13 @@ def spmv_bytes(density: Any, value_bytes: Any) -> Array:
     return np.asarray(kept / (1.0 - (1.0 - kept) ** 16) * (value_bytes + 0.5))
 
 
-CLOCKED: Mapping[str, float] = MappingProxyType(
-    {
-        "ampere": 0.78e12,
-        "ada": 1.03e12,
-        "hopper": 1.41e12,
-        "blackwell": 0.78e12,
-        "blackwell_sm100": 2.25e12,
-    }
-)
+CLOCKED: Values = {
+    "ampere": 0.78e12,
+    "ada": 1.03e12,
+    "hopper": 1.41e12,
+    "blackwell": 0.78e12,
+    "blackwell_sm100": 2.25e12,
+}
 """FLOP per joule (16-bit datasheet rate over power limit) of the GPUs from which the defaults of
 ``e_tc`` come: A100, L40S, H100, RTX PRO 6000, B200 (SXM). GPUs with fewer keep a higher clock
 (:func:`clocked`)."""
@@ -612,19 +306,20 @@ def gemm_kernel(
 ) -> GemmKernel:
     """Return the kernel of a profile; InputError for a number format that the device lacks or that
     is unknown."""
-    rate, weight = hw.rate(dtype), weight_dtype or dtype
-    element, weight_bytes, peak = (
-        ELEMENT_BYTES[dtype],
-        element_bytes(weight, "weight dtype"),
-        rate.flop_per_s,
-    )
+    rate = hw.rate(dtype)
+    weight = weight_dtype or dtype
+    element = ELEMENT_BYTES[dtype]
+    weight_bytes = element_bytes(weight, "weight dtype")
+    peak = rate.flop_per_s
     label = label_of(dtype, weight)
     own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
     section = hw.section("gemm", label if own else dtype)
     c = {name: float(section[name]) for name in GEMM_CONSTANTS}
     if section.status == "default":
         c["e_tc"] = clocked(c["e_tc"] * (1.0 if element >= 2.0 else c["narrow_step"]), hw)
-    load_scale, pad_m, serial = 1.0, 1.0, False
+    load_scale = 1.0
+    pad_m = 1.0
+    serial = False
     assumed: tuple[str, ...] = ()
     factors = [*unfitted(section, GEMM_CONSTANTS, hw.architecture)]
     weight_only = ELEMENT_BYTES[weight] < element
@@ -640,7 +335,8 @@ def gemm_kernel(
         # activations
         weight_bytes = 0.5 * weight_bytes + 0.125
         if compressed:
-            pad_m, serial = 8.0, not searched
+            pad_m = 8.0
+            serial = not searched
             c["t0"] += c["sparse_time"]
             load_scale /= c["sparse_load"]
             if searched and hw.architecture not in FEW_TOKENS_SEARCHED:
@@ -713,9 +409,11 @@ def sparse24_constants(
     """Return the constants of 2:4 kernels, and the parts of the time that no table of the
     architecture covers. Defaults are those of the device's architecture, which may differ from the
     architecture of an inherited section."""
-    values, assumed = {}, []
+    values = {}
+    assumed = []
     for name, part in SPARSE24_PARTS.items():
-        constant, own = GEMM_CONSTANTS[name], section.constants[name]
+        constant = GEMM_CONSTANTS[name]
+        own = section.constants[name]
         values[name] = constant.default(architecture) if own.status == "default" else own.value
         if own.status == "default" and architecture not in constant.defaults:
             assumed.append(part)
@@ -743,24 +441,25 @@ class Products(Calls):
     k: FloatArray
     copies: FloatArray  # weights that a benchmark uses in turn; inf: cold
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         kernel = GemmKernel(
             ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ()
         )
         given = {"m": self.m, "n": self.n, "k": self.k}
         return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
 
-    def seconds(self, c: Mapping[str, Any]) -> FloatArray:
+    def seconds(self, c: RowValues) -> FloatArray:
         copies = None if self._cold else self.copies
         return (
             1e-6
             * analytical_time(self.m, self.n, self.k, ready_model(self.machine, c), copies).total_us
         )
 
-    def seconds_of(self, many: Sequence[Mapping[str, float]]) -> FloatArray:
+    def seconds_of(self, many: Sequence[Values]) -> FloatArray:
         """Return the analytical time (sets, rows) with several sets of constants; few rows take
         little longer than one set."""
-        sets, rows = len(many), len(self.m)
+        sets = len(many)
+        rows = len(self.m)
         columns = {name: np.array([c[name] for c in many]) for name in many[0]}
         varied = {name: column for name, column in columns.items() if np.ptp(column)}
         model = ready_model(self.machine, {**many[0], **varied}).for_each(rows)
@@ -776,7 +475,7 @@ class Products(Calls):
 
 def estimates(
     m: Any, n: Any, k: Any, hw: Device, options: Options, *, steps: bool = False
-) -> tuple[tuple[int, ...], Iterator[tuple[Any, Estimate]]]:
+) -> tuple[tuple[int, ...], Estimates]:
     """Return the shape of the broadcast arguments, and the cost of GEMMs in chunks: flat rows and
     their estimate. ``steps`` fills ``details`` of the estimate."""
     codes, given = read_shapes(m, n, k, options)
@@ -785,12 +484,12 @@ def estimates(
 
 
 def _estimates(
-    codes: NDArray[np.int8],
+    codes: CodeArray,
     flat: Mapping[str, Array],
     hw: Device,
     options: Options,
     steps: bool = False,
-) -> Iterator[tuple[Any, Estimate]]:
+) -> Estimates:
     for code, rows, precision in chunks(codes, flat["m"], flat["n"], flat["k"]):
         kind = Kernel(code)
         if code == _SPMV and flat["m"][rows].max(initial=1.0) > 1.0:
@@ -808,11 +507,13 @@ def estimate(
 ) -> Estimate:
     """Return the cost of GEMMs of one kernel, us, from arrays m, n, k, and copies and block if
     given."""
-    model, machine = kernel.model, kernel.model.machine
+    model = kernel.model
+    machine = kernel.model.machine
     m, n, k = (given[name].astype(precision) for name in "mnk")
     # inf: cold
     copies = np.minimum(given["copies"], 1e15).astype(precision) if "copies" in given else None
-    byte_us, flop_us = 1e6 / machine.bandwidth_bytes_per_s, 1e6 / machine.peak_flop_per_s
+    byte_us = 1e6 / machine.bandwidth_bytes_per_s
+    flop_us = 1e6 / machine.peak_flop_per_s
     compute = n * k * m * (2.0 * flop_us)
     moved = n * k * (machine.weight_bytes * byte_us) + (n + k) * m * (
         machine.element_bytes * byte_us
@@ -829,7 +530,8 @@ def estimate(
     load_scale = kernel.load_scale * (1.0 + kernel.align_load * halvings)
     a = analytical_time(rows, n, k, model, copies, step_scale, load_scale)
     position = np.log2(rows), np.log2(n), np.log2(k)
-    coordinates, factor = np.array(position).T, np.float32(1.0)
+    coordinates = np.array(position).T
+    factor = np.float32(1.0)
     if kernel.residual is not None:
         log_factor = kernel.residual(position)
         if kernel.row_residual is not None:
@@ -848,7 +550,8 @@ def estimate(
         loadings["sparse24 default"] = sum(parts)
     if "generic" in kernel.unfitted:  # all GPUs achieve a similar share of the DRAM bandwidth
         loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
-    time, bottlenecks = a.total_us * factor, _bottleneck(a, model, k)
+    time = a.total_us * factor
+    bottlenecks = _bottleneck(a, model, k)
     if kernel.dense is not None:  # narrow weights save time of memory, not of arithmetic
         dense = estimate(kernel.dense, given, precision)
         least = dense.time * dense.loadings["compute"]
@@ -893,7 +596,8 @@ def _loadings(
     launch = model.t0_us / a.total_us
     memory = cube(a.memory_us)
     work = (1.0 - launch) / (c + memory)
-    compute, memory = c * work, memory * work
+    compute = c * work
+    memory = memory * work
     dram_us = 1e6 / (model.machine.bandwidth_bytes_per_s * model.constants["e_d"])
     dram = a.dram_bytes + (load_scale - 1.0) * (n * k * model.machine.weight_bytes)
     hit = memory * np.clip(1.0 - dram * dram_us / a.memory_us, 0.0, 1.0)
@@ -925,11 +629,11 @@ def _loadings(
     return loadings, idle
 
 
-def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> NDArray[np.int8]:
+def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> CodeArray:
     """Return the largest part of each shape; the main loop may wait for a step's latency or for
     L2's feed."""
     waits = np.where(model.step_us > 1.5 * model.flop_us, _LATENCY, _COMPUTE).astype(np.int8)
-    out: NDArray[np.int8] = waits[a.tile, 0]
+    out: CodeArray = waits[a.tile, 0]
     if not model.machine.persistent:
         feed = model.feed_us[a.tile, 0] * a.tiles * k * (1.0 / model.step_elements)
         out[cube(feed) > 0.5 * a.compute3] = _L2
@@ -945,12 +649,12 @@ def _details(
 ) -> dict[str, Array]:
     """Return choices of the model, and times of the steps between the roofline and the kernel,
     s."""
-    model, machine, one = kernel.model, kernel.model.machine, np.ones(len(m))
-    tile_m, tile_n, split = (
-        model.tile_m[a.tile, 0] * one,
-        model.tile_n[a.tile, 0] * one,
-        a.split * one,
-    )
+    model = kernel.model
+    machine = kernel.model.machine
+    one = np.ones(len(m))
+    tile_m = model.tile_m[a.tile, 0] * one
+    tile_n = model.tile_n[a.tile, 0] * one
+    split = a.split * one
     fixed_s = model.t0_us * 1e-6 * one
     halvings = alignment_halvings(n, k, machine.element_bytes)
     weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
@@ -983,7 +687,8 @@ def alignment_halvings(n: Array, k: Array, element_bytes: float) -> Array:
     """Return log2 of 16 bytes over the alignment of rows of n or k elements, at least 0. Formats of
     8 bits and fewer have no kernels for other alignments: 1 for all of these."""
     kind = np.int32 if n.dtype == np.float32 else np.int64
-    low, whole = n.astype(kind) | k.astype(kind), aligned_elements(element_bytes)
+    low = n.astype(kind) | k.astype(kind)
+    whole = aligned_elements(element_bytes)
     out = np.zeros(n.shape, dtype=n.dtype)
     if np.count_nonzero(low & (whole - 1)):
         size = whole
@@ -1000,39 +705,12 @@ def aligned_elements(element_bytes: float) -> int:
 
 
 class Gemm(Operator):
-    code, name = int(Kind.GEMM), "gemm"
+    code = int(Kind.GEMM)
+    name = "gemm"
     sizes = ("m", "n", "k")
-    constants = MappingProxyType({"gemm": GEMM_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("GEMMs",)
-    errors = MappingProxyType(
-        {
-            "gemm": ErrorSize(
-                0.045,
-                0.065,
-                {"launch": 0.08, "idle": 0.12},
-                factors={
-                    "launch": 0.17,
-                    "compute": 0.045,
-                    "memory": 0.03,
-                    "l2": 0.60,
-                    "latency": 0.10,
-                    "feed": 0.09,
-                    "idle 128x256": 0.10,
-                    "idle 128x128": 0.10,
-                    "idle 64x128": 0.10,
-                    "alignment": 0.25,
-                    "sparse24": 0.10,
-                    "sparse24 default": 0.28,
-                    "serial": 0.35,
-                    "blocks": 0.10,
-                    "quantised": 0.25,
-                    "spmv": 0.04,
-                    "default": 0.12,
-                    "generic": 0.30,
-                },
-            )
-        }
-    )
+    errors = _ERRORS
     weighted = True
 
     def flops(self, w: Rows) -> Any:
@@ -1044,7 +722,8 @@ class Gemm(Operator):
     def weight_bytes(self, w: Rows) -> Any:
         stored: Array = DTYPE_BYTES[w.weight_dtype]
         if np.count_nonzero(w.kernel):
-            pairs, scattered = w.kernel == Kernel.SPARSE24, w.kernel == Kernel.UNSTRUCTURED
+            pairs = w.kernel == Kernel.SPARSE24
+            scattered = w.kernel == Kernel.UNSTRUCTURED
             # 2:4 stores a 2-bit index per kept value; scattered zeros need at least one bit per
             # position
             index = np.where(pairs, 0.25 * w.density, 0.125)
@@ -1069,13 +748,11 @@ class Gemm(Operator):
             sparse, (w.params - bias) * whole / values + bias * element, w.params * element
         )
 
-    def effects(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def effects(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         """Padding to tiles, idle SMs and alignment."""
         return self.estimates(w, hw, formats, steps=True)
 
-    def estimates(
-        self, w: Rows, hw: Device, formats: Formats, steps: bool = False
-    ) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats, steps: bool = False) -> Estimates:
         options = Options(
             formats.dtype, formats.second, w.kernel, density=w.density, searched=formats.searched
         )

@@ -14,23 +14,20 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simulator.arrays import Array
-from simulator.operators.base import Machine
+from simulator.arrays import Array, CodeArray
+from simulator.operators.base import Machine, RowValues, Values
 
 Factor = Array | float
 
 LINE_BYTES = 128.0
 """Bytes of k per main-loop step and row of an operand: 64 elements of 16 bits."""
 
-MENUS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
-    {
-        "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
-        "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
-        "packing": ((1, 1),),
-    }
-)
+MENUS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
+    "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
+    "packing": ((1, 1),),
+}
 """Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of
 kernels whose blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU,
 whose times show no padding."""
@@ -47,7 +44,7 @@ class ReadyModel:
     menu."""
 
     machine: Machine
-    constants: Mapping[str, float]
+    constants: Values
     tile_m: Array
     tile_n: Array
     step_us: Array  # a main-loop step
@@ -84,14 +81,12 @@ class Analytical(NamedTuple):
     serial3: Array | float  # part of the main loop that computes the whole k in sequence, cubed
     memory_us: Array  # operands and result through the memory system
     dram_bytes: Array  # to and from DRAM
-    tile: NDArray[np.int8]  # chosen entry of the menu
+    tile: CodeArray  # chosen entry of the menu
     split: Array  # split-K factor
     tiles: Array  # output tiles of the launch, split parts not counted
 
 
-def ready_model(
-    machine: Machine, constants: Mapping[str, Any], dtype: Any = np.float64
-) -> ReadyModel:
+def ready_model(machine: Machine, constants: RowValues, dtype: Any = np.float64) -> ReadyModel:
     """Return per-tile times from the values of ``GEMM_CONSTANTS``. A constant may be an array:
     :meth:`ReadyModel.for_each` then times shapes with each of its values."""
     c: dict[str, Any] = {
@@ -132,7 +127,7 @@ def ready_model(
     )
 
 
-def weight_only_constants(c: Mapping[str, float], share: float) -> dict[str, float]:
+def weight_only_constants(c: Values, share: float) -> dict[str, float]:
     """Return the constants of a weight-only kernel from those of the dense kernel. A main-loop step
     waits for a ``share`` of the bytes, which L2 feeds."""
     return {
@@ -164,12 +159,16 @@ def memory_time(
     """Return the time of moving the operands and the result, microseconds, and the bytes that DRAM
     moves. ``copies`` weights used in turn compete for L2; None for cold weights. The activations,
     ``m (n + k)``, are in L2 if they fit. ``load_scale`` multiplies the time of the weights."""
-    machine, c = model.machine, model.constants
-    weights, acts = n * k * machine.weight_bytes, (n + k) * m * machine.element_bytes
+    machine = model.machine
+    c = model.constants
+    weights = n * k * machine.weight_bytes
+    acts = (n + k) * m * machine.element_bytes
     warm = residency(acts, model) * acts
     hit = 0.0 if copies is None else weights * residency(weights * copies, model)
-    miss, cold = weights - hit, acts - warm
-    dram_us, hit_us = 1e6 / (machine.bandwidth_bytes_per_s * c["e_d"]), 1e6 / c["b_hit"]
+    miss = weights - hit
+    cold = acts - warm
+    dram_us = 1e6 / (machine.bandwidth_bytes_per_s * c["e_d"])
+    hit_us = 1e6 / c["b_hit"]
     return (miss * load_scale + cold) * dram_us + (hit * load_scale + warm) * hit_us, miss + cold
 
 
@@ -185,14 +184,14 @@ def analytical_time(
     """Return the parts of the time of GEMMs y[m, n] = x[m, k] w[k, n]; m, n, k are at least 1, of
     one shape (x,). ``copies`` and ``load_scale`` are those of :func:`memory_time`; ``step_scale``
     multiplies the main-loop step."""
-    machine, c = model.machine, model.constants
+    machine = model.machine
+    c = model.constants
     if machine.packs:
         return _packed_time(m, n, k, model, copies, step_scale, load_scale)
-    sm, step = float(machine.sm_count), model.step_us * step_scale
-    tiles, steps = (
-        np.ceil(m / model.tile_m) * np.ceil(n / model.tile_n),
-        np.ceil(k / model.step_elements),
-    )
+    sm = float(machine.sm_count)
+    step = model.step_us * step_scale
+    tiles = np.ceil(m / model.tile_m) * np.ceil(n / model.tile_n)
+    steps = np.ceil(k / model.step_elements)
     # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
     even = machine.persistent or machine.ragged
     waves = np.maximum(tiles / sm, 1.0) if even else np.ceil(tiles / sm)
@@ -238,7 +237,8 @@ def _packed_time(
     packing = np.where(m >= c["pack_m"], 1.0 + c["pack"], 1.0).astype(m.dtype)
     memory, dram = memory_time(m, n, k, model, copies, load_scale * packing)
     compute = m * n * k * (2e6 / (model.machine.peak_flop_per_s * c["e_tc"])) * step_scale
-    total, tile = memory + compute + model.t0_us, np.zeros(len(m), dtype=np.int8)
+    total = memory + compute + model.t0_us
+    tile = np.zeros(len(m), dtype=np.int8)
     return Analytical(total, cube(compute), 0.0, memory, dram, tile, np.ones_like(m), m * n)
 
 

@@ -12,10 +12,7 @@ No kernel table fits the constants, which were chosen from similar kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,68 +21,23 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.attention import entry_pairs
 from simulator.operators.base import (
+    Cached,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
-    FittedValues,
+    Estimates,
     Formats,
     Machine,
-    Operator,
-    ResidualGrid,
     Rows,
+    RowValues,
     Sizes,
     largest_part,
-    row,
+    read_constants,
+    ready,
 )
 
-# sources of the defaults of constants
-_ASSUMED = "assumed from similar kernels, not fitted"
-_CPU = (
-    "; cpu: torch code of prunesim on two shared cores of a Xeon, which holds scores of all heads"
-)
-
-INDEXER_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s",
-            1e-6,
-            1e-3,
-            _ASSUMED,
-            "fixed time of three kernels in a CUDA graph: conversion of queries, scores, selection",
-            cpu=6e-5,
-            other=1.2e-5,
-        ),
-        "e_tc": row(
-            "1",
-            0.01,
-            1.1,
-            _ASSUMED + "; as products of prompts' attention before Hopper" + _CPU,
-            "share of the datasheet rate of the keys' format that the products achieve",
-            cpu=0.07,
-            other=0.5,
-        ),
-        "e_d": row(
-            "1",
-            0.005,
-            1.0,
-            _ASSUMED + "; as plain copies" + _CPU,
-            "share of the datasheet bandwidth at which keys and scores move",
-            cpu=0.04,
-            other=0.7,
-        ),
-        "row_bytes_per_s": row(
-            "B/s",
-            1e7,
-            1e12,
-            _ASSUMED + "; as a work unit of decode attention reads its cache" + _CPU,
-            "rate at which one thread block reads the scores of its query",
-            cpu=1e8,
-            other=4e10,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("indexer")
+INDEXER_CONSTANTS = _CONSTANTS["indexer"]
 
 SCORE_BYTES = 4.0  # fp32 scores, fp32 weights of heads, int32 positions
 SCALE_BYTES = 4.0
@@ -137,10 +89,11 @@ class IndexerCalls(Calls):
     sizes: IndexerSizes
     machine: Machine
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: products and bytes overlap in part; the selection is added, in which a
         device has as many queries in work as it has SMs."""
-        x, machine = self.sizes, self.machine
+        x = self.sizes
+        machine = self.machine
         queries = x.batch * x.q_len
         compute = x.flops / (c["e_tc"] * machine.peak_flop_per_s)
         moved = x.bytes + 2.0 * SCORE_BYTES * x.pairs
@@ -171,41 +124,25 @@ class IndexerCalls(Calls):
         )
 
 
-@lru_cache(maxsize=128)
-def _ready(hw: Device, dtype: str, keys: str) -> tuple[Machine, FittedValues, dict[str, float]]:
-    section = hw.section("indexer", dtype)
-    # products run in the format of the keys where the device computes in it
-    machine = Machine.of(hw, keys if keys in hw.rates else dtype)
-    return machine, section, {name: section[name] for name in INDEXER_CONSTANTS}
-
-
 def indexer(
     sizes: IndexerSizes, hw: Device, dtype: str = "bf16", key_dtype: str = "fp8"
 ) -> Estimate:
-    machine, section, c = _ready(hw, dtype, key_dtype)
-    e = IndexerCalls(sizes, machine).estimate(c)
-    residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    # products run in the format of the keys where the device computes in it
+    machine = Machine.of(hw, key_dtype if key_dtype in hw.rates else dtype)
+    return ready(hw, "indexer", dtype).cost(IndexerCalls(sizes, machine))
 
 
-class Indexer(Operator):
+class Indexer(Cached):
     """Indexers: ``weight_dtype`` is the format of queries and keys."""
 
-    code, name = int(Kind.INDEXER), "indexer"
+    code = int(Kind.INDEXER)
+    name = "indexer"
     sizes = ("batch", "q_len", "kv_len", "heads", "head_dim")
-    constants = MappingProxyType({"indexer": INDEXER_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("indexers",)
     # no kernel was measured, so priors are wider than those of a prompt's attention
-    errors = MappingProxyType(
-        {
-            "indexer": ErrorSize(
-                0.15,
-                0.05,
-                factors={"launch": 0.5, "compute": 0.4, "memory": 0.3, "latency": 0.6},
-            )
-        }
-    )
-    cached = True
+    errors = _ERRORS
+    owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
         """2 features per score and head."""
@@ -214,17 +151,11 @@ class Indexer(Operator):
     def bytes(self, w: Rows) -> Any:
         return _sizes(w).bytes
 
-    def parameter_bytes(self, w: Rows) -> Any:
-        return w.params * DTYPE_BYTES[w.dtype]
-
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return sequences * positions * _sizes(w).position_bytes
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         yield slice(None), indexer(_sizes(w), hw, formats.dtype, formats.second)
-
-    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
-        return hw.section("indexer", formats.dtype)["t0_s"]
 
 
 def _sizes(w: Rows) -> IndexerSizes:

@@ -7,10 +7,7 @@ positions of every sequence. On a CPU, torch runs a copy, a convolution and an a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,44 +15,21 @@ import numpy as np
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
+    Cached,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
-    FittedValues,
+    Estimates,
     Formats,
     Machine,
-    Operator,
-    ResidualGrid,
     Rows,
+    RowValues,
     largest_part,
-    row,
+    read_constants,
+    ready,
 )
 
-# source of the defaults of constants
-_ASSUMED = (
-    "assumed from similar kernels, not fitted; cpu: fitted to torch's convolution with groups in"
-    " Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
-)
-
-SHORT_CONV_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row(
-            "s", 1e-6, 1e-3, _ASSUMED, "fixed time of the convolution", other=4e-6, cpu=1e-4
-        ),
-        "e_d": row(
-            "1",
-            0.005,
-            1.0,
-            _ASSUMED,
-            "share of the datasheet bandwidth at which channels move; the last positions of a"
-            " channel are 6 bytes of a sector of 32",
-            other=0.3,
-            cpu=0.09,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("short_conv")
 
 
 @dataclass(frozen=True)
@@ -69,7 +43,7 @@ class Convolutions(Calls):
     channels: FloatArray
     positions: FloatArray  # that the convolution reads, with the current one
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: the time of the bytes after the fixed time."""
         m = self.machine
         batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
@@ -94,37 +68,26 @@ class Convolutions(Calls):
         )
 
 
-@lru_cache(maxsize=128)
-def _ready(hw: Device, dtype: str) -> tuple[Machine, FittedValues, dict[str, float]]:
-    section = hw.section("short_conv", dtype)
-    return Machine.of(hw, dtype), section, {name: section[name] for name in SHORT_CONV_CONSTANTS}
-
-
 def short_conv(
     tokens: Any, batch: Any, channels: Any, positions: Any, hw: Device, dtype: str = "bf16"
 ) -> Estimate:
     """Return the cost of convolutions."""
-    machine, section, constants = _ready(hw, dtype)
+    r = ready(hw, "short_conv", dtype)
     sizes = np.broadcast_arrays(tokens, batch, channels, positions)
-    calls = Convolutions(machine, *(np.asarray(size, dtype=np.float64) for size in sizes))
-    e = calls.estimate(constants)
-    residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return r.cost(Convolutions(r.machine, *(np.asarray(size, dtype=np.float64) for size in sizes)))
 
 
-class ShortConv(Operator):
+class ShortConv(Cached):
     """Convolutions of ``n`` channels: ``m`` tokens of ``batch`` sequences over ``window``
     positions, of which the cache holds ``kv_len``."""
 
-    code, name = int(Kind.SHORT_CONV), "short_conv"
+    code = int(Kind.SHORT_CONV)
+    name = "short_conv"
     sizes = ("m", "batch", "n", "window")
-    constants = MappingProxyType({"short_conv": SHORT_CONV_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("short convolutions",)
     # no table of kernels fits them
-    errors = MappingProxyType(
-        {"short_conv": ErrorSize(0.15, 0.10, factors={"launch": 0.5, "memory": 0.4})}
-    )
-    cached = True
+    errors = _ERRORS
 
     def flops(self, w: Rows) -> Any:
         """A multiply-add per token, channel and position."""
@@ -139,8 +102,5 @@ class ShortConv(Operator):
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return 1.0 * sequences * positions * w.n * DTYPE_BYTES[w.dtype]
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         yield slice(None), short_conv(w.m, w.batch, w.n, w.window, hw, formats.dtype)
-
-    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
-        return hw.section("short_conv", formats.dtype)["t0_s"]

@@ -14,10 +14,7 @@ tokens of five kernels on the whole state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,87 +22,32 @@ import numpy as np
 from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
+    Cached,
     Calls,
-    Constant,
     Device,
-    ErrorSize,
     Estimate,
-    FittedValues,
+    Estimates,
     Formats,
     Machine,
-    Operator,
-    ResidualGrid,
     Rows,
-    element_bytes,
-    largest_part,
-    overlapped,
-    row,
+    RowValues,
+    chained,
+    read_constants,
+    ready,
 )
 
-# source of the defaults of constants
-_CPU = (
-    "assumed from the gated delta net and similar kernels, not fitted; cpu: fitted to Mamba-2 of"
-    " Transformers 5.24 on one core of an EPYC (docs/cpu/hybrids)"
-)
-_EXPONENTIALS = (
-    "16 exponentials per cycle and SM (CUDA C++ Programming Guide, throughput of arithmetic"
-    " instructions), one per 4 FLOP, over the datasheet tensor rate: 0.015 on an H100, 0.031 on an"
-    " A100; two thirds of that are assumed"
-)
-
-STATE_SPACE_CONSTANTS: Mapping[str, Constant] = MappingProxyType(
-    {
-        "t0_s": row("s", 1e-6, 1e-3, _CPU, "fixed time of a decode step", other=4e-6, cpu=5e-5),
-        "prompt_s": row(
-            "s", 1e-6, 5e-3, _CPU, "fixed time of the kernels of a prompt", other=2e-5, cpu=3e-4
-        ),
-        "chunk_s": row(
-            "s",
-            1e-8,
-            1e-3,
-            _CPU,
-            "time of one step of the chain of chunks; on a CPU also of one token of Mamba",
-            other=1.5e-6,
-            cpu=2e-5,
-        ),
-        "e_tc": row(
-            "1",
-            0.02,
-            1.0,
-            _CPU,
-            "share of the datasheet tensor rate of products within chunks",
-            other=0.4,
-            cpu=0.2,
-        ),
-        "e_scan": row(
-            "1",
-            5e-4,
-            1.0,
-            _EXPONENTIALS,
-            "share of the datasheet tensor rate of Mamba's recurrence, 4 FLOP per element",
-            other=0.02,
-            hopper=0.01,
-            blackwell_sm100=0.005,
-            cpu=1.0,
-        ),
-        "e_d": row(
-            "1",
-            0.01,
-            1.0,
-            _CPU,
-            "share of the datasheet bandwidth at which states and intermediate results move",
-            other=0.57,
-            cpu=0.8,
-        ),
-    }
-)
+_CONSTANTS, _ERRORS = read_constants("state_space")
 
 # times that torch reads or writes each element in fp32 on a CPU, counted in `mamba2_chunk_scan` and
 # `mamba2_selective_state_update` of Transformers 5.24: scores per head (masks, sums, exponentials,
 # products, copies), x with y, B and C per head (repeats, padding, copies for products, decays),
 # states per chunk (sums over chunks, copies), and the state of a decode step (decay, update,
 # output)
-SCORES_MOVED, VALUES_MOVED, KEYS_MOVED, STATES_MOVED, STEP_MOVED = 16.0, 26.0, 11.0, 10.0, 15.0
+SCORES_MOVED = 16.0
+VALUES_MOVED = 26.0
+KEYS_MOVED = 11.0
+STATES_MOVED = 10.0
+STEP_MOVED = 15.0
 # the same for an element of Mamba's state and a token, whose five kernels read strided slices: 14
 # to 19 ns on that core
 ELEMENTS_MOVED = 96.0
@@ -126,14 +68,18 @@ class Recurrences(Calls):
     state: FloatArray  # features of a key
     chunk: FloatArray  # tokens of a chunk; 0: Mamba, which has none
 
-    def estimate(self, c: Mapping[str, Any]) -> Estimate:
+    def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
         fixed time are added."""
-        m, heads, chunk = self.machine, self.heads, self.chunk
+        m = self.machine
+        heads = self.heads
+        chunk = self.chunk
         batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
         each = self.tokens / batch
-        step, scans = each <= 1.0, chunk == 0.0
-        features, elements = heads * self.channels, heads * self.channels * self.state
+        step = each <= 1.0
+        scans = chunk == 0.0
+        features = heads * self.channels
+        elements = heads * self.channels * self.state
         states = batch * elements * m.weight_bytes * np.where(step, 2.0, 1.0)
         # x and y, B and C, a step size per head; Mamba's kernel also gates its output
         inputs = (2.0 + scans) * features + 2.0 * self.groups * self.state + heads
@@ -162,35 +108,11 @@ class Recurrences(Calls):
         memory = (states + stream + between) / (c["e_d"] * m.bandwidth_bytes_per_s)
         chain = np.where(step | (scans & (not m.packs)), 0.0, c["chunk_s"] * chunks)
         launch = np.where(step, c["t0_s"], c["prompt_s"])
-        work, shares = overlapped(compute, memory, m)
-        total = launch + chain + work
         bytes_s = (states + stream) / m.bandwidth_bytes_per_s
         flops_s = 4.0 * self.tokens * elements / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads * self.channels), np.log2(self.state)
         parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return Estimate(
-            operator=self.operator,
-            kind=int(Kind.STATE_SPACE),
-            time=total,
-            floor=np.maximum(bytes_s, flops_s / m.headroom),
-            roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part(parts, total.shape),
-            loadings={
-                "launch": launch / total,
-                "compute": shares[0] * work / total,
-                "memory": shares[1] * work / total,
-                "latency": chain / total,
-            },
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
-
-
-@lru_cache(maxsize=128)
-def _ready(hw: Device, dtype: str, state: str) -> tuple[Machine, FittedValues, dict[str, float]]:
-    section = hw.section("state_space", dtype)
-    machine = replace(Machine.of(hw, dtype), weight_bytes=element_bytes(state, "state_dtype"))
-    return machine, section, {name: section[name] for name in STATE_SPACE_CONSTANTS}
+        return chained(self, m, parts, (bytes_s, flops_s), position)
 
 
 def state_space(
@@ -206,34 +128,24 @@ def state_space(
     state_dtype: str = "fp32",
 ) -> Estimate:
     """Return the cost of recurrences."""
-    machine, section, constants = _ready(hw, dtype, state_dtype)
+    r = ready(hw, "state_space", dtype, state_dtype)
     sizes = np.broadcast_arrays(tokens, batch, heads, groups, channels, state, chunk)
-    calls = Recurrences(machine, *(np.asarray(size, dtype=np.float64) for size in sizes))
-    e = calls.estimate(constants)
-    residual = ResidualGrid.from_arrays(section.arrays)
-    return e.with_residual(None if residual is None else residual(e.position), section)
+    return r.cost(Recurrences(r.machine, *(np.asarray(size, dtype=np.float64) for size in sizes)))
 
 
-class StateSpace(Operator):
+class StateSpace(Cached):
     """Recurrences: ``m`` tokens of ``batch`` sequences in ``heads`` heads of ``value_dim``
     features, with ``kv_heads`` keys of ``head_dim`` features, in chunks of ``block`` tokens (0:
     Mamba); ``weight_dtype`` is the format of the state."""
 
-    code, name = int(Kind.STATE_SPACE), "state_space"
+    code = int(Kind.STATE_SPACE)
+    name = "state_space"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = MappingProxyType({"state_space": STATE_SPACE_CONSTANTS})
+    constants = _CONSTANTS
     titles = ("state-space recurrences",)
     # no table of kernels fits them, so priors are wider than those of the gated delta net
-    errors = MappingProxyType(
-        {
-            "state_space": ErrorSize(
-                0.15,
-                0.10,
-                factors={"launch": 0.5, "compute": 0.5, "memory": 0.35, "latency": 0.6},
-            )
-        }
-    )
-    cached = True
+    errors = _ERRORS
+    owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
         """A multiply-add for the update and one for the output per token and element of the
@@ -248,18 +160,12 @@ class StateSpace(Operator):
         computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
         return DTYPE_BYTES[w.dtype] * w.m * inputs + computed * self._state_bytes(w)
 
-    def parameter_bytes(self, w: Rows) -> Any:
-        return w.params * DTYPE_BYTES[w.dtype]
-
     def _state_bytes(self, w: Rows) -> Any:
         return 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return sequences * self._state_bytes(w)
 
-    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
+    def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         sizes = (w.m, w.batch, w.heads, w.kv_heads, w.value_dim, w.head_dim, w.block)
         yield slice(None), state_space(*sizes, hw, formats.dtype, formats.second)
-
-    def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
-        return hw.section("state_space", formats.dtype)["t0_s"]

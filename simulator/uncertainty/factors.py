@@ -15,25 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arguments import LEVEL, number
-from simulator.arrays import Array
+from simulator.arrays import Array, IndexArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import MOST_CODES, OPERATORS
 from simulator.operators.base import ENGINE_STACK, SAME_STACK, ErrorSize, Estimate
 
-ERROR_SIZES: Mapping[str, ErrorSize] = MappingProxyType(
-    {name: size for operator in OPERATORS for name, size in operator.errors.items()}
-)
+ERROR_SIZES: Mapping[str, ErrorSize] = {
+    name: size for operator in OPERATORS for name, size in operator.errors.items()
+}
 """Errors by operator. Stacks choose different attention kernels, so their times differ by steps."""
 
-ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
+ERROR_FACTORS: Mapping[str, float] = (
     # the machine's launches, clocks and memory are common to all operators; together with a GEMM's
     # own factors, the standard deviations are launch .20, compute .06, memory .034
     {"machine launch": 0.10, "machine compute": 0.04, "machine memory": 0.015}
@@ -47,9 +45,7 @@ ERROR_FACTORS: Mapping[str, float] = MappingProxyType(
 """Error factor -> prior standard deviation of the log of the part that it changes, from held-out
 software stacks."""
 
-FACTOR_INDEX: Mapping[str, int] = MappingProxyType(
-    {name: i for i, name in enumerate(ERROR_FACTORS)}
-)
+FACTOR_INDEX: Mapping[str, int] = {name: i for i, name in enumerate(ERROR_FACTORS)}
 
 COVERAGE_FACTOR = 1.75
 """Half-width of a 90 % interval over the standard deviation. The tails are heavier than those of a
@@ -104,15 +100,11 @@ class Uncertainty:
         order."""
         first = parts[0]
         if all(part.factors == first.factors for part in parts):
-            names, systematic = (
-                first.factors,
-                np.concatenate([part.systematic for part in parts], axis=1),
-            )
+            names = first.factors
+            systematic = np.concatenate([part.systematic for part in parts], axis=1)
         else:
-            names, systematic = (
-                tuple(ERROR_FACTORS),
-                np.concatenate([part.wide() for part in parts]).T,
-            )
+            names = tuple(ERROR_FACTORS)
+            systematic = np.concatenate([part.wide() for part in parts]).T
         correlated, independent, coordinates = (
             np.concatenate([np.asarray(getattr(part, name), dtype=np.float64) for part in parts])
             for name in ("correlated", "independent", "coordinates")
@@ -154,7 +146,9 @@ def same_stack_scales(operator: str) -> Scales:
 def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     """Return the errors of an estimate's n times. Loadings "launch", "compute" and "memory" also
     count for the error factors of the machine."""
-    scale, shape, dtype = scales.others, np.shape(e.time), e.coordinates.dtype
+    scale = scales.others
+    shape = np.shape(e.time)
+    dtype = e.coordinates.dtype
     sizes, (names, loading, sds) = (
         ERROR_SIZES[e.operator],
         _factors(e.operator, tuple(e.loadings), scales),
@@ -173,7 +167,8 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     if e.unlike is not None:
         correlated = np.hypot(correlated, UNLIKE_LOG_SD / scale * e.unlike)
     if e.active is not None:
-        correlated, independent = correlated * e.active, independent * e.active
+        correlated = correlated * e.active
+        independent = independent * e.active
     correlated, independent = (_column(v, shape, dtype) for v in (correlated, independent))
     correlated *= scale
     independent *= scale**2
@@ -234,7 +229,9 @@ factor of 3."""
 HOST_KIND = int(Kind.HOST)
 """Kind of rows that time the host; their scatter does not inform about kernels."""
 
-PRIOR_FACTORS, PRIOR_NOISE, PRIOR_ROWS = 4.0, 20.0, 30
+PRIOR_FACTORS = 4.0
+PRIOR_NOISE = 20.0
+PRIOR_ROWS = 30
 """Weight of the prior: number of error factors for s, number of rows for g, number of rows for the
 coverage factor."""
 
@@ -263,7 +260,7 @@ class Posterior:
     systematic: Array  # (n, c) of the measured times
     correlated: Array  # (n,)
     coordinates: Array  # (n, 3)
-    kind: NDArray[np.intp]  # (n,)
+    kind: IndexArray  # (n,)
     weights: Array  # (n,) inverse covariance times log(measured / predicted)
     inverse: Array  # (n, n) inverse covariance
     # (2, n) log error of each measured time predicted from the others, and standard deviation
@@ -276,7 +273,7 @@ class Posterior:
         correlated: Array,
         independent: Array,
         coordinates: Array,
-        kind: NDArray[np.intp],
+        kind: IndexArray,
         log_ratio: Array,
     ) -> Posterior:
         """Return the posterior given the errors and log(measured / predicted) of n measured times;
@@ -285,8 +282,12 @@ class Posterior:
         :data:`PRIOR_FACTORS` factors) and the noise of each kind of operator (the prior counts as
         :data:`PRIOR_NOISE` rows). Z-scores of rows predicted from all others give the coverage
         factor of their kind."""
-        y, n, factors = np.clip(log_ratio, -MOST_LOG, MOST_LOG), len(log_ratio), systematic.shape[1]
-        s, w, g = np.ones(factors), np.ones(n), np.ones(MOST_CODES)
+        y = np.clip(log_ratio, -MOST_LOG, MOST_LOG)
+        n = len(log_ratio)
+        factors = systematic.shape[1]
+        s = np.ones(factors)
+        w = np.ones(n)
+        g = np.ones(MOST_CODES)
         similar = (
             correlation(coordinates, coordinates)
             * np.outer(correlated, correlated)
@@ -310,7 +311,8 @@ class Posterior:
             if 2 <= i < _ROUNDS - 3:
                 explained = np.einsum("ij,ij->j", systematic, inverse @ systematic)
                 square = (s * (systematic.T @ a)) ** 2 + s - s * s * explained
-                total, members = np.bincount(cause, square), np.bincount(cause)
+                total = np.bincount(cause, square)
+                members = np.bincount(cause)
                 s = ((PRIOR_FACTORS + total) / (PRIOR_FACTORS + members))[cause]
                 left = np.bincount(
                     kind, w * (rest * rest + noise - noise * noise * np.diag(inverse)) / e, len(g)
@@ -342,7 +344,8 @@ class Posterior:
 
     def at(self, uncertainty: Uncertainty) -> tuple[Array, Array]:
         """Return the mean and variance (m,) of the log errors of times."""
-        systematic, u = uncertainty.wide(), uncertainty
+        systematic = uncertainty.wide()
+        u = uncertainty
         c = self.covariance(systematic, u.correlated, u.coordinates, u.kind)
         prior = (systematic * systematic) @ self.scale + self.noise[u.kind] * (
             u.correlated**2 + u.independent

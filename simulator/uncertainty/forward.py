@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulator.arguments import instance
-from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.arrays import Array, BoolArray, CodeArray, FloatArray, IndexArray
 from simulator.codes import COLLECTIVE, Kernel
 from simulator.engines.engine import Engine, load_engine
 from simulator.errors import InputError
@@ -88,7 +87,7 @@ class PredictedPass:
     workloads: WorkloadBatch
     hw: HardwareProfile  # as the engine uses it
     engine: Engine
-    bottleneck_of_row: NDArray[Any]  # code
+    bottleneck_of_row: Array  # code
     streams: FloatArray  # how often each row's kernels stream its data
     row_s: FloatArray  # on the device
     group_s: FloatArray  # (W, G) sums of the rows and of the gaps
@@ -143,7 +142,8 @@ class PredictedPass:
     def ideal_s(self) -> FloatArray:
         """Datasheet roofline of each row if its kernel used every zero; for a collective, that of
         its link."""
-        w, hw = self.workloads.rows, self.hw.over(self.workloads.rows.meta.link)
+        w = self.workloads.rows
+        hw = self.hw.over(self.workloads.rows.meta.link)
         # formats that the device does not compute in have no arithmetic time
         compute_s = self.workloads.flops * hw.flop_s[w.dtype]
         out = np.maximum(compute_s, self.workloads.bytes * (1.0 / hw.bandwidth_bytes_per_s))
@@ -162,7 +162,7 @@ class PredictedPass:
         return np.asarray(self.device_share < 0.5)
 
     @property
-    def bottleneck(self) -> tuple[NDArray[np.int8], FloatArray]:
+    def bottleneck(self) -> tuple[CodeArray, FloatArray]:
         """Codes (W,) of the bottlenecks with the largest share of the time, and these shares."""
         cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
         share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
@@ -189,7 +189,8 @@ class PredictedPass:
     @cached_property
     def uncertainty(self) -> PassUncertainty:
         groups, (shapes, which) = self.workloads.groups, self.workloads.shapes
-        share, each = self.share, _ShapeErrors.of(self.errors, len(shapes))
+        share = self.share
+        each = _ShapeErrors.of(self.errors, len(shapes))
         independent, whole = self._independent(each)
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
@@ -207,7 +208,8 @@ class PredictedPass:
 
     def _systematic(self, each: _ShapeErrors) -> Array:
         """Return the systematic errors (W, c) of the passes."""
-        workloads, which = self.workloads, self.workloads.shapes[1]
+        workloads = self.workloads
+        which = self.workloads.shapes[1]
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
         of_row = np.add.reduceat(self.share * each.factors[:, which], workloads.starts, axis=1)
         systematic[:, [FACTOR_INDEX[name] for name in each.names]] = of_row.T
@@ -220,7 +222,9 @@ class PredictedPass:
         """Return the standard deviations (W, G) of the independent and of the whole errors. Those
         of operators of several kernels without measured times, and of the gaps between these
         kernels, are added."""
-        w, groups, which = self.workloads.rows, self.workloads.groups, self.workloads.shapes[1]
+        w = self.workloads.rows
+        groups = self.workloads.groups
+        which = self.workloads.shapes[1]
         composed = w.overhead | (w.is_attention & (w.kernel == _BLOCK_SPARSE))
         variance: Any = 0.0
         gaps: Any = 0.0
@@ -251,7 +255,8 @@ class _ShapeErrors:
     def of(cls, errors: Errors, size: int) -> _ShapeErrors:
         names = tuple(dict.fromkeys(name for _, error in errors for name in error.factors))
         place = {name: i for i, name in enumerate(names)}
-        factors, coordinates = np.zeros((len(names), size)), np.zeros((3, size))
+        factors = np.zeros((len(names), size))
+        coordinates = np.zeros((3, size))
         correlated, independent = np.zeros((2, size))
         for rows, error in errors:
             correlated[rows], independent[rows] = error.correlated, error.independent
@@ -282,7 +287,8 @@ def forward_passes(
     hw = engine.serving(hw, measured is not None)
     each, errors = _shape_times(workloads, hw, engine, measured)
     which = workloads.shapes[1]
-    launched, streamed = launches(workloads, engine), streams(workloads, engine, hw)
+    launched = launches(workloads, engine)
+    streamed = streams(workloads, engine, hw)
     gap = gaps(workloads, engine, hw, launched)
     row_s = each["seconds"][which] * workloads.rows.count * streamed
     return PredictedPass(
@@ -325,7 +331,8 @@ def _shape_times(
 def host_launch(hw: HardwareProfile) -> tuple[float, float]:
     """Return the time of an eager launch on a profile's host, s, and the standard deviation of its
     log."""
-    launch_s, posterior = hw.section("runtime", "*")["host_op_s"], posterior_of(hw)
+    launch_s = hw.section("runtime", "*")["host_op_s"]
+    posterior = posterior_of(hw)
     if posterior is None:
         return launch_s, ERROR_FACTORS["host"]
     mean, sd = posterior.factor("host")
@@ -343,7 +350,7 @@ class PassUncertainty:
     independent: Array  # (W, G) standard deviations
     whole: Array  # (W, G) standard deviations of a group's total error
     coordinates: Array  # (W, G, 3)
-    kind: NDArray[np.intp]  # (G,)
+    kind: IndexArray  # (G,)
     posterior: Posterior | None = None
 
     @cached_property
@@ -360,15 +367,17 @@ class PassUncertainty:
         out = np.zeros(len(a))
         for kind in sorted(set(self.kind.tolist())):
             groups = np.flatnonzero(self.kind == kind)
-            sd, place = self.correlated[:, groups], self.coordinates[:, groups]
+            sd = self.correlated[:, groups]
+            place = self.coordinates[:, groups]
             for first in range(0, len(out), _CHUNK):
-                i, j = a[first : first + _CHUNK], b[first : first + _CHUNK]
+                i = a[first : first + _CHUNK]
+                j = b[first : first + _CHUNK]
                 near = correlation(place[i], place[j])
                 out[first : first + _CHUNK] += ((sd[i][:, None] @ near)[:, 0] * sd[j]).sum(axis=1)
         return out
 
     def covariance(
-        self, systematic: Array, correlated: Array, coordinates: Array, kind: NDArray[np.intp]
+        self, systematic: Array, correlated: Array, coordinates: Array, kind: IndexArray
     ) -> Array:
         """Return the covariance (W, n) with the errors of n times of operators."""
         out = self.systematic @ systematic.T
@@ -406,7 +415,7 @@ class PassUncertainty:
             prior + (self.independent * self.independent).sum(axis=1), self._measured
         )
 
-    def variances(self, other: NDArray[np.intp], same: Array) -> tuple[Array, Array]:
+    def variances(self, other: IndexArray, same: Array) -> tuple[Array, Array]:
         """Return the variances (W,) of the log of each time, and of the log of its ratio to the
         time of pass ``other`` (W,). ``same`` (W, G) is 1 where a group is the same in both passes,
         below 1 where only the number of executions changed, and 0 where the shape changed."""
@@ -415,11 +424,13 @@ class PassUncertainty:
         correlations = self._correlated(
             np.concatenate([every, other[pairs]]), np.concatenate([every, pairs])
         )
-        alone, covariance = correlations[: len(every)], correlations[: len(every)].copy()
+        alone = correlations[: len(every)]
+        covariance = correlations[: len(every)].copy()
         covariance[pairs] = correlations[len(every) :]
         systematic = self.systematic[other] - self.systematic
         correlated = np.maximum(alone[other] + alone - 2.0 * covariance, 0.0)
-        dense, covered = self.independent[other], same > 0.0
+        dense = self.independent[other]
+        covered = same > 0.0
         independent = (
             dense * dense
             + self.independent * self.independent

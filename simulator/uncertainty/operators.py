@@ -37,7 +37,7 @@ class OperatorTimes(Displayed):
     lower: FloatArray  # prediction interval at the requested level
     upper: FloatArray
     roofline_s: FloatArray  # max(FLOP / datasheet peak, bytes / datasheet bandwidth)
-    bottleneck: NDArray[Any]  # int8
+    bottleneck: Array  # int8
     # choices of the cost model
     details: Mapping[str, Array] = field(default_factory=dict, kw_only=True, repr=False)
 
@@ -48,7 +48,8 @@ class OperatorTimes(Displayed):
         return out
 
     def _title(self) -> str:
-        times, many = self.seconds, np.size(self.seconds)
+        times = self.seconds
+        many = np.size(self.seconds)
         if many != 1:
             ends = (
                 f", {seconds(float(times.min()))} to {seconds(float(times.max()))}" if many else ""
@@ -71,7 +72,7 @@ class OperatorTimes(Displayed):
         return super().to_dict() | dict(as_plain({"bottleneck": self.bottlenecks, **self.details}))
 
 
-TIMES: tuple[str, ...] = ("seconds", "lower", "upper", "roofline_s", "bottleneck")
+TIMES = ("seconds", "lower", "upper", "roofline_s", "bottleneck")
 """Arrays of :class:`OperatorTimes`."""
 
 
@@ -80,10 +81,12 @@ def predicted(
 ) -> tuple[OperatorTimes, Uncertainty]:
     """Return times with prediction intervals, at least the floor, from an estimate, and the errors
     of the times."""
-    scale, posterior = level_scale(level), posterior_of(hw)
+    scale = level_scale(level)
+    posterior = posterior_of(hw)
     time, uncertainty, variance = _updated(e, hw)
     if posterior is None:
-        variance, coverage = uncertainty.variance, COVERAGE_FACTOR
+        variance = uncertainty.variance
+        coverage = COVERAGE_FACTOR
     else:
         coverage = posterior.coverage_factors[uncertainty.kind]
     width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
@@ -96,7 +99,8 @@ def predicted(
         details=e.details,
     )
     if e.measured is not None:
-        rows, known = e.measured.rows, e.measured.seconds
+        rows = e.measured.rows
+        known = e.measured.seconds
         width = np.exp(e.measured.log_half * scale)
         times.seconds[rows], times.lower[rows] = known, known / width
         times.upper[rows] = known * width
@@ -115,7 +119,8 @@ def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertain
 def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
     """Return times in the unit of an estimate after the profile's local update, at least the floor;
     their errors; and the variance of the errors, None without a local update."""
-    uncertainty, posterior = uncertainty_of(e, error_scales(e, hw)), posterior_of(hw)
+    uncertainty = uncertainty_of(e, error_scales(e, hw))
+    posterior = posterior_of(hw)
     if posterior is None:
         return np.maximum(e.time, e.floor), uncertainty, None
     shift, variance = posterior.at(uncertainty)
@@ -279,7 +284,7 @@ def gemm_steps_of(times: OperatorTimes) -> dict[str, Array]:
     }
 
 
-STEPS: tuple[str, ...] = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
+STEPS = ("roofline", "tile", "wave", "alignment", "kernel", "launch")
 """Steps of a GEMM's time, cumulative: max(FLOP / peak, bytes / bandwidth), padding of the chosen
 tile, idle SMs of the last wave, n or k off 16 bytes, everything except the fixed time, the whole
 time."""

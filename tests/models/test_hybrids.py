@@ -119,7 +119,7 @@ def test_a_puzzle_states_experts_by_layer() -> None:
         ({"hybrid_override_pattern": "M-*"}, "num_hidden_layers: expected 3"),
         ({"hybrid_override_pattern": "M-*X"}, "hybrid_override_pattern: expected layers of"),
         ({"layers_block_type": ["mamba"] * 4}, "hybrid_override_pattern: expected the layers of"),
-        ({"n_groups": 3}, "n_groups: expected a divisor of the 8 Mamba heads, got 3"),
+        ({"n_groups": 3}, "n_groups: expected a divisor of the number of Mamba heads 8, got 3"),
         ({"mamba_expert_size": 8}, "mamba_expert_size: is not understood"),
     ],
 )

@@ -237,7 +237,7 @@ def test_keys_of_modelopt_change_experts() -> None:
     [
         (
             {"attention": {"num_key_value_heads": 3}},
-            r"attention.num_key_value_heads: expected a divisor of 8 query",
+            r"attention.num_key_value_heads: expected a divisor of num_attention_heads 8",
         ),
         (
             {"attention": {"num_key_value_heads": 2, "n_heads_in_group": 2}},

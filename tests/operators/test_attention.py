@@ -19,8 +19,8 @@ from simulator import gemm_time
 from simulator.engines.engine import load_engine
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.operators import CONSTANTS
 from simulator.operators.attention import (
-    DECODE_CONSTANTS,
     Geometry,
     attention_pairs,
     causal_blocks,
@@ -174,7 +174,7 @@ def test_limits(name: str) -> None:
 
 def test_a_section_brings_constants_residual_and_intervals() -> None:
     base = load_hardware("h100_sxm")
-    constants = {n: Fitted(k.default("hopper")) for n, k in DECODE_CONSTANTS.items()}
+    constants = {n: Fitted(k.default("hopper")) for n, k in CONSTANTS["attention_decode"].items()}
     residual_grid = ResidualGrid((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), np.full((3, 3, 2), np.log(1.5)))
     plain = replace(
         base, sections={("attention_decode", "bf16"): Section(constants, status="calibrated")}

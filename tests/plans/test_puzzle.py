@@ -227,7 +227,7 @@ def _child(**change: Any) -> Callable[[Any], Any]:
         (_child(ffn={"intermediate_size": 4096}), r"\[0\]: inner: expected at most 2048, got 4096"),
         (
             _child(attention={"num_key_value_heads": 3}),
-            "attention.num_key_value_heads: expected a divisor of 8 query",
+            "attention.num_key_value_heads: expected a divisor of num_attention_heads 8",
         ),
     ],
 )

@@ -66,7 +66,8 @@ TABLES: Mapping[str, SelectedTable] = {
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
-    content, hardware = read_bounded(folder / FILE), TABLES[name].hardware
+    content = read_bounded(folder / FILE)
+    hardware = TABLES[name].hardware
     target, device = _GPUS[hardware]
     table = csv.read_csv(gzip.decompress(content), FILE)
     cells = {
@@ -102,7 +103,8 @@ def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusa
 
 
 def _screen(labels: Array, rearranged: Array, columns: Mapping[str, Array]) -> Screen:
-    screen, missed = Screen(len(labels)), np.zeros(len(labels), dtype=np.bool_)
+    screen = Screen(len(labels))
+    missed = np.zeros(len(labels), dtype=np.bool_)
     m, n, k, seconds = columns.values()
     for label in np.unique(labels):
         rows = labels == label

@@ -74,19 +74,20 @@ def build(wheel: Path, others: Path, folder: Path, serving_file: Path) -> dict[s
         for name, choice in SOURCES.items():
             if not choice.ships:
                 continue
-            package, path, owner, licence = PACKAGE, choice.member, COPYRIGHT, LICENCE
+            package = PACKAGE
+            path = choice.member
+            owner = COPYRIGHT
+            licence = LICENCE
             if name in CHOICES:
                 records, left, refusals = read_choice(archive, choice)
                 records, more = shipped_part(records, choice)
                 left |= more
             else:
                 reader = aiter if name in aiter.TABLES else infersim
-                package, path, owner, licence = (
-                    reader.REPOSITORY,
-                    choice.path,
-                    reader.COPYRIGHT,
-                    reader.LICENCE,
-                )
+                package = reader.REPOSITORY
+                path = choice.path
+                owner = reader.COPYRIGHT
+                licence = reader.LICENCE
                 records, left, refusals = reader.read_table(
                     name, others if reader is aiter else others / "h20"
                 )
@@ -99,7 +100,8 @@ def build(wheel: Path, others: Path, folder: Path, serving_file: Path) -> dict[s
             }
             content = write_records(records, extra=extra, single=True)
             write_whole(folder / file_name(name), content)
-            source, labels = records.sources[0], records.labels().astype(str)
+            source = records.sources[0]
+            labels = records.labels().astype(str)
             ((framework, version),) = source.stack.items()
             tables[name] = {
                 "file": file_name(name),
@@ -178,10 +180,8 @@ def serving_table(archive: zipfile.ZipFile) -> list[dict[str, str]]:
             row for run in csv.DictReader(io.TextIOWrapper(file, "utf-8")) if (row := _served(run))
         ]
     distinct = {tuple(row.values()): row for row in rows}
-    texts, numbers = (
-        ("engine", "version", "model", "hardware", "weight_dtype"),
-        ("devices", "seq", "new_tokens"),
-    )
+    texts = ("engine", "version", "model", "hardware", "weight_dtype")
+    numbers = ("devices", "seq", "new_tokens")
 
     def order(row: Mapping[str, str]) -> tuple[object, ...]:
         sizes = (int(row[name]) for name in (*numbers, "concurrency"))

@@ -68,7 +68,8 @@ SOURCES: Mapping[str, SelectedTable] = {**CHOICES, **TABLES, **aiter.TABLES}
 
 
 def read_table(name: str, folder: Path) -> tuple[Records, dict[str, int], Refusals]:
-    operator, about = name.split("/")[1], _METHODS[name]
+    operator = name.split("/")[1]
+    about = _METHODS[name]
     contents = [read_bounded(folder / file) for file in about["files"]]
     tables = [
         csv.read_csv(content, file) for content, file in zip(contents, about["files"], strict=True)
@@ -104,7 +105,8 @@ def _columns(
 ) -> tuple[dict[str, Array], Screen]:
     """Return columns of records and refused rows; ``named``: a column of the file, or a value, per
     column."""
-    size, gemm = len(cells["latency_us"]), operator == "gemm"
+    size = len(cells["latency_us"])
+    gemm = operator == "gemm"
     columns: dict[str, Array] = {
         ours: _numbers(cells[theirs]) if isinstance(theirs, str) else np.full(size, theirs)
         for ours, theirs in named.items()
@@ -156,7 +158,9 @@ def _experts(cells: Mapping[str, Array]) -> tuple[dict[str, Array], Screen]:
     DeepGEMM timed each alone (``kernel_benchmark/deepgemm_grouped_gemm_*.py``), with the tokens of
     each expert drawn from 0.7 to 1.3 times their mean."""
     given = {name: _numbers(values) for name, values in cells.items()}
-    every, experts, top = given["num_experts"], given["num_local_experts"], given["topk"]
+    every = given["num_experts"]
+    experts = given["num_local_experts"]
+    top = given["topk"]
     once = {"m": np.rint(given["tokens_per_expert"] * every / top), "n": given["intermediate_size"]}
     once |= {"k": given["hidden_size"], "experts": experts, "active": top * experts / every}
     columns = {name: np.tile(column, 2) for name, column in once.items()}

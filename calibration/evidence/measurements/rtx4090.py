@@ -23,7 +23,9 @@ RTX_FILES = ("rtx4090_gemm.csv", "rtx4090_attention.csv", "rtx4090_other_ops.csv
 SIZES = ("m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 # hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
-_HIDDEN, _INNER, _GROUPS = 4096.0, 14336.0, 1024.0
+_HIDDEN = 4096.0
+_INNER = 14336.0
+_GROUPS = 1024.0
 # op -> operator, role, features read and written per token
 _KERNELS: Mapping[str, tuple[str, str, float, float]] = {
     "qkv_proj": ("gemm", "qkv", 0.0, 0.0),
@@ -60,7 +62,8 @@ def read_table(path: Path) -> Draft:
     content = read_bounded(path)
     table = csv.read_csv(content, path.name)
     cells = {name: np.array(table.column(name), dtype=object) for name in table.header}
-    screen, op = Screen(len(table.lines)), cells["op"].astype(str)
+    screen = Screen(len(table.lines))
+    op = cells["op"].astype(str)
     for name in np.unique(op[~np.isin(op, [*_KERNELS])]).tolist():
         screen.refuse(op == name, f"{name}: operator is not modelled")
     kernel_time = np.array(["kernel time" in note for note in cells["note"]])

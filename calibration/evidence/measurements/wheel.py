@@ -112,10 +112,8 @@ def in_order(records: Records, columns: Sequence[str]) -> Records:
 
 def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
     kernels = np.array([s.kernel for s in records.sources])[records.source]
-    labels, attention = (
-        records.labels().astype(str),
-        records.is_operator("attention_prefill", "attention_decode"),
-    )
+    labels = records.labels().astype(str)
+    attention = records.is_operator("attention_prefill", "attention_decode")
     widths = ", ".join(map(str, HEAD_DIMS))
     reasons = {
         f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split())
@@ -134,7 +132,8 @@ def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, 
 def stalled(records: Records) -> Array:
     """Return a mask of the rows of latent attention that were delayed, because a call of more work
     was faster."""
-    out, labels = np.zeros(len(records), dtype=np.bool_), records.labels().astype(str)
+    out = np.zeros(len(records), dtype=np.bool_)
+    labels = records.labels().astype(str)
     for label in np.unique(labels):
         rows = np.flatnonzero(records.is_operator(*LATENT) & (labels == label))
         sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]
@@ -164,7 +163,8 @@ def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict
 
 
 def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
-    kept, left = np.ones(len(records), dtype=np.bool_), {}
+    kept = np.ones(len(records), dtype=np.bool_)
+    left = {}
     for reason, mask in reasons.items():
         if count := int((mask & kept).sum()):
             left[reason] = count

@@ -61,7 +61,8 @@ class Projection:
             )
         for weight in self.factors[:-1]:
             x = skipping.kernels().gather_gemm(x, weight, index, count)
-        last, added = self.factors[-1], add_to is not None
+        last = self.factors[-1]
+        added = add_to is not None
         return skipping.kernels().gather_gemm(
             x, last, index, count, self.bias, out=add_to, add=added
         )
@@ -226,17 +227,23 @@ def random_decoder(
     def near(value: float, size: int) -> Tensor:
         return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
-    h, d = config.hidden, config.head_dim
+    h = config.hidden
+    d = config.head_dim
     weights: dict[str, Tensor] = {}
     for number, layer in enumerate(config.layers):
         # the order of these lines determines the random weights
-        grouped, dense_mlp = layer.of("attention"), layer.of("mlp")
+        grouped = layer.of("attention")
+        dense_mlp = layer.of("mlp")
         known = grouped if isinstance(grouped, GroupedAttention) else None
-        at, q, kv = f"model.layers.{number}", 0, 0
+        at = f"model.layers.{number}"
+        q = 0
+        kv = 0
         if known is not None:
-            q, kv = known.heads * d, known.kv_heads * d
+            q = known.heads * d
+            kv = known.kv_heads * d
         inner = dense_mlp.inner if isinstance(dense_mlp, GatedMlp) else 0
-        normed, biased = known is not None and known.norm, known is not None and known.qkv_bias
+        normed = known is not None and known.norm
+        biased = known is not None and known.qkv_bias
         qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if normed else ()
         weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
         attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)} if q else {}
@@ -286,10 +293,12 @@ def from_weights(
             for role, key in keys.items()
         }
 
-    embedding, made = get("model.embed_tokens.weight"), []
+    embedding = get("model.embed_tokens.weight")
+    made = []
     numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
-        attention, mlp = None, None
+        attention = None
+        mlp = None
         if f"{at}.input_layernorm.weight" in weights:
             own = {
                 "norm": get(f"{at}.input_layernorm.weight"),
@@ -303,7 +312,8 @@ def from_weights(
             norm = get(f"{at}.post_attention_layernorm.weight")
             mlp = Mlp(norm=norm, **projections(f"{at}.mlp", Mlp.roles))
         made.append(Layer(attention, mlp))
-    head, final_norm = maybe("lm_head.weight"), get("model.norm.weight")
+    head = maybe("lm_head.weight")
+    final_norm = get("model.norm.weight")
     head = embedding if head is None else head
     return Decoder(
         name=name,
@@ -385,7 +395,8 @@ class PassState:
             size = (batch, heads, length + self.room, head_dim)
             self.caches[self.layer] = LayerCache(k.new_empty(size), v.new_empty(size), 0)
         cache = self.caches[self.layer]
-        begin, cache.length = cache.length, cache.length + k.shape[2]
+        begin = cache.length
+        cache.length = cache.length + k.shape[2]
         cache.k[:, :, begin : cache.length] = k
         cache.v[:, :, begin : cache.length] = v
         if self.decoding:

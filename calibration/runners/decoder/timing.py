@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from calibration.devices.operators import is_out_of_memory
-from calibration.devices.protocol import CaptureFailed, Device
+from calibration.devices.protocol import CaptureFailed, Device, Sampler
+from calibration.records.timing_table import Row
 from calibration.runners.cases import (
     Case,
     ModelRun,
     PairRunner,
-    Sampler,
     alternate,
     counted,
     looped,
@@ -27,9 +27,7 @@ from simulator.models.model import Model
 from simulator.workload import Workload
 
 
-def time_pair(
-    dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float
-) -> dict[str, Any]:
+def time_pair(dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float) -> Row:
     return alternate(sampler(dense, case, runtime), sampler(pruned, case, runtime), limit_s)
 
 
@@ -42,7 +40,8 @@ def sampler(decoder: Decoder, case: Case, runtime: str) -> Sampler:
     tokens = tokens.to(decoder.embedding.device)
     if case.phase == "decode":
         _, state = prefill(decoder, tokens, room=2)
-        mark, token = state.mark(), tokens[:, :1].clone()
+        mark = state.mark()
+        token = tokens[:, :1].clone()
 
     def step() -> Any:
         if case.phase == "prefill":
@@ -73,7 +72,8 @@ def check_shapes(decoder: Decoder, workload: Workload) -> None:
     if decoder.rule is not None:
         return
     w = workload.take((workload.kind == Kind.GEMM) & (workload.layer >= 0) & ~workload.overhead)
-    expected, found = counted(w, "role", "stage", "n", "k"), Counter[tuple[int, ...]]()
+    expected = counted(w, "role", "stage", "n", "k")
+    found = Counter[tuple[int, ...]]()
     for _, role, projection in decoder.projections():
         for stage, factor in enumerate(projection.factors, 1):
             n, k = factor.shape
@@ -104,7 +104,7 @@ class Executor(PairRunner):
             config, dtype=self.model.dtype, device=self.device.name, seed=self.model.seed
         )
 
-    def timed(self, case: Case, end: float) -> dict[str, Any]:
+    def timed(self, case: Case, end: float) -> Row:
         if case.prune not in self.kept:
             # before the next decoder is made: memory may hold two large models, not three
             self.kept.clear()

@@ -124,7 +124,8 @@ class VllmRunner(Runner):
         super().__init__(device, model)
         self.models = Models(model.config, model.content)
         check_installed(model.python)
-        self.dtype, self.patience_s = model.dtype, patience_s
+        self.dtype = model.dtype
+        self.patience_s = patience_s
         self.budget = _BATCHED["cpu" if device.name == "cpu" else "cuda"]
         least = LargestRequest(batched=self.budget)
         self.sizes = {False: least, True: least}  # key: in serve
@@ -152,7 +153,8 @@ class VllmRunner(Runner):
                 f"formats: expected weights, cache and arithmetic in {self.dtype} in vLLM"
             )
         serving = case.phase == "serve"
-        sizes, positions = self.sizes[serving].with_case(case), self.models.dense.max_positions
+        sizes = self.sizes[serving].with_case(case)
+        positions = self.models.dense.max_positions
         if sizes.tokens > positions:
             raise InputError(
                 f"seq: expected at most {positions} positions, got {sum(lengths(case))} with new"
@@ -180,13 +182,14 @@ class VllmRunner(Runner):
         engine = self._engine((self.models.dense, False))
         tokens, output = lengths(case)
         samples = [self._sample(case, engine)[0][0] for _ in range(1 + ENOUGH)]
-        given = {
-            "batch": case.batch,
-            "tokens": tokens,
-            "output": min(output, _TRACED_STEPS + 1),
-            "vocab": self.models.dense.vocab,
-        }
-        steps = engine.ask("profile", folder=str(engine.log.with_name(_TRACE)), **given)["steps"]
+        steps = engine.ask(
+            "profile",
+            folder=str(engine.log.with_name(_TRACE)),
+            batch=case.batch,
+            tokens=tokens,
+            output=min(output, _TRACED_STEPS + 1),
+            vocab=self.models.dense.vocab,
+        )["steps"]
         prefill = case.phase == "prefill"
         prompts, decodes = (case.batch * tokens, 0) if prefill else (0, case.batch)
         found = [
@@ -261,7 +264,8 @@ class VllmRunner(Runner):
     def _sample(self, case: Case, engine: EngineProcess) -> Samples:
         """Return samples of a case in a running model: one sample, in serve several."""
         tokens, output = lengths(case)
-        vocab, batch = self.models.dense.vocab, case.batch
+        vocab = self.models.dense.vocab
+        batch = case.batch
         if case.phase == "serve":
             found = engine.ask(
                 "serve",
@@ -318,7 +322,8 @@ class VllmRunner(Runner):
 
     def _settings(self, one: Served) -> dict[str, Any]:
         """Return keyword arguments of ``vllm.LLM``, except folders."""
-        cache, sizes = self._cache_bytes(one), self._sizes(one)
+        cache = self._cache_bytes(one)
+        sizes = self._sizes(one)
         share = self._bytes(one) / self.memory_bytes if self.memory_bytes else _SHARE
         return {
             "load_format": "dummy",
@@ -341,7 +346,8 @@ class VllmRunner(Runner):
         """Return the bytes of a cache that holds all sequences in whole blocks; windows do not make
         it smaller. In a model with states, the pages of all layers are as large as the largest
         state, and vLLM keeps one page free."""
-        model, sizes = one[0], self._sizes(one)
+        model = one[0]
+        sizes = self._sizes(one)
         full = model.each_layer(lambda layer: layer.windowless)
         tokens = (sizes.tokens // _BLOCK + 2) * _BLOCK
 
@@ -459,7 +465,10 @@ class EngineProcess:
         patience_s: float,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.log, self.patience_s, self.interrupted, self._rest = log, patience_s, interrupted, b""
+        self.log = log
+        self.patience_s = patience_s
+        self.interrupted = interrupted
+        self._rest = b""
         self._answers, theirs = os.pipe()
         try:
             with log.open("wb") as output:
@@ -545,7 +554,8 @@ class EngineProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5.0)  # it writes the rest of its output
         text = self.log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
-        reason, found = one_line(error, 300), cause(text)
+        reason = one_line(error, 300)
+        found = cause(text)
         if found and _GENERIC.search(error):
             reason = found
         elif found and not _ERROR.search(error):
@@ -610,7 +620,8 @@ class Models:
     content: Mapping[str, Any]  # config.json
 
     def __post_init__(self) -> None:
-        name, kind = self.dense.name, self.dense.architecture
+        name = self.dense.name
+        kind = self.dense.architecture
         if not self.content:
             raise InputError(
                 f"{name}: vLLM needs a config.json to start from; expected a name or a file"

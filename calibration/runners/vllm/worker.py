@@ -71,8 +71,11 @@ def serve(
     finish: the time of one request.
     """
     engine = llm.llm_engine
-    sent, begun, done = prompts(vllm, concurrency, tokens, vocab), dict[str, float](), 0
-    marks, waits = list[float](), list[float]()
+    sent = prompts(vllm, concurrency, tokens, vocab)
+    begun = dict[str, float]()
+    done = 0
+    marks = list[float]()
+    waits = list[float]()
 
     def add(number: int, length: int) -> None:
         begun[str(number)] = time.perf_counter()
@@ -80,7 +83,9 @@ def serve(
 
     for number in range(concurrency):
         add(number, -(-(number + 1) * output // concurrency))
-    waiting, in_flight, number = set(begun), set(begun), concurrency
+    waiting = set(begun)
+    in_flight = set(begun)
+    number = concurrency
     while len(marks) <= windows:
         for one in engine.step():
             if one.request_id in waiting:
@@ -114,7 +119,10 @@ def rounds(
     for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab - 3, seed)):
         prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
         engine.add_request(str(number), prompt, by_step(vllm, output))
-    at, made, begun, ended = list[float](), list[int](), set[str](), False
+    at = list[float]()
+    made = list[int]()
+    begun = set[str]()
+    ended = False
     while engine.has_unfinished_requests():
         found = engine.step()
         begun |= {one.request_id for one in found if one.outputs[0].token_ids}
@@ -159,11 +167,13 @@ def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
     inside = gpu or [event for event in events if event.get("cat") == "cpu_op"]
     out = []
     for span in sorted(spans, key=lambda e: float(e["ts"])):
-        start, end = float(span["ts"]), float(span["ts"]) + float(span["dur"])
+        start = float(span["ts"])
+        end = float(span["ts"]) + float(span["dur"])
         own = [
             e for e in inside if start <= float(e["ts"]) < end and (gpu or e["tid"] == span["tid"])
         ]
-        kernels, open_until = dict[str, float](), list[tuple[float, str]]()
+        kernels = dict[str, float]()
+        open_until = list[tuple[float, str]]()
         for e in sorted(own, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
             while open_until and open_until[-1][0] <= float(e["ts"]):
                 open_until.pop()

@@ -1,14 +1,14 @@
 """Read the keys of a model's ``config.json`` (:class:`Reader`) by the rules of its ``model_type``
 (:data:`ARCHITECTURES`).
 
-An architecture is an entry of a table; there is a file with a table per family of architectures.
-Rules that do not fit into a table are functions of the reader and of the fields found so far.
+An architecture is an entry of a table, a JSON file per family of architectures: fields of
+:class:`Architecture`. Rules that do not fit into a table are functions of the reader and of the
+fields found so far, in the module of the same name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from simulator.models.architectures import (
     classic,
@@ -20,6 +20,7 @@ from simulator.models.architectures import (
     shared_caches,
 )
 from simulator.models.architectures.architecture import Architecture as Architecture
+from simulator.models.architectures.architecture import Table
 from simulator.models.architectures.per_layer import EXPERT_KEYS as EXPERT_KEYS
 from simulator.models.architectures.per_layer import model_fields as model_fields
 from simulator.models.architectures.per_layer import read_block as read_block
@@ -27,17 +28,15 @@ from simulator.models.architectures.per_layer import refuse_unknown as refuse_un
 from simulator.models.architectures.reader import Reader as Reader
 from simulator.models.architectures.refused import REFUSED as REFUSED
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        **classic.TABLE,
-        **dense.TABLE,
-        **experts.TABLE,
-        **experts_by_layer.TABLE,
-        **latent.TABLE,
-        **hybrids.TABLE,
-        **shared_caches.TABLE,
-    }
-)
+ARCHITECTURES: Table = {
+    **classic.TABLE,
+    **dense.TABLE,
+    **experts.TABLE,
+    **experts_by_layer.TABLE,
+    **latent.TABLE,
+    **hybrids.TABLE,
+    **shared_caches.TABLE,
+}
 """Supported architectures by the ``model_type`` of their decoder."""
 
 _TEXTS = (
@@ -45,12 +44,14 @@ _TEXTS = (
     *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     *("apertus1p5", "cohere_compass", "dots3_note", "minimax_m3_vl", "qwen4_exp"),
 )
-NESTED: Mapping[str, str] = MappingProxyType(
-    {"mistral3": "mistral", "emu3": "emu3_text_model", "fuyu": "persimmon", "kimi_k25": "kimi_k2"}
-    | {name: f"{name}_text" for name in _TEXTS}
-)
+NESTED: Mapping[str, str] = {
+    "mistral3": "mistral",
+    "emu3": "emu3_text_model",
+    "fuyu": "persimmon",
+    "kimi_k25": "kimi_k2",
+} | {name: f"{name}_text" for name in _TEXTS}
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder,
 ``text_config``."""
 
 # models whose older files have the decoder's keys at the top
-FLAT: tuple[str, ...] = ("fuyu", "qwen2_vl", "qwen2_5_vl")
+FLAT = ("fuyu", "qwen2_vl", "qwen2_5_vl")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from simulator.models.architectures.reader import MAX_POSITIONS, ConfigFields, Reader
 from simulator.models.model import Layer
 from simulator.models.sublayers import Attention, Experts, LatentAttention, Mlp
 from simulator.models.sublayers.base import Sublayer
+
+Rule = Callable[[Reader, ConfigFields], ConfigFields]
+"""Returns fields from the keys of a configuration and from its usual fields."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,13 @@ class Architecture:
     blocks: bool = False  # whether block_configs states the layers
     unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
-    more: Callable[[Reader, ConfigFields], ConfigFields] = lambda read, values: {}  # further rules
+    more: Rule = lambda read, values: {}  # further rules
 
     def values(self, read: Reader) -> ConfigFields:
-        hidden, heads = (
-            read.integer("hidden_size"),
-            read.integer("num_attention_heads", self.absent.get("heads")),
-        )
-        kv_heads, head_dim = heads, self.head_dim
+        hidden = read.integer("hidden_size")
+        heads = read.integer("num_attention_heads", self.absent.get("heads"))
+        kv_heads = heads
+        head_dim = self.head_dim
         if self.grouped:
             missing = read.raw("num_key_value_heads") is None
             absent = self.kv_heads if missing and not read.has("num_key_value_heads") else None
@@ -86,16 +90,29 @@ class Architecture:
             **self.fixed,
         }
         values |= self.more(read, values)
-        kv_heads = values["kv_heads"]
-        if heads % kv_heads:
-            raise read.fail(
-                "num_key_value_heads",
-                f"expected a divisor of num_attention_heads {heads}, got {kv_heads}",
-            )
+        read.divisor("num_key_value_heads", values["kv_heads"], heads, "num_attention_heads")
         return values
 
 
-MODEL_FIELDS: tuple[str, ...] = (
+Table = Mapping[str, Architecture]
+"""Architectures by the ``model_type`` of their decoder."""
+
+
+def read_table(name: str, **rules: Mapping[str, Any]) -> Table:
+    """Return the architectures in a file of this folder, with ``rules``: fields that are functions,
+    by ``model_type``. An entry is new, or ``like`` another one except for its fields; ``note`` is a
+    comment."""
+    text = Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
+    table: dict[str, Architecture] = {}
+    for kind, stated in json.loads(text).items():
+        stated |= {field: of[kind] for field, of in rules.items() if kind in of}
+        stated.pop("note", None)
+        like = stated.pop("like", None)
+        table[kind] = replace(table[like], **stated) if like else Architecture(**stated)
+    return table
+
+
+MODEL_FIELDS = (
     *("hidden", "vocab", "max_positions", "tied", "norm", "pre_norms", "post_norms"),
     *("final_norm", "learned_positions", "logit_softcap", "head_bias", "head_projection"),
     *("head_vocab", "embedding_norm", "embedding_width", "streams", "other_parameters"),
@@ -135,7 +152,8 @@ def mlp_of(values: ConfigFields) -> Mlp:
 def layers_of(values: ConfigFields) -> list[Layer]:
     if "sublayers" in values:
         return [Layer(tuple(sublayers)) for sublayers in values["sublayers"]]
-    many, parallel = values["layers"], values.get("parallel_residual", False)
+    many = values["layers"]
+    parallel = values.get("parallel_residual", False)
     attentions: list[Sublayer] = values.get("attentions") or [attention_of(values)] * many
     mlps: list[Sublayer] = values.get("mlps") or [mlp_of(values)] * many
     after_attention, after_mlp = values.get("others", ((), ()))
@@ -156,13 +174,14 @@ def routed(
     values: ConfigFields,
     count: str,
     width: int,
-    shared: int,
-    dense: Callable[[int], bool],
+    shared: int = 0,
+    dense: Callable[[int], bool] = lambda layer: False,
     **others: Any,
 ) -> ConfigFields:
     """Return the MLPs of layers with experts, whose number is the key ``count``; layers that are
     ``dense`` have an MLP. ``others`` are further fields of the experts."""
-    experts, layers = read.integer(count), values["layers"]
+    experts = read.integer(count)
+    layers = values["layers"]
     active = read.integers("num_experts_per_tok", values.get("active"), layers, high=experts)
     routed = Experts(
         experts=experts,
@@ -209,9 +228,3 @@ def rotary_layers(read: Reader, layers: int) -> list[bool]:
 
     given = read.value("no_rope_layers", [], f"a list of {layers} of 0 or 1", right)
     return [bool(flag) for flag in (given or usual)[:layers]]
-
-
-TIED, UNTIED = {"tied": ("tie_word_embeddings", True)}, {"tied": ("tie_word_embeddings", False)}
-BIAS = {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False)}
-GROUPED = ("num_key_value_heads", "head_dim")  # keys of grouped heads
-MLP_BIAS = {"mlp_bias": ("mlp_bias", False)}

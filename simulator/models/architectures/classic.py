@@ -3,21 +3,17 @@ attention and MLP; and of encoders made decoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
-    BIAS,
-    MLP_BIAS,
-    TIED,
-    UNTIED,
-    Architecture,
+    Rule,
     attention_of,
+    read_table,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 
 
-def _times_hidden(key: str) -> Callable[[Reader, ConfigFields], ConfigFields]:
+def _times_hidden(key: str) -> Rule:
     """Return the rule of an inner width that ``key`` states in hidden sizes."""
     return lambda read, values: {"inner": read.integer(key, 4) * values["hidden"]}
 
@@ -62,7 +58,8 @@ def _neox_japanese(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _falcon(read: Reader, values: ConfigFields) -> ConfigFields:
-    new, parallel = read.flag("new_decoder_architecture"), read.flag("parallel_attn", True)
+    new = read.flag("new_decoder_architecture")
+    parallel = read.flag("parallel_attn", True)
     grouped = read.integer("num_key_value_heads", values["heads"])
     several = 1 if read.flag("multi_query", True) else values["heads"]
     norms = read.integer("num_ln_in_parallel_attn", 2 if new else 1)
@@ -94,7 +91,8 @@ def _stablelm(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _modernbert(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which the first has no norm before its attention."""
-    layers, window = values["layers"], read.or_none("local_attention", 128) // 2
+    layers = values["layers"]
+    window = read.or_none("local_attention", 128) // 2
     step = read.integer("global_attn_every_n_layers", 3)
     types = read.layer_types(layers, ("full_attention", "sliding_attention"))
     local = [t == "sliding_attention" for t in types] or [i % step > 0 for i in range(layers)]
@@ -107,172 +105,21 @@ def _modernbert(read: Reader, values: ConfigFields) -> ConfigFields:
     }
 
 
-_GPT = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "intermediate_size": "n_inner",
-}
-_BIASES = ("qkv_bias", "o_bias", "mlp_bias")
-_BIASED = dict.fromkeys(_BIASES, True)
-_PLAIN = {"gated": False, "norm": "layer"}
-_STILL = {**_PLAIN, "rotary_dim": 0}  # without rotary positions
-_GPT2 = Architecture(
-    1024, TIED, {**_STILL, **_BIASED}, grouped=False, widening=4, learned=0, keys=_GPT
+TABLE = read_table(
+    "classic",
+    more={
+        "gpt_bigcode": _bigcode,
+        "openai-gpt": lambda read, values: {"inner": 4 * values["hidden"]},
+        "gpt_neo": _gpt_neo,
+        "gptj": _gptj,
+        "gpt_neox_japanese": _neox_japanese,
+        "bloom": lambda read, values: {"inner": 4 * values["hidden"]},
+        "mpt": _times_hidden("expansion_ratio"),
+        "falcon": _falcon,
+        "cpmant": _cpmant,
+        "phi": _phi,
+        "persimmon": _phi,
+        "stablelm": _stablelm,
+        "modernbert-decoder": _modernbert,
+    },
 )
-_GPTJ = Architecture(
-    2048,
-    UNTIED,
-    {**_PLAIN, "mlp_bias": True, "joins": True, "head_bias": True},
-    grouped=False,
-    widening=4,
-    keys=_GPT,
-    unused=("n_ctx",),
-    more=_gptj,
-)
-_PHI = Architecture(
-    2048,
-    UNTIED,
-    {**_PLAIN, **_BIASED, "joins": True, "head_bias": True, "head_norms": False},
-    rotary=("partial_rotary_factor", 0.5),
-    more=_phi,
-)
-
-TABLE: Mapping[str, Architecture] = {
-    "gpt2": replace(_GPT2, unused=("n_ctx",)),
-    "gpt_bigcode": replace(_GPT2, unused=("num_key_value_heads",), more=_bigcode),
-    "openai-gpt": replace(
-        _GPT2,
-        positions=512,
-        fixed={**_GPT2.fixed, "pre_norms": False, "post_norms": True, "final_norm": False},
-        inner="",
-        unused=("n_ctx",),
-        more=lambda read, values: {"inner": 4 * values["hidden"]},
-    ),
-    "gpt_neo": Architecture(
-        2048,
-        TIED,
-        {**_STILL, "o_bias": True, "mlp_bias": True},
-        grouped=False,
-        widening=4,
-        learned=0,
-        keys={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
-        unused=("attention_layers",),
-        more=_gpt_neo,
-    ),
-    "gptj": _GPTJ,
-    "codegen": _GPTJ,
-    "gpt_neox_japanese": Architecture(
-        2048,
-        TIED,
-        _PLAIN,
-        grouped=False,
-        inner="",
-        rotary=("rotary_pct", 1.0),
-        more=_neox_japanese,
-    ),
-    "bloom": Architecture(
-        2048,
-        TIED,
-        {**_STILL, **_BIASED, "embedding_norm": True},
-        grouped=False,
-        inner="",
-        keys={**_GPT, "hidden_size": "n_embed", "max_position_embeddings": "seq_length"},
-        unused=("hidden_size",),
-        more=lambda read, values: {"inner": 4 * values["hidden"]},
-    ),
-    "mpt": Architecture(
-        2048,
-        TIED,
-        {**_STILL, "norm": "layer_without_bias"},
-        grouped=False,
-        inner="",
-        keys={
-            "hidden_size": "d_model",
-            "max_position_embeddings": "max_seq_len",
-            "num_attention_heads": "n_heads",
-            "num_hidden_layers": "n_layers",
-        },
-        more=_times_hidden("expansion_ratio"),
-    ),
-    "falcon": Architecture(
-        2048,
-        {**dict.fromkeys(_BIASES, ("bias", False)), **TIED},
-        _PLAIN,
-        grouped=False,
-        widening=4,
-        keys={"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
-        more=_falcon,
-    ),
-    "ctrl": replace(
-        _GPT2,
-        positions=256,
-        fixed={**_GPT2.fixed, "head_bias": True},
-        learned=None,
-        keys={**_GPT, "intermediate_size": "dff"},
-    ),
-    "xglm": Architecture(
-        2048,
-        TIED,
-        {**_STILL, **_BIASED},
-        grouped=False,
-        keys={
-            "hidden_size": "d_model",
-            "intermediate_size": "ffn_dim",
-            "num_attention_heads": "attention_heads",
-            "num_hidden_layers": "num_layers",
-        },
-    ),
-    "biogpt": Architecture(1024, TIED, {**_STILL, **_BIASED}, grouped=False, learned=2),
-    "cpmant": Architecture(
-        2048,
-        {},
-        {"rotary_dim": 0},
-        grouped=False,
-        head_dim=128,
-        keys={
-            "head_dim": "dim_head",
-            "intermediate_size": "dim_ff",
-            "max_position_embeddings": "position_bias_max_distance",
-        },
-        unused=("dim_model",),
-        more=_cpmant,
-    ),
-    "phi": _PHI,
-    "persimmon": Architecture(
-        16384,
-        UNTIED,
-        {**_PLAIN, **_BIASED, "head_norms": True},
-        grouped=False,
-        rotary=("partial_rotary_factor", 0.5),
-        more=_phi,
-    ),
-    "stablelm": Architecture(
-        4096,
-        {
-            "qkv_bias": ("use_qkv_bias", False),
-            "joins": ("use_parallel_residual", False),
-            **UNTIED,
-        },
-        {"norm": "layer"},
-        kv_heads=32,
-        square=True,
-        rotary=("partial_rotary_factor", 0.25),
-        more=_stablelm,
-    ),
-    "starcoder2": Architecture(
-        4096,
-        {**dict.fromkeys(_BIASES, ("use_bias", True)), **TIED},
-        _PLAIN,
-        kv_heads=2,
-        window=0,
-    ),
-    "modernbert-decoder": Architecture(
-        8192,
-        {**BIAS, **MLP_BIAS, **TIED, "head_bias": ("decoder_bias", True)},
-        {"embedding_norm": True, "head_projection": True},
-        grouped=False,
-        more=_modernbert,
-    ),
-}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
-    BIAS,
-    MLP_BIAS,
-    TIED,
-    UNTIED,
-    Architecture,
     attention_of,
     mlp_of,
+    read_table,
     rotary_layers,
     rotated,
 )
@@ -22,7 +17,8 @@ MAX_LOOPS = 100  # largest number of times that a model may repeat its layers
 
 
 def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers, rotary = values["layers"], rotary_layers(read, values["layers"])
+    layers = values["layers"]
+    rotary = rotary_layers(read, values["layers"])
     windows = read.windows(
         layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window")
     )
@@ -30,7 +26,8 @@ def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
-    used, first = read.flag("use_sliding_window"), read.integer("max_window_layers", 28, low=0)
+    used = read.flag("use_sliding_window")
+    first = read.integer("max_window_layers", 28, low=0)
     return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
 
 
@@ -49,7 +46,8 @@ def _gemma3(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
-    width, before = read.integer("word_embed_proj_dim", values["hidden"]), values["pre_norms"]
+    width = read.integer("word_embed_proj_dim", values["hidden"])
+    before = values["pre_norms"]
     return {
         "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
         "post_norms": not before,
@@ -87,14 +85,11 @@ def _exaone4(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"windows": windows, "attentions": rotated(values, [whole or w > 0 for w in windows])}
 
 
-def _granite_swa(read: Reader, values: ConfigFields) -> ConfigFields:
+def granite_swa(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which those with a base frequency of 0 have no rotary positions."""
     layers = values["layers"]
-
-    def right(value: object) -> bool:
-        return isinstance(value, list) and len(value) == layers
-
-    bases = read.value("layer_rope_theta", [1] * layers, f"a list of {layers} numbers", right)
+    expected = f"a list of {layers} numbers"
+    bases = read.items("layer_rope_theta", [1] * layers, expected, lambda base: True, layers)
     return {"attentions": rotated(values, [bool(base) for base in bases])}
 
 
@@ -121,7 +116,8 @@ def _dory_layers(read: Reader) -> int:
 def _dory(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which those in the middle are repeated, each time with a cache of its
     own."""
-    layers, parts = values["layers"], read.layers() // values["layers"]
+    layers = values["layers"]
+    parts = read.layers() // values["layers"]
     kinds = ("full_attention", "sliding_attention", "mlp")
     types = read.layer_types(layers * parts, kinds)[::parts]
     window = read.integer("sliding_window", 1024)
@@ -140,7 +136,8 @@ def _dory(read: Reader, values: ConfigFields) -> ConfigFields:
     order = [*range(first + middle), *repeated, *range(first + middle, layers)]
     again = range(first + middle, first + middle + len(repeated))
     attention = replace(attention_of(values), gates=values["heads"] * values["head_dim"])
-    mlp, places = mlp_of(values), range(len(order))
+    mlp = mlp_of(values)
+    places = range(len(order))
     return {
         "windows": tuple(0 if full[number] else window for number in order),
         "attentions": [replace(attention, reused=place in again) for place in places],
@@ -148,228 +145,33 @@ def _dory(read: Reader, values: ConfigFields) -> ConfigFields:
     }
 
 
-_TABLE: Mapping[str, Architecture] = {
-    "llama": Architecture(2048, {**BIAS, **UNTIED, **MLP_BIAS}),
-    "mistral": Architecture(131072, UNTIED, kv_heads=8, window=4096),
-    "qwen2": Architecture(32768, UNTIED, {"qkv_bias": True}, kv_heads=32, more=_qwen),
-    "qwen3": Architecture(
-        32768, {**BIAS, **UNTIED}, {"qk_norm": "head"}, kv_heads=32, head_dim=128, more=_qwen
-    ),
-    "gemma": Architecture(8192, {**BIAS, **TIED}, kv_heads=16, head_dim=256),
-    "gemma2": Architecture(
-        8192,
-        {**BIAS, **TIED},
-        {"post_norms": True},
-        kv_heads=4,
-        head_dim=256,
-        window=4096,
-        windowed=lambda layer: layer % 2 == 0,
-        unused=("sliding_window_size",),
-        more=_gemma,
-    ),
-    "gemma3_text": Architecture(
-        131072,
-        {**BIAS, **TIED},
-        {"post_norms": True, "qk_norm": "head"},
-        kv_heads=4,
-        head_dim=256,
-        absent={"heads": 8, "vocab": 262208},
-        more=_gemma3,
-    ),
-    "phi3": Architecture(4096, UNTIED, window=0, rotary=("partial_rotary_factor", 1.0)),
-    "opt": Architecture(
-        2048,
-        {
-            **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("enable_bias", True)),
-            **TIED,
-            "pre_norms": ("do_layer_norm_before", True),
-        },
-        {"gated": False, "rotary_dim": 0},
-        grouped=False,
-        inner="ffn_dim",
-        learned=2,  # the table starts with two rows of padding
-        more=_opt,
-    ),
-    "gpt_neox": Architecture(
-        2048,
-        {
-            **dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)),
-            **UNTIED,
-            "parallel_residual": ("use_parallel_residual", True),
-        },
-        {"gated": False, "mlp_bias": True, "norm": "layer"},
-        grouped=False,
-        rotary=("rotary_pct", 0.25),
-    ),
-    "olmo2": Architecture(
-        2048, {**BIAS, **UNTIED}, {"qk_norm": "width", "pre_norms": False, "post_norms": True}
-    ),
-    "granite": Architecture(2048, {**BIAS, **UNTIED, **MLP_BIAS}),
-    "smollm3": Architecture(32768, {**BIAS, **TIED, **MLP_BIAS}, kv_heads=4, more=_smollm3),
-    "nemotron": Architecture(
-        4096,
-        {**BIAS, **UNTIED, **MLP_BIAS},
-        {"gated": False, "norm": "layer"},
-        rotary=("partial_rotary_factor", 0.5),
-    ),
-    "nemotron-nas": Architecture(
-        2048,
-        {**BIAS, **UNTIED, **MLP_BIAS},
-        inner="",
-        blocks=True,
-        unused=("intermediate_size",),
-    ),
-    "seed_oss": Architecture(
-        524288,
-        {
-            "qkv_bias": ("attention_bias", True),
-            "o_bias": ("attention_out_bias", False),
-            **UNTIED,
-            **MLP_BIAS,
-        },
-        kv_heads=8,
-        head_dim=128,
-    ),
-    "olmo": Architecture(2048, {**BIAS, **UNTIED}, {"norm": "none"}),
-    "glm": Architecture(
-        131072,
-        {"qkv_bias": ("attention_bias", True), **UNTIED},
-        kv_heads=2,
-        head_dim=128,
-        rotary=("partial_rotary_factor", 0.5),
-    ),
-    "cohere": Architecture(
-        8192, {**BIAS, **TIED}, {"joins": True, "norm": "layer_without_bias"}, more=_cohere
-    ),
-    "helium": Architecture(
-        4096,
-        {"qkv_bias": ("attention_bias", False), **UNTIED, **MLP_BIAS},
-        kv_heads=20,
-        head_dim=128,
-        square=True,
-    ),
-    "hyperclovax": Architecture(
-        2048, {**BIAS, **UNTIED, **MLP_BIAS, "post_norms": ("use_post_norm", True)}
-    ),
-    "ernie4_5": Architecture(
-        131072,
-        {**dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), ("use_bias", False)), **TIED},
-        kv_heads=2,
-        head_dim=128,
-    ),
-    "bitnet": Architecture(
-        2048, {**BIAS, **UNTIED}, {"inner_norm": True, "output_norm": True}, kv_heads=5, square=True
-    ),
-    "jais2": Architecture(
-        8192,
-        {
-            **dict.fromkeys(("qkv_bias", "o_bias"), ("attention_bias", True)),
-            **UNTIED,
-            "mlp_bias": ("mlp_bias", True),
-        },
-        {"gated": False, "norm": "layer"},
-    ),
-    "apertus": Architecture(
-        65536, {**BIAS, **UNTIED}, {"gated": False, "qk_norm": "head", "scalars": 2}
-    ),
-    "cwm": Architecture(
-        131072,
-        {**UNTIED, **MLP_BIAS},
-        kv_heads=8,
-        head_dim=128,
-        window=8192,
-        windowed=lambda layer: layer % 4 > 0,
-    ),
-    "exaone4": Architecture(
-        2048,
-        UNTIED,
-        {"qk_norm": "head", "pre_norms": False, "post_norms": True},
-        kv_heads=32,
-        more=_exaone4,
-    ),
-    "hunyuan_v1_dense": Architecture(
-        2048,
-        {**BIAS, **UNTIED},
-        {"qk_norm": "head"},
-        unused=("attention_head_dim", "org_vocab_size"),
-    ),
-    "nanochat": Architecture(
-        2048,
-        {**BIAS, **UNTIED},
-        {"norm": "none", "embedding_norm": True, "qk_norm": "unit", "gated": False},
-        more=_nanochat,
-    ),
-    "diffllama": Architecture(2048, {**BIAS, **UNTIED}, {"two_softmaxes": True}, kv_heads=32),
-    "doge": Architecture(
-        2048,
-        {**BIAS, **UNTIED, **MLP_BIAS},
-        {"masks": True, "scales": True, "qk_norm": "head"},
-        unused=(
-            *("num_experts", "num_experts_per_tok", "keep_window_size"),
-            *("expert_retrieval_size", "num_cdmmoe_experts", "num_cdmmoe_experts_per_head"),
-            *("num_cdmmoe_heads", "num_cdmoe_experts", "num_cdmoe_experts_per_head"),
-            "num_cdmoe_heads",
-        ),
-        more=_doge,
-    ),
-    "dory": Architecture(
-        8192,
-        {**BIAS, **UNTIED, **MLP_BIAS},
-        {
-            **{"norm": "none", "qk_norm": "unit", "post_norms": True, "scales": True},
-            **dict.fromkeys(("output_norm", "inner_norm", "channel_scales"), True),
-            "head_bias": True,  # a scale of each logit, instead of a bias
-        },
-        kv_heads=4,
-        head_dim=256,
-        many=_dory_layers,
-        more=_dory,
-    ),
-    "granite_swa": Architecture(
-        8192,
-        {**BIAS, **TIED, **MLP_BIAS},
-        {"sinks": True},
-        kv_heads=4,
-        window=128,
-        windowed=lambda layer: layer % 4 > 0,
-        more=_granite_swa,
-    ),
-}
-
-
-TABLE: Mapping[str, Architecture] = {
-    **_TABLE,
-    # the same keys and shapes, with other defaults
-    "ministral": _TABLE["mistral"],
-    "ministral3": replace(_TABLE["mistral"], positions=262144, window=0),
-    "olmo3": replace(
-        _TABLE["olmo2"],
-        positions=65536,
-        window=4096,
-        windowed=lambda layer: (layer + 1) % 4 > 0,
-    ),
-    "qwen2_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
-    "qwen2_5_vl_text": replace(_TABLE["qwen2"], kv_heads=8),
-    "qwen3_vl_text": replace(_TABLE["qwen3"], positions=128000),
-    "arcee": replace(_TABLE["llama"], positions=4096, fixed={"gated": False}),
-    "apertus1p5_text": replace(_TABLE["apertus"], more=_apertus1p5),
-    "cohere2": replace(_TABLE["cohere"], unused=("layer_switch",), more=_cohere2),
-    "cohere_compass_text": replace(
-        _TABLE["cohere"], window=4096, windowed=lambda layer: False, more=_compass
-    ),
-    "emu3_text_model": replace(_TABLE["llama"], positions=9216, kv_heads=8),
-    "exaone": replace(
-        _TABLE["llama"], positions=4096, kv_heads=8, keys={"num_hidden_layers": "num_layers"}
-    ),
-    "glm4": replace(_TABLE["glm"], fixed={"post_norms": True}),
-    "internlm3": replace(
-        _TABLE["llama"],
-        positions=32768,
-        kv_heads=2,
-        head_dim=128,
-        keys={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
-    ),
-    "iquestcoder": replace(_TABLE["llama"], positions=131072, kv_heads=8, head_dim=128),
-    "phi4_multimodal": replace(_TABLE["phi3"], positions=131072, kv_heads=8),
-    "vaultgemma": replace(_TABLE["gemma2"], fixed={}),
-}
+TABLE = read_table(
+    "dense",
+    more={
+        "qwen2": _qwen,
+        "qwen3": _qwen,
+        "gemma2": _gemma,
+        "gemma3_text": _gemma3,
+        "opt": _opt,
+        "smollm3": _smollm3,
+        "cohere": _cohere,
+        "exaone4": _exaone4,
+        "nanochat": _nanochat,
+        "doge": _doge,
+        "dory": _dory,
+        "granite_swa": granite_swa,
+        "apertus1p5_text": _apertus1p5,
+        "cohere2": _cohere2,
+        "cohere_compass_text": _compass,
+    },
+    windowed={
+        "gemma2": lambda layer: layer % 2 == 0,
+        "cwm": lambda layer: layer % 4 > 0,
+        "granite_swa": lambda layer: layer % 4 > 0,
+        "olmo3": lambda layer: (layer + 1) % 4 > 0,
+        "cohere_compass_text": lambda layer: False,
+    },
+    many={
+        "dory": _dory_layers,
+    },
+)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
-    BIAS,
-    TIED,
-    UNTIED,
-    Architecture,
     attention_of,
     dense_layers,
+    read_table,
     rotated,
     routed,
 )
-from simulator.models.architectures.experts import HEAD_NORMS, ROUTED, granite_shared, mixture
+from simulator.models.architectures.dense import granite_swa
+from simulator.models.architectures.experts import granite_shared, mixture
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import Attention
 
@@ -30,14 +27,16 @@ def _afmoe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers, first = values["layers"], read.integer("first_k_dense_replace", 0, low=0)
+    layers = values["layers"]
+    first = read.integer("first_k_dense_replace", 0, low=0)
     prefix = read.integer("prefix_dense_sliding_window_pattern", 1)
     step = read.integer("sliding_window_pattern", 4)
 
     def windowed(layer: int) -> bool:
         return (layer + 1) % prefix > 0 if layer < first else (layer - first + 1) % step > 0
 
-    windows, dense = read.windows(layers, 4096, windowed), dense_layers(read, layers, first)
+    windows = read.windows(layers, 4096, windowed)
+    dense = dense_layers(read, layers, first)
     rotary = [window > 0 or (dense(i) and prefix == 1) for i, window in enumerate(windows)]
     width = values["inner"]
     shared = read.integer("num_shared_experts", 0, low=0) * width
@@ -70,15 +69,14 @@ def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers, step = values["layers"], read.integer("decoder_sparse_step", 1)
+    layers = values["layers"]
+    step = read.integer("decoder_sparse_step", 1)
     plain = read.numbers("mlp_only_layers", [0, 1], layers)
     windows = read.windows(
         layers, 513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1
     )
-    width, wide = (
-        read.integer("moe_intermediate_size"),
-        read.integer("shared_expert_intermediate_size", 1024, low=0),
-    )
+    width = read.integer("moe_intermediate_size")
+    wide = read.integer("shared_expert_intermediate_size", 1024, low=0)
     mlps = routed(
         read, values, "num_experts", width, wide, lambda i: i in plain or (i + 1) % step > 0
     )
@@ -86,19 +84,9 @@ def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"windows": windows, "attentions": attentions} | mlps
 
 
-def _granite_windows(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    bases = read.value(
-        "layer_rope_theta",
-        [1] * layers,
-        f"a list of {layers} numbers",
-        lambda x: isinstance(x, list) and len(x) == layers,
-    )
-    return {"attentions": rotated(values, list(map(bool, bases)))} | granite_shared(read, values)
-
-
 def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers, features = values["layers"], values["head_dim"]
+    layers = values["layers"]
+    features = values["head_dim"]
     gating = read.value(
         "gating",
         True,
@@ -115,66 +103,27 @@ def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
         gates = heads * features if gating == "per-element" else heads
         return replace(usual, heads=heads, gates=gates, rotary=rotary)
 
-    width, wide = (
-        read.integer("moe_intermediate_size"),
-        read.integer("shared_expert_intermediate_size", 512, low=0),
-    )
+    width = read.integer("moe_intermediate_size")
+    wide = read.integer("shared_expert_intermediate_size", 512, low=0)
     mlps = routed(read, values, "num_experts", width, wide, dense_layers(read, layers, 1))
     return {"attentions": list(map(attention, heads, values["windows"]))} | mlps
 
 
-TABLE: Mapping[str, Architecture] = {
-    "afmoe": Architecture(
-        16384,
-        {**BIAS, **UNTIED},
-        {**HEAD_NORMS, "post_norms": True, "router_bias": True},
-        head_dim=128,
-        keys={"first_k_dense_replace": "num_dense_layers"},
-        unused=("num_expert_groups", "num_limited_groups"),
-        more=_afmoe,
-    ),
-    "cohere2_moe": Architecture(8192, {**BIAS, **TIED}, head_dim=128, more=_cohere2_moe),
-    "dots1": Architecture(
-        2048,
-        {**BIAS, **UNTIED},
-        # files of the default configuration have no number of active experts; dots.llm1 has 6
-        {**HEAD_NORMS, "router_bias": True, "active": 6},
-        keys=ROUTED,
-        unused=("moe_layer_freq",),
-        more=_dots1,
-    ),
-    "exaone_moe": Architecture(
-        2048,
-        UNTIED,
-        {**HEAD_NORMS, "router_bias": True},
-        kv_heads=32,
-        unused=("is_moe_layer",),
-        more=_exaone_moe,
-    ),
-    "flint": Architecture(
-        262144,
-        {**BIAS, **UNTIED},
-        {**HEAD_NORMS, "sinks": True},
-        kv_heads=4,
-        head_dim=128,
-        more=_flint,
-    ),
-    "granitemoe_swa": Architecture(
-        2048,
-        {**BIAS, **UNTIED},
-        {"sinks": True},
-        window=128,
-        windowed=lambda layer: layer % 4 > 0,
-        more=_granite_windows,
-    ),
-    "laguna": Architecture(
-        131072,
-        {**BIAS, **UNTIED},
-        {**HEAD_NORMS, "router_bias": True},
-        kv_heads=8,
-        head_dim=128,
-        window=512,
-        windowed=lambda layer: False,
-        more=_laguna,
-    ),
-}
+TABLE = read_table(
+    "experts_by_layer",
+    more={
+        "afmoe": _afmoe,
+        "cohere2_moe": _cohere2_moe,
+        "dots1": _dots1,
+        "exaone_moe": _exaone_moe,
+        "flint": _flint,
+        "granitemoe_swa": lambda read, values: (
+            granite_swa(read, values) | granite_shared(read, values)
+        ),
+        "laguna": _laguna,
+    },
+    windowed={
+        "granitemoe_swa": lambda layer: layer % 4 > 0,
+        "laguna": lambda layer: False,
+    },
+)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from simulator.codes import Part
 from simulator.errors import one_line
 from simulator.models.architectures.architecture import (
-    BIAS,
-    GROUPED,
-    MLP_BIAS,
-    TIED,
-    UNTIED,
-    Architecture,
+    Rule,
     attention_of,
     dense_layers,
     mlp_of,
+    read_table,
     routed,
 )
 from simulator.models.architectures.experts import qwen_layers
@@ -38,10 +34,8 @@ from simulator.models.sublayers import (
 from simulator.models.sublayers.base import Sublayer
 from simulator.models.sublayers.relative import Blocks
 
-# a state has no largest number of positions
-_UNLIMITED = 1_048_576
-
-_ATTENTION, _LINEAR = "full_attention", "linear_attention"
+_ATTENTION = "full_attention"
+_LINEAR = "linear_attention"
 # names that published files use for the types of layers of Transformers 5
 _OLD_NAMES = {"attention": _ATTENTION, "mamba": _LINEAR}
 # characters of a hybrid_override_pattern of Nemotron-H -> type of layer
@@ -66,20 +60,12 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
     return {"attentions": [kinds[kind] for kind in types]}
 
 
-def _multiple(read: Reader, key: str, of: str, size: int) -> int:
-    """Return a number that divides a size; ``of`` names the size."""
-    divisor = read.integer(key)
-    if size % divisor:
-        raise read.fail(key, f"expected a divisor of {of} {size}, got {divisor}")
-    return divisor
-
-
 def _rank(read: Reader, key: str, hidden: int) -> int:
     """Return the rank of Mamba's step sizes."""
     return math.ceil(hidden / 16) if read.raw(key) in (None, "auto") else read.integer(key)
 
 
-def _mamba(norm: str = "") -> Callable[[Reader, ConfigFields], ConfigFields]:
+def _mamba(norm: str = "") -> Rule:
     """Return the rule for layers of Mamba alone."""
 
     def more(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -100,29 +86,34 @@ def _mamba(norm: str = "") -> Callable[[Reader, ConfigFields], ConfigFields]:
 
 def _mamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of Mamba-2 alone."""
-    heads, channels = read.integer("num_heads", 128), read.integer("head_dim", 64)
+    heads = read.integer("num_heads", 128)
+    channels = read.integer("head_dim", 64)
     inner = read.integer("expand", 2) * values["hidden"]
     if heads * channels != inner:
         wrong = f"expected {inner} / head_dim {channels}, as expand x hidden_size is {inner}"
         raise read.fail("num_heads", f"{wrong}, got {heads}")
-    mixer = Mamba2(
+    state = read.integer("state_size", 128)
+    return {
+        "sublayers": [(_plain_mamba2(read, heads, channels, state, chunk=256),)] * values["layers"]
+    }
+
+
+def _plain_mamba2(read: Reader, heads: int, channels: int, state: int, chunk: int) -> Mamba2:
+    """Return Mamba-2 from keys without a beginning; ``chunk`` is a default."""
+    return Mamba2(
         heads=heads,
         channels=channels,
-        state=read.integer("state_size", 128),
+        state=state,
         groups=_groups(read, "n_groups", 8, heads),
         conv=read.integer("conv_kernel", 4),
-        chunk=read.integer("chunk_size", 256),
+        chunk=read.integer("chunk_size", chunk),
         conv_bias=read.flag("use_conv_bias", True),
         bias=read.flag("use_bias"),
     )
-    return {"sublayers": [(mixer,)] * values["layers"]}
 
 
 def _groups(read: Reader, key: str, default: int, heads: int) -> int:
-    groups = read.integer(key, default)
-    if heads % groups:
-        raise read.fail(key, f"expected a divisor of the {heads} Mamba heads, got {groups}")
-    return groups
+    return read.divisor(key, read.integer(key, default), heads, "the number of Mamba heads")
 
 
 def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
@@ -148,7 +139,8 @@ def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mam
 
 
 def _bamba(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden, layers = values["hidden"], values["layers"]
+    hidden = values["hidden"]
+    layers = values["layers"]
     inner = read.integer("mamba_expand", 2) * hidden
     attends = read.numbers("attn_layer_indices", [], layers)
     types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
@@ -173,16 +165,15 @@ def _falcon_h1(read: Reader, values: ConfigFields) -> ConfigFields:
 def _granite(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
     MLP alone."""
-    hidden, layers = values["hidden"], values["layers"]
+    hidden = values["hidden"]
+    layers = values["layers"]
     types = _types(read, layers, (_ATTENTION, _LINEAR), lambda layer: _LINEAR)
     mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
     attention = replace(attention_of(values), rotary=rotates * values["rotary_dim"])
     shared = read.integer("shared_intermediate_size", 1024)
     if read.integer("num_local_experts", 8, low=0):
-        mlps = routed(
-            read, values, "num_local_experts", values["inner"], shared, lambda layer: False
-        )
+        mlps = routed(read, values, "num_local_experts", values["inner"], shared)
     else:
         mlps = {"mlps": [replace(mlp_of(values), inner=shared)] * layers}
     return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
@@ -192,7 +183,8 @@ def _nemotron_types(read: Reader) -> list[str]:
     """Return the type of each layer, from block_configs (Puzzle), a list, or a pattern; those that
     a configuration states must agree."""
     stated: dict[str, list[str]] = {}
-    blocks, pattern = read.raw("block_configs"), read.raw("hybrid_override_pattern")
+    blocks = read.raw("block_configs")
+    pattern = read.raw("hybrid_override_pattern")
     if blocks is not None:
         parts = read.parts("block_configs", len(blocks) if isinstance(blocks, list) else 1)
         stated["block_configs"] = [part.text("block_type") for part in parts]
@@ -218,7 +210,8 @@ def _nemotron_types(read: Reader) -> list[str]:
 def _nemotron_h(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of one sublayer each. Keys of a layer's object in ``block_configs`` take
     precedence over those of the file (Puzzle)."""
-    types, blocks = _nemotron_types(read), read.raw("block_configs")
+    types = _nemotron_types(read)
+    blocks = read.raw("block_configs")
     # keys of all kinds, as Transformers saves those of kinds without layers too
     kinds = {kind: (_nemotron_layer(read, kind, values),) for kind in _PATTERN.values()}
     if blocks is None:
@@ -242,16 +235,8 @@ def _nemotron_layer(read: Reader, kind: str, values: ConfigFields) -> Sublayer:
 
 def _nemotron_mamba(read: Reader, values: ConfigFields) -> Mamba2:
     heads = read.integer("mamba_num_heads", 128)
-    return Mamba2(
-        heads=heads,
-        channels=read.integer("mamba_head_dim", 64),
-        state=read.integer("ssm_state_size", 128),
-        groups=_groups(read, "n_groups", 8, heads),
-        conv=read.integer("conv_kernel", 4),
-        chunk=read.integer("chunk_size", 128),
-        conv_bias=read.flag("use_conv_bias", True),
-        bias=read.flag("use_bias"),
-    )
+    channels = read.integer("mamba_head_dim", 64)
+    return _plain_mamba2(read, heads, channels, read.integer("ssm_state_size", 128), chunk=128)
 
 
 def _nemotron_experts(read: Reader, values: ConfigFields) -> Experts:
@@ -276,26 +261,31 @@ def _every(read: Reader, name: str, period: int, offset: int) -> Callable[[int],
     return lambda layer: layer % step == first
 
 
-def _jamba(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden, layers = values["hidden"], values["layers"]
-    mixer = Mamba(
+def _hybrid_mamba(read: Reader, hidden: int, **others: Any) -> Mamba:
+    """Return Mamba from keys that begin with ``mamba_``."""
+    return Mamba(
         channels=read.integer("mamba_expand", 2) * hidden,
         state=read.integer("mamba_d_state", 16),
         rank=_rank(read, "mamba_dt_rank", hidden),
         conv=read.integer("mamba_d_conv", 4),
         conv_bias=read.flag("mamba_conv_bias", True),
         bias=read.flag("mamba_proj_bias"),
-        norm="rms",
+        **others,
     )
-    attends, routes = _every(read, "attn", 8, 4), _every(read, "expert", 2, 1)
+
+
+def _jamba(read: Reader, values: ConfigFields) -> ConfigFields:
+    layers = values["layers"]
+    mixer = _hybrid_mamba(read, values["hidden"], norm="rms")
+    attends = _every(read, "attn", 8, 4)
+    routes = _every(read, "expert", 2, 1)
     several = read.integer("num_experts", 16) > 1
     mlps = routed(
         read,
         values,
         "num_experts",
         values["inner"],
-        0,
-        lambda layer: not (several and routes(layer)),
+        dense=lambda layer: not (several and routes(layer)),
     )
     types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(layers)]
     attention = attention_of(values)
@@ -314,7 +304,8 @@ def _shared_blocks(
 
 def _wide_attention(read: Reader, values: ConfigFields, rotates: bool) -> Attention:
     """Return attention to the residual stream and the embedding, side by side."""
-    hidden, heads = values["hidden"], values["heads"]
+    hidden = values["hidden"]
+    heads = values["heads"]
     features = read.integer("attention_head_dim", 2 * hidden // heads)
     if (wide := read.integer("attention_hidden_size", 2 * hidden)) != 2 * hidden:
         raise read.fail("attention_hidden_size", f"expected {2 * hidden}, got {wide}")
@@ -336,18 +327,10 @@ def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
 
     inner = read.integer("mamba_expand", 2) * hidden
     heads = read.integer("n_mamba_heads", 2)
-    if inner % heads:
-        raise read.fail("n_mamba_heads", f"expected a divisor of {inner}, got {heads}")
-    mixer = Mamba(
-        channels=inner,
-        state=read.integer("mamba_d_state", 16),
-        rank=_rank(read, "mamba_dt_rank", hidden),
-        conv=read.integer("mamba_d_conv", 4),
-        conv_bias=read.flag("mamba_conv_bias", True),
-        bias=read.flag("mamba_proj_bias"),
-        heads=heads,
-    )
-    attention, mlp = _wide_attention(read, values, rotates=False), mlp_of(values)
+    read.divisor("n_mamba_heads", heads, inner, "the channels")
+    mixer = _hybrid_mamba(read, hidden, heads=heads)
+    attention = _wide_attention(read, values, rotates=False)
+    mlp = mlp_of(values)
     added = Projection(adapts=Part.MLP, norms=(False, False))
 
     def block(use: int) -> Sequence[Sublayer]:
@@ -360,9 +343,11 @@ def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     hidden = values["hidden"]
-    bias, rank = read.flag("add_bias_linear"), read.integer("adapter_rank", 128)
+    bias = read.flag("add_bias_linear")
+    rank = read.integer("adapter_rank", 128)
     read.flag("use_conv_bias", True)  # Transformers always adds the bias
-    heads, inner = read.integer("n_mamba_heads", 8), read.integer("mamba_expand", 2) * hidden
+    heads = read.integer("n_mamba_heads", 8)
+    inner = read.integer("mamba_expand", 2) * hidden
     mixer = Mamba2(
         heads=heads,
         channels=inner // heads,
@@ -406,7 +391,8 @@ def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
     types = _types(
         read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION if layer in attends else "conv"
     )
-    inner, size = values["inner"], read.integer("block_multiple_of", 256)
+    inner = values["inner"]
+    size = read.integer("block_multiple_of", 256)
     factor = read.number("block_ffn_dim_multiplier", 1.0, high=1000)
     if read.flag("block_auto_adjust_ff_dim", True):
         inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
@@ -425,8 +411,7 @@ def _lfm2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
         values,
         "num_experts",
         read.integer("moe_intermediate_size"),
-        0,
-        lambda layer: layer < dense,
+        dense=lambda layer: layer < dense,
     )
     mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
     return mixers | mlps
@@ -455,11 +440,7 @@ def _delta_net(read: Reader, joint: str, groups: int = 16, heads: int = 32) -> D
     key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
     heads = read.integer("linear_num_value_heads", heads)
     groups = read.integer("linear_num_key_heads", groups)
-    if heads % groups:
-        raise read.fail(
-            "linear_num_key_heads",
-            f"expected a divisor of linear_num_value_heads {heads}, got {groups}",
-        )
+    read.divisor("linear_num_key_heads", groups, heads, "linear_num_value_heads")
     conv = read.integer("linear_conv_kernel_dim", 4)
     return DeltaNet(heads=heads, kv_heads=groups, key=key, value=value, conv=conv, joint=joint)
 
@@ -485,10 +466,14 @@ def _qwen3_5(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _qwen3_5_moe(read: Reader, values: ConfigFields) -> ConfigFields:
+    return _qwen3_5(read, values) | _beside_shared(read, values)
+
+
+def _beside_shared(read: Reader, values: ConfigFields) -> ConfigFields:
+    """Return experts beside a shared one."""
     width = read.integer("moe_intermediate_size")
     shared = read.integer("shared_expert_intermediate_size")
-    mlps = routed(read, values, "num_experts", width, shared, lambda layer: False)
-    return _qwen3_5(read, values) | mlps
+    return routed(read, values, "num_experts", width, shared)
 
 
 def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -503,16 +488,14 @@ def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
         types, full_attention=attention, sliding_attention=attention, linear_attention=net
     )
     windows = tuple(window if kind == sliding else 0 for kind in types)
-    width = read.integer("moe_intermediate_size")
-    shared = read.integer("shared_expert_intermediate_size")
-    mlps = routed(read, values, "num_experts", width, shared, lambda layer: False)
-    return mixers | mlps | {"windows": windows}
+    return mixers | _beside_shared(read, values) | {"windows": windows}
 
 
 def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with a gated delta net and norms of the inputs, and layers with attention and
     norms of the outputs."""
-    layers, heads = values["layers"], values["heads"]
+    layers = values["layers"]
+    heads = values["heads"]
     last = layers - 1 if layers < 4 else -1
     types = _types(
         read,
@@ -531,7 +514,8 @@ def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
         joint="none",
     )
     after = (False, True)
-    attention, mlp = replace(attention_of(values), norms=after), mlp_of(values)
+    attention = replace(attention_of(values), norms=after)
+    mlp = mlp_of(values)
     mlps = [replace(mlp, norms=after) if kind == _ATTENTION else mlp for kind in types]
     mixers = _mixers(types, full_attention=attention, linear_attention=net)
     return {**mixers, "mlps": mlps}
@@ -553,8 +537,7 @@ def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
         attention_of(values), rotary=read.integer("rotary_dim", values["rotary_dim"])
     )
     mixers = _mixers(types, full_attention=attention, linear_attention=lightning)
-    experts = routed(read, values, "num_local_experts", values["inner"], 0, lambda layer: False)
-    return mixers | experts
+    return mixers | routed(read, values, "num_local_experts", values["inner"])
 
 
 def _latent(read: Reader, values: ConfigFields, **changes: Any) -> LatentAttention:
@@ -637,29 +620,15 @@ def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
     return mixers | _sparse_layers(read, values, 2)
 
 
-# usual names of keys -> names in configurations of Thinking Machines
-_INKLING_KEYS = {
-    "sliding_window": "sliding_window_size",
-    "num_local_experts": "n_routed_experts",
-    "max_position_embeddings": "model_max_length",
-    "conv_kernel_size": "sconv_kernel_size",
-}
-# usual names of keys -> names in configurations of Moonshot and Ling
-_KIMI_KEYS = {
-    "max_position_embeddings": "model_max_length",
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "n_shared_experts": "num_shared_experts",
-}
-
-
 def _relative(
     read: Reader, values: ConfigFields, sliding: bool, **changes: Any
 ) -> RelativeAttention:
     """Return the attention of a layer with, or without, a window."""
     usual = attention_of(values)
     window = read.integer("sliding_window") if sliding else 0
-    heads, kv_heads, head_dim = usual.heads, usual.kv_heads, usual.head_dim
+    heads = usual.heads
+    kv_heads = usual.kv_heads
+    head_dim = usual.head_dim
     if sliding:
         heads = read.integer("swa_num_attention_heads", heads)
         kv_heads = read.integer("swa_num_key_value_heads", kv_heads)
@@ -678,7 +647,8 @@ def _relative(
 
 
 def _inkling(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers, conv = values["layers"], read.integer("conv_kernel_size", 4)
+    layers = values["layers"]
+    conv = read.integer("conv_kernel_size", 4)
     local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6], layers)
     types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
     sliding = [t == "hybrid_sliding" for t in types] or [i in local for i in range(layers)]
@@ -686,7 +656,8 @@ def _inkling(read: Reader, values: ConfigFields) -> ConfigFields:
     by_window = {
         inside: replace(_relative(read, values, inside), entry=plain) for inside in (True, False)
     }
-    width, shared = read.integer("moe_intermediate_size"), read.integer("n_shared_experts", 2)
+    width = read.integer("moe_intermediate_size")
+    shared = read.integer("n_shared_experts", 2)
     dense = dense_layers(read, layers, read.integer("dense_mlp_idx", 0, low=0))
     experts = Experts(
         experts=(count := read.integer("num_local_experts")),
@@ -710,7 +681,8 @@ def _inkling2_layer(
 ) -> Callable[[int, bool], tuple[Sublayer, ...]]:
     """Return the function from the number of a layer, and whether it has a window, to its
     sublayers. Layers have ``gates`` of a rank if they run in several passes."""
-    conv, each = read.integer("conv_kernel_size", 4), read.integer("n_layers_per_attn_res_block", 6)
+    conv = read.integer("conv_kernel_size", 4)
+    each = read.integer("n_layers_per_attn_res_block", 6)
     rank = _loop(read, "gate_rank", 64) if gates else 0
     count = read.integer("num_local_experts")
     experts = Experts(
@@ -770,12 +742,15 @@ def _loop(read: Reader, key: str, default: int) -> int:
 
 def _inkling2_loop(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return the layers in the order in which they run; those of the loop run in several passes."""
-    layers, hidden = values["layers"], values["hidden"]
-    start, end = _loop(read, "core_start", 6), _loop(read, "core_end", 18)
+    layers = values["layers"]
+    hidden = values["hidden"]
+    start = _loop(read, "core_start", 6)
+    end = _loop(read, "core_end", 18)
     if not 0 < start < end <= layers:
         raise read.fail("loop_layer_index_end", f"expected a layer from {start + 1} to {layers}")
     sliding = _inkling2_windows(read, layers)
-    once, looped = _inkling2_layer(read, values), _inkling2_layer(read, values, gates=1)
+    once = _inkling2_layer(read, values)
+    looped = _inkling2_layer(read, values, gates=1)
     made = [
         (looped if start <= layer < end else once)(layer, inside)
         for layer, inside in enumerate(sliding)
@@ -790,154 +765,35 @@ def _inkling2_loop(read: Reader, values: ConfigFields) -> ConfigFields:
     }
 
 
-_TABLE: Mapping[str, Architecture] = {
-    "mamba": Architecture(
-        _UNLIMITED,
-        TIED,
-        {"rotary_dim": 0},
-        grouped=False,
-        inner="",
-        absent={"heads": 1},
-        unused=("d_inner", "d_model", "n_layer", "pad_vocab_size_multiple"),
-        more=_mamba(),
-    ),
-    "mamba2": Architecture(
-        _UNLIMITED,
-        UNTIED,
-        {"rotary_dim": 0},
-        grouped=False,
-        inner="",
-        absent={"heads": 1},
-        unused=("intermediate_size", "time_step_rank"),
-        more=_mamba2,
-    ),
-    "bamba": Architecture(
-        262144,
-        {**BIAS, **UNTIED, **MLP_BIAS},
-        kv_heads=8,
-        rotary=("partial_rotary_factor", 0.5),
-        more=_bamba,
-    ),
-    "falcon_h1": Architecture(8192, {**BIAS, **UNTIED, **MLP_BIAS}, kv_heads=8, more=_falcon_h1),
-    "jamba": Architecture(262144, UNTIED, {"rotary_dim": 0}, kv_heads=8, more=_jamba),
-    "nemotron_h": Architecture(
-        4096,
-        {**UNTIED, **MLP_BIAS},
-        {"gated": False, "rotary_dim": 0},
-        kv_heads=8,
-        head_dim=128,
-        keys={"head_dim": "attention_head_dim"},
-        # ssm_state_size is the state; shared experts are one MLP of its own width
-        unused=(*("time_step_rank", "mamba_state_dim", "n_shared_experts"),),
-        many=lambda read: len(_nemotron_types(read)),
-        more=_nemotron_h,
-    ),
-    "zamba": Architecture(4096, TIED, {"rotary_dim": 0}, kv_heads=16, head_dim=1, more=_zamba),
-    "zamba2": Architecture(
-        4096,
-        TIED,
-        {"rotary_dim": 0},
-        head_dim=1,
-        inner="",
-        unused=(
-            *("kv_channels", "num_query_groups", "mamba_headdim", "hybrid_layer_ids"),
-            "ffn_hidden_size",
-        ),
-        more=_zamba2,
-    ),
-    "granitemoehybrid": Architecture(2048, {**BIAS, **UNTIED}, more=_granite),
-    "lfm2": Architecture(
-        128000,
-        TIED,
-        {"qk_norm": "head"},
-        kv_heads=8,
-        keys={"intermediate_size": "block_ff_dim", "tie_word_embeddings": "tie_embedding"},
-        unused=("block_dim", "conv_dim", "conv_dim_out", "num_heads"),
-        more=_lfm2,
-    ),
-    "lfm2_moe": Architecture(128000, TIED, {"qk_norm": "head"}, kv_heads=8, more=_lfm2_moe),
-    "lfm3": Architecture(
-        128000, {**BIAS, **TIED}, {"qk_norm": "head"}, kv_heads=4, head_dim=128, more=_lfm3
-    ),
-    "qwen3_next": Architecture(
-        32768,
-        {**BIAS, **UNTIED},
-        {"qk_norm": "head", "shared_gate": True, "output_gate": True},
-        kv_heads=2,
-        head_dim=256,
-        rotary=("partial_rotary_factor", 0.25),
-        more=_qwen3_next,
-    ),
-    "qwen3_5_text": Architecture(
-        32768,
-        {**BIAS, **UNTIED},
-        {"qk_norm": "head", "output_gate": True},
-        kv_heads=4,
-        head_dim=256,
-        rotary=("partial_rotary_factor", 0.25),
-        more=_qwen3_5,
-    ),
-    "olmo_hybrid": Architecture(65536, {**BIAS, **UNTIED}, {"qk_norm": "width"}, more=_olmo_hybrid),
-    "minimax": Architecture(131072, UNTIED, kv_heads=8, more=_minimax),
-    "kimi_linear": Architecture(
-        1048576,
-        {},  # the class never ties the head
-        {"router_bias": True},
-        grouped=False,
-        keys=_KIMI_KEYS,
-        unused=(*GROUPED, "moe_layer_freq"),
-        more=_kimi_linear,
-    ),
-    "bailing_hybrid": Architecture(
-        262144,
-        {},  # the class never ties the head
-        {"router_bias": True},
-        grouped=False,
-        keys=_KIMI_KEYS,
-        unused=GROUPED,
-        more=_bailing,
-    ),
-    "inkling_text": Architecture(
-        131072,
-        UNTIED,
-        {"qk_norm": "head", "rotary_dim": 0, "embedding_norm": True},
-        kv_heads=8,
-        head_dim=128,
-        keys=_INKLING_KEYS,
-        unused=("num_mtp_layers", "logits_mup_width_multiplier"),
-        more=_inkling,
-    ),
-    "inkling2_text": Architecture(
-        1048576,
-        UNTIED,
-        {"rotary_dim": 0, "embedding_norm": True, "logit_softcap": True},
-        kv_heads=8,
-        head_dim=128,
-        inner="",
-        keys=_INKLING_KEYS,
-        more=_inkling2,
-    ),
-    "lara_mini": Architecture(
-        131072,
-        {**BIAS, **TIED},
-        {"qk_norm": "head"},
-        kv_heads=4,
-        head_dim=128,
-        inner="",
-        more=_lara,
-    ),
-}
-
-TABLE: Mapping[str, Architecture] = {
-    **_TABLE,
-    "nemotron_h_puzzle": _TABLE["nemotron_h"],
-    "inkling2_loop_text": replace(_TABLE["inkling2_text"], more=_inkling2_loop),
-    "falcon_mamba": replace(_TABLE["mamba"], more=_mamba("unit")),
-    "qwen3_5_moe_text": replace(
-        _TABLE["qwen3_5_text"],
-        kv_heads=2,
-        inner="",
-        fixed={**_TABLE["qwen3_5_text"].fixed, "shared_gate": True},
-        more=_qwen3_5_moe,
-    ),
-}
+TABLE = read_table(
+    "hybrids",
+    more={
+        "mamba": _mamba(),
+        "mamba2": _mamba2,
+        "bamba": _bamba,
+        "falcon_h1": _falcon_h1,
+        "jamba": _jamba,
+        "nemotron_h": _nemotron_h,
+        "zamba": _zamba,
+        "zamba2": _zamba2,
+        "granitemoehybrid": _granite,
+        "lfm2": _lfm2,
+        "lfm2_moe": _lfm2_moe,
+        "lfm3": _lfm3,
+        "qwen3_next": _qwen3_next,
+        "qwen3_5_text": _qwen3_5,
+        "olmo_hybrid": _olmo_hybrid,
+        "minimax": _minimax,
+        "kimi_linear": _kimi_linear,
+        "bailing_hybrid": _bailing,
+        "inkling_text": _inkling,
+        "inkling2_text": _inkling2,
+        "lara_mini": _lara,
+        "inkling2_loop_text": _inkling2_loop,
+        "falcon_mamba": _mamba("unit"),
+        "qwen3_5_moe_text": _qwen3_5_moe,
+    },
+    many={
+        "nemotron_h": lambda read: len(_nemotron_types(read)),
+    },
+)

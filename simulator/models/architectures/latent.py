@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulator.arguments import shown
 from simulator.models.architectures.architecture import (
-    GROUPED,
-    MLP_BIAS,
-    TIED,
-    UNTIED,
-    Architecture,
+    Rule,
     attention_of,
     mlp_of,
+    read_table,
     routed,
 )
 from simulator.models.architectures.experts import qwen_layers
@@ -30,12 +26,11 @@ from simulator.models.sublayers.base import Sublayer
 from simulator.models.sublayers.entry import Entry, GatedNorm, Streams
 from simulator.models.sublayers.indexer import Compressor, Indexer
 
-Rule = Callable[[Reader, ConfigFields], ConfigFields]
-
 
 def _latent(read: Reader, values: ConfigFields, rank: int = 1536, **more: Any) -> LatentAttention:
     """Return latent attention; ``rank`` is the default of ``q_lora_rank``."""
-    hidden, heads = values["hidden"], values["heads"]
+    hidden = values["hidden"]
+    heads = values["heads"]
     return LatentAttention(
         heads=heads,
         query_rank=read.or_none("q_lora_rank", rank),
@@ -64,12 +59,10 @@ def _sparse(read: Reader, layers: int, first: int) -> list[bool]:
 
 def _flags(read: Reader, key: str, layers: int) -> list[bool]:
     """Return a list of 0 and 1 per layer; an empty list for another value."""
-    given = read.raw(key)
-    if not isinstance(given, list):
+    if not isinstance(read.raw(key), list):
         return []
-    if len(given) != layers or any(flag not in (0, 1) for flag in given):
-        raise read.fail(key, f"expected a list of {layers} of 0 or 1, got {shown(given)}")
-    return [bool(flag) for flag in given]
+    flags = read.items(key, None, f"a list of {layers} of 0 or 1", (0, 1).__contains__, layers)
+    return [bool(flag) for flag in flags]
 
 
 def _experts(read: Reader, values: ConfigFields, shared: int, sparse: Sequence[bool]) -> list[Any]:
@@ -134,7 +127,8 @@ def _selecting(read: Reader, layers: int) -> list[bool]:
         f"{layers} letters F or S",
         lambda x: isinstance(x, str) and len(x) == layers and not {*x} - {*"FS"},
     )
-    step, offset = read.integer("index_topk_freq", 1), read.integer("index_skip_topk_offset", 2)
+    step = read.integer("index_topk_freq", 1)
+    offset = read.integer("index_skip_topk_offset", 2)
     if kinds:
         return [kind == "full" for kind in kinds]
     return [
@@ -189,7 +183,8 @@ def _hy_v4(read: Reader, values: ConfigFields) -> ConfigFields:
     return _streams(read, values, fields, Streams(streams=read.integer("hc_mult", 4)))
 
 
-_SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
+_SPARSE = "compressed_sparse_attention"
+_HEAVY = "heavily_compressed_attention"
 _RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
 """Positions per entry of the compressed cache of DeepSeek-V4 by type of layer, 0 without one."""
 
@@ -201,7 +196,8 @@ def _deepseek_v4(read: Reader, values: ConfigFields) -> ConfigFields:
     kinds = read.types("mlp_layer_types", layers, ("hash_moe", "moe"))
     hashed = read.integer("num_hash_layers", 3, low=0)
     kinds = kinds or ["hash_moe" if i < hashed else "moe" for i in range(layers)]
-    types, ratios = _compressed_types(read, layers), _ratios(read)
+    types = _compressed_types(read, layers)
+    ratios = _ratios(read)
     attention = {kind: _compressed(read, values, kind, ratios[kind]) for kind in _RATIOS}
     experts = _experts(read, values, 1, [True] * layers)
     # a table maps token ids to experts in the first layers
@@ -240,12 +236,13 @@ def _ratios(read: Reader) -> dict[str, int]:
 
 
 def _compressed(read: Reader, values: ConfigFields, kind: str, ratio: int) -> CompressedAttention:
-    rank, width, heads = read.integer("q_lora_rank", 1024), values["head_dim"], values["heads"]
+    rank = read.integer("q_lora_rank", 1024)
+    width = values["head_dim"]
+    heads = values["heads"]
     share = read.number("partial_rotary_factor", 64 / 512, high=1)
     rotary = read.integer("qk_rope_head_dim", max(int(width * share), 1), high=width)
     groups = read.integer("o_groups", 8)
-    if heads % groups:
-        raise read.fail("o_groups", f"expected a divisor of {heads} heads, got {groups}")
+    read.divisor("o_groups", groups, heads, "num_attention_heads")
     # an entry of few positions also covers those of the entry before it, and an indexer selects
     selects = kind == _SPARSE
     compressor = Compressor(ratio=ratio, features=width, series=1 + selects) if ratio else None
@@ -319,8 +316,10 @@ def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
     has)."""
     if read.flag("router_bias"):
         raise read.fail("router_bias", "expected false (a second bias), got True")
-    latent, mlp = _latent(read, values), mlp_of(values)
-    experts, none = read.integer("n_routed_experts"), read.or_none("zero_expert_num", 256)
+    latent = _latent(read, values)
+    mlp = mlp_of(values)
+    experts = read.integer("n_routed_experts")
+    none = read.or_none("zero_expert_num", 256)
     topk = read.integer("moe_topk", 12, high=experts + none)
     routed_experts = Experts(
         experts=experts,
@@ -366,7 +365,8 @@ def _minimax_m3(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _mimo_v2(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with all positions, and layers with a window, sinks and twice the KV heads."""
-    layers, kv_heads = values["layers"], values["kv_heads"]
+    layers = values["layers"]
+    kv_heads = values["kv_heads"]
     pattern = _flags(read, "hybrid_layer_pattern", layers)
     types = read.layer_types(layers, ("full_attention", "sliding_attention"))
     slides = [kind == "sliding_attention" for kind in types] or pattern
@@ -383,9 +383,7 @@ def _mimo_v2(read: Reader, values: ConfigFields) -> ConfigFields:
         sinks=read.flag("add_swa_attention_sink_bias", True),
         window=window,
     )
-    if other.heads % other.kv_heads:
-        wrong = f"expected a divisor of {other.heads} heads, got {other.kv_heads}"
-        raise read.fail("swa_num_key_value_heads", wrong)
+    read.divisor("swa_num_key_value_heads", other.kv_heads, other.heads, "swa_num_attention_heads")
     full = replace(full, sinks=read.flag("add_full_attention_sink_bias"))
     mlps = _experts(read, values, 0, _sparse(read, layers, 1))
     return {"attentions": [other if own else full for own in slides], "mlps": mlps}
@@ -402,24 +400,23 @@ def _windowed(
 
 
 def _beam(read: Reader, values: ConfigFields) -> ConfigFields:
-    heads, features = values["heads"], values["head_dim"]
+    heads = values["heads"]
+    features = values["head_dim"]
     attention = replace(attention_of(values), gates=heads * features, gate_bias=True)
-    width, sparse = read.integer("moe_intermediate_size"), _sparse(read, values["layers"], 3)
-    found = routed(read, values, "num_experts", width, 0, lambda i: not sparse[i])
+    width = read.integer("moe_intermediate_size")
+    sparse = _sparse(read, values["layers"], 3)
+    found = routed(read, values, "num_experts", width, dense=lambda i: not sparse[i])
     softcap = read.capped("final_logit_softcapping", True)
     attentions = _windowed(read, values, attention, 512, 6)
     return {"attentions": attentions, "logit_softcap": softcap, **found}
 
 
 def _kolibri(read: Reader, values: ConfigFields) -> ConfigFields:
-    width, shared = (
-        read.integer("moe_intermediate_size"),
-        read.integer("shared_expert_intermediate_size", 512, low=0),
-    )
+    width = read.integer("moe_intermediate_size")
+    shared = read.integer("shared_expert_intermediate_size", 512, low=0)
     count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    found = routed(read, values, count, width, shared, lambda i: False)
     attentions = _windowed(read, values, attention_of(values), 513, 5)
-    return {"attentions": attentions, **found}
+    return {"attentions": attentions, **routed(read, values, count, width, shared)}
 
 
 def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -452,118 +449,27 @@ def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
     return _streams(read, values, {**fields, "attentions": attentions}, streams)
 
 
-def _of_deepseek(
-    positions: int, rule: Rule, flags: Mapping[str, Any] = UNTIED, **more: Any
-) -> Architecture:
-    """Return an architecture with latent attention, which does not use the keys of grouped
-    heads."""
-    unused = (*GROUPED, *more.pop("unused", ()))
-    fixed = {"router_bias": True, **more.pop("fixed", {})}
-    return Architecture(
-        positions, flags, fixed, grouped=False, head_dim=64, unused=unused, more=rule, **more
-    )
-
-
-_NO_BIAS = {"active": 6, "router_bias": False}
-
-_TABLE: Mapping[str, Architecture] = {
-    "deepseek_v2": _of_deepseek(2048, _deepseek(shared=2, first=0), fixed=_NO_BIAS),
-    "deepseek_v3": _of_deepseek(4096, _deepseek(first=3)),
-    "deepseek_v32": _of_deepseek(163840, _deepseek(first=3, attentions=_indexed)),
-    "glm_moe_dsa": _of_deepseek(202752, _deepseek(first=3, rank=2048, attentions=_indexed)),
-    "axk1": _of_deepseek(32768, _axk1),
-    "axk2": _of_deepseek(131072, _axk2),
-    "hy_v4": _of_deepseek(262144, _hy_v4),
-    "deepseek_v4": Architecture(
-        1048576,
-        UNTIED,
-        head_dim=512,
-        kv_heads=1,
-        inner="",
-        unused=("hc_sinkhorn_iters",),
-        more=_deepseek_v4,
-    ),
-    "dots3_note_text": _of_deepseek(524288, _dots3),
-    "glm4_moe_lite": _of_deepseek(202752, _deepseek(rank=768)),
-    "sarvam_mla": _of_deepseek(
-        4096,
-        _deepseek(rank=0),
-        keys={"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
-        unused=("q_head_dim",),  # follows from others
-    ),
-    "youtu": _of_deepseek(131072, _dense(1536), TIED),
-    "minicpm3": _of_deepseek(
-        # factors of the embedding, of outputs of sublayers, and of logits
-        32768,
-        _dense(768),
-        {**TIED, **MLP_BIAS},
-        unused=("scale_depth", "dim_model_base"),
-    ),
-    "longcat_flash": _of_deepseek(
-        131072, _longcat, inner="ffn_hidden_size", keys={"num_hidden_layers": "num_layers"}
-    ),
-    "minimax_m3_vl_text": Architecture(
-        524288,
-        UNTIED,
-        {"router_bias": True, "qk_norm": "head"},
-        kv_heads=4,
-        head_dim=128,
-        # blocks near a query are some of the selected; widths of experts are intermediate_size
-        unused=("index_local_blocks", "moe_intermediate_size"),
-        more=_minimax_m3,
-    ),
-    "mimo_v2_flash": Architecture(
-        131072,
-        {"qkv_bias": ("attention_bias", False), **UNTIED},
-        {"router_bias": True},
-        kv_heads=4,
-        head_dim=192,
-        rotary=("partial_rotary_factor", 0.334),
-        unused=("attention_chunk_size", "hybrid_block_size"),
-        more=_mimo_v2,
-    ),
-    "beam": Architecture(
-        8192,
-        {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False), **UNTIED},
-        {"qk_norm": "head", "post_norms": True, "router_bias": True},
-        kv_heads=8,
-        head_dim=128,
-        more=_beam,
-    ),
-    "kolibri1": Architecture(
-        262144,
-        UNTIED,
-        {"qk_norm": "head", "post_norms": True, "router_bias": True},
-        kv_heads=4,
-        head_dim=128,
-        inner="",
-        more=_kolibri,
-    ),
-    "qwen4_exp_text": Architecture(
-        32768,
-        {"qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False), **UNTIED},
-        {
-            "qk_norm": "head",
-            "shared_gate": True,
-            "output_gate": True,
-            "pre_norms": False,
-            "final_norm": False,
-        },
-        kv_heads=2,
-        head_dim=256,
-        inner="",
-        # of embeddings of n-grams
-        unused=(
-            *("ple_embed_dim", "ple_conv_kernel_size", "heads_per_ngram", "ngram_size"),
-            *("ngram_vocab_size_base", "make_ngram_vocab_size_divisible_by", "split_ngram_parts"),
-        ),
-        more=_qwen4,
-    ),
-}
-
-
-TABLE: Mapping[str, Architecture] = {
-    **_TABLE,
-    "kimi_k2": _TABLE["deepseek_v3"],
-    "minimax_m3": _TABLE["minimax_m3_vl_text"],
-}
+TABLE = read_table(
+    "latent",
+    more={
+        "deepseek_v2": _deepseek(shared=2, first=0),
+        "deepseek_v3": _deepseek(first=3),
+        "deepseek_v32": _deepseek(first=3, attentions=_indexed),
+        "glm_moe_dsa": _deepseek(first=3, rank=2048, attentions=_indexed),
+        "axk1": _axk1,
+        "axk2": _axk2,
+        "hy_v4": _hy_v4,
+        "deepseek_v4": _deepseek_v4,
+        "dots3_note_text": _dots3,
+        "glm4_moe_lite": _deepseek(rank=768),
+        "sarvam_mla": _deepseek(rank=0),
+        "youtu": _dense(1536),
+        "minicpm3": _dense(768),
+        "longcat_flash": _longcat,
+        "minimax_m3_vl_text": _minimax_m3,
+        "mimo_v2_flash": _mimo_v2,
+        "beam": _beam,
+        "kolibri1": _kolibri,
+        "qwen4_exp_text": _qwen4,
+    },
+)

@@ -13,8 +13,6 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any
 
 from simulator.arguments import shown
 from simulator.codes import Part
@@ -31,12 +29,12 @@ from simulator.models.sublayers import Attention, Experts, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
 
 
-def model_fields(kind: Architecture, read: Reader) -> dict[str, Any]:
+def model_fields(kind: Architecture, read: Reader) -> ConfigFields:
     """Return the fields of :class:`simulator.Model` that a configuration states."""
     read = replace(read, names_of=kind.keys)
     values = kind.values(read)
     layers = layers_of(values)
-    absent: dict[str, Any] = {"per_layer_config": (None, {}), "block_configs": (None,)}
+    absent: ConfigFields = {"per_layer_config": (None, {}), "block_configs": (None,)}
     stated = [key for key, empty in absent.items() if read.raw(key) not in empty]
     if values.get("blocks_read"):  # usual keys of this type
         stated.remove("block_configs")
@@ -48,13 +46,11 @@ def model_fields(kind: Architecture, read: Reader) -> dict[str, Any]:
     return fields | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
 
 
-EXPERT_KEYS = MappingProxyType(
-    {
-        "experts": "num_local_experts",
-        "active": "num_experts_per_tok",
-        "inner": "expert_intermediate_dim",
-    }
-)
+EXPERT_KEYS = {
+    "experts": "num_local_experts",
+    "active": "num_experts_per_tok",
+    "inner": "expert_intermediate_dim",
+}
 """Field of a layer -> key of ModelOpt in ``moe``."""
 
 _UNSUPPORTED = {
@@ -68,7 +64,8 @@ _UNSUPPORTED = {
 def read_block(of: Reader, dense: Layer, attention: Sublayer | None, hidden: int) -> Layer:
     """Return a layer of ``block_configs`` (objects ``attention`` and ``ffn``): ``dense`` with other
     sizes. ``attention`` is that of a layer which lacks it."""
-    mixing, mlp = of.part("attention"), of.part("ffn")
+    mixing = of.part("attention")
+    mlp = of.part("ffn")
     for part in (of, mixing, mlp):
         for key, why in _UNSUPPORTED.items():
             if part.data.get(key) is not None:
@@ -97,14 +94,8 @@ def _read_attention(of: Reader, dense: Sublayer | None) -> Sublayer | None:
         )
     size = of.integer("n_heads_in_group") if sized else 1
     kv_heads = of.integer("num_key_value_heads") if groups else heads // size
-    if groups and heads % kv_heads:
-        raise of.fail(
-            "num_key_value_heads", f"expected a divisor of {heads} query heads, got {kv_heads}"
-        )
-    if sized and heads % size:
-        raise of.fail(
-            "n_heads_in_group", f"expected a divisor of num_attention_heads {heads}, got {size}"
-        )
+    of.divisor("num_key_value_heads", kv_heads, heads, "num_attention_heads")
+    of.divisor("n_heads_in_group", size, heads, "num_attention_heads")
     if sized and kv_heads != heads // size:
         raise of.fail(
             "n_heads_in_group",
@@ -167,7 +158,8 @@ def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -
             "block_configs",
             "expected none: latent attention and delta nets per layer are not supported",
         )
-    usual, out = attention_of(values), []
+    usual = attention_of(values)
+    out = []
     for part, dense in zip(read.parts("block_configs", len(layers)), layers):
         layer = read_block(part, dense, usual, values["hidden"])
         window = part.part("attention").integer("window_length", dense.window, low=0)
@@ -178,9 +170,7 @@ def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -
     return out
 
 
-_SKIPPED = MappingProxyType(
-    {"attention": "attention", "self_attn": "attention", "mlp": "mlp", "feed_forward": "mlp"}
-)
+_SKIPPED = {"attention": "attention", "self_attn": "attention", "mlp": "mlp", "feed_forward": "mlp"}
 """Name of a skipped sublayer in ``per_layer_config`` -> part of the layer."""
 
 _LAYER_NUMBER = re.compile(r"\d{1,5}", re.ASCII)  # Transformers writes leading zeros
@@ -226,7 +216,7 @@ def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> li
     return out
 
 
-WITHOUT_EFFECT: frozenset[str] = frozenset(
+WITHOUT_EFFECT = frozenset(
     [
         # of training and generation
         *("num_beam_groups", "num_labels", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),

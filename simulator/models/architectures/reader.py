@@ -13,6 +13,9 @@ from simulator.errors import InputError
 # are the sublayers of each layer, if layers differ; "sublayers" are all those of each layer
 ConfigFields = dict[str, Any]
 
+Content = Mapping[str, Any]
+"""Keys and values of a ``config.json``, or of an object in it."""
+
 # largest width, number of heads or vocabulary; products of these numbers do not overflow
 MAX_VALUE = 10_000_000
 # largest number of positions that a model may state; Llama-4-Scout states 10,485,760
@@ -28,7 +31,7 @@ def _is_number(value: Any) -> bool:
 class Reader:
     """Keys of a configuration, or of an object in it; errors name the source and the key."""
 
-    data: Mapping[str, Any]
+    data: Content
     source: str
     place: str = ""  # place of the object in the file
     # usual name of a key -> its name in this architecture
@@ -102,35 +105,47 @@ class Reader:
     def text(self, key: str) -> str:
         return str(self.value(key, None, "a text", lambda x: isinstance(x, str)))
 
-    def names(self, key: str) -> list[str]:
-        """Return a list of texts; an empty list without the key."""
+    def divisor(self, key: str, value: int, size: int, of: str) -> int:
+        """Return a value of a key if it divides a size, which ``of`` names."""
+        if size % value:
+            raise self.fail(key, f"expected a divisor of {of} {size}, got {value}")
+        return value
 
-        def right(value: Any) -> bool:
-            return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    def items(
+        self,
+        key: str,
+        default: list[Any] | None,
+        expected: str,
+        right: Callable[[Any], bool],
+        many: int | None = None,
+    ) -> list[Any]:
+        """Return a list of items that are ``right``, of a length if ``many`` is given."""
 
-        return list(self.value(key, [], "a list of names", right))
-
-    def parts(self, key: str, many: int) -> list[Reader]:
-        def right(value: Any) -> bool:
+        def listed(value: Any) -> bool:
             return (
                 isinstance(value, list)
-                and len(value) == many
-                and all(isinstance(item, Mapping) for item in value)
+                and many in (None, len(value))
+                and all(right(item) for item in value)
             )
 
-        found = self.value(key, None, f"a list of {many} objects, one per layer", right)
+        return list(self.value(key, default, expected, listed))
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of texts; an empty list without the key."""
+        return self.items(key, [], "a list of names", lambda item: isinstance(item, str))
+
+    def parts(self, key: str, many: int) -> list[Reader]:
+        expected = f"a list of {many} objects, one per layer"
+        found = self.items(key, None, expected, lambda item: isinstance(item, Mapping), many)
         return [
             Reader(inside, self.source, f"{self.place}{key}[{i}].")
             for i, inside in enumerate(found)
         ]
 
     def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
-        def right(value: Any) -> bool:
-            return isinstance(value, list) and all(
-                isinstance(i, int) and 0 <= i < layers for i in value
-            )
-
-        return set(self.value(key, default, f"a list of layers from 0 to {layers - 1}", right))
+        expected = f"a list of layers from 0 to {layers - 1}"
+        known = range(layers)
+        return set(self.items(key, default, expected, lambda i: isinstance(i, int) and i in known))
 
     def integers(
         self, key: str, default: int | None, layers: int, high: int = MAX_VALUE
@@ -164,19 +179,10 @@ class Reader:
 
     def types(self, key: str, layers: int, known: tuple[str, ...]) -> list[str]:
         """Return a list of one of ``known`` per layer; an empty list without the key."""
-        types = self.raw(key)
-        if types is None:
+        if self.raw(key) is None:
             return []
-        if (
-            not isinstance(types, list)
-            or len(types) != layers
-            or any(t not in known for t in types)
-        ):
-            raise self.fail(
-                key,
-                f"expected a list of {layers} of {' or '.join(known)}, got {shown(types)}",
-            )
-        return types
+        expected = f"a list of {layers} of {' or '.join(known)}"
+        return self.items(key, None, expected, known.__contains__, layers)
 
     def windows(
         self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 _TYPES = {
     "half of an encoder-decoder": (
@@ -25,7 +24,7 @@ _TYPES = {
     ),
 }
 
-REFUSED: Mapping[str, str] = MappingProxyType(
-    {kind: reason for reason, kinds in _TYPES.items() for kind in kinds.split()}
-)
+REFUSED: Mapping[str, str] = {
+    kind: reason for reason, kinds in _TYPES.items() for kind in kinds.split()
+}
 """Type -> reason. Transformers 5.24 maps all of them to a causal language model."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from simulator.models.architectures.architecture import (
-    BIAS,
-    TIED,
-    Architecture,
     mlp_of,
+    read_table,
     routed,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
@@ -51,7 +48,8 @@ def _gemma3n(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
     windows = read.windows(layers, 512, lambda layer: (layer + 1) % 5 > 0)
     attentions = [_attention(values, reads_cache=shares) for shares in _sharing(read, windows, 15)]
-    streams, inputs = read.integer("altup_num_inputs", 4, low=2), _inputs(read, low=1)
+    streams = read.integer("altup_num_inputs", 4, low=2)
+    inputs = _inputs(read, low=1)
     laurel = Laurel(rank=read.integer("laurel_rank", 64))
     return {
         "windows": windows,
@@ -73,7 +71,7 @@ def _gemma4(read: Reader, values: ConfigFields) -> ConfigFields:
     )
     sharing = _sharing(read, windows, 0)
     equal = read.flag("attention_k_eq_v")
-    full: dict[str, Any] = {"keys_are_values": equal}
+    full: ConfigFields = {"keys_are_values": equal}
     if read.raw("per_layer_config") is None:  # which states these sizes otherwise
         full["head_dim"] = read.integer("global_head_dim", 512)
         groups = read.or_none("num_global_key_value_heads", 0)
@@ -110,38 +108,17 @@ def _gemma4_experts(read: Reader, values: ConfigFields) -> ConfigFields:
         "num_experts",
         width,
         values["inner"],
-        lambda layer: False,
         branch_norms=True,
     )["mlps"]
     mlps = [replace(some, shared_inner=mlp.inner) for some, mlp in zip(experts, fields["mlps"])]
     return fields | {"mlps": mlps}
 
 
-_GEMMA4 = Architecture(
-    131072,
-    {**BIAS, **TIED},
-    {"post_norms": True, "router_bias": True},
-    kv_heads=4,
-    head_dim=256,
-    keys={"num_experts_per_tok": "top_k_experts"},
-    more=_gemma4_experts,
+TABLE = read_table(
+    "shared_caches",
+    more={
+        "gemma3n_text": _gemma3n,
+        "gemma4_text": _gemma4_experts,
+        "gemma4_unified_text": _gemma4,
+    },
 )
-
-TABLE: Mapping[str, Architecture] = {
-    "gemma3n_text": Architecture(
-        32768,
-        {**BIAS, **TIED},
-        {"post_norms": True},
-        kv_heads=2,
-        head_dim=256,
-        inner="",
-        more=_gemma3n,
-    ),
-    "gemma4_text": _GEMMA4,
-    "gemma4_unified_text": replace(
-        _GEMMA4,
-        positions=262144,
-        fixed={"post_norms": True, "layer_inputs": False},
-        more=_gemma4,
-    ),
-}

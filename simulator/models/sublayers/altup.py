@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes, elements
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -16,19 +14,16 @@ from simulator.models.sublayers.base import Sublayer
 class AltUp(Sublayer):
     """Prediction of the streams before a layer, and their correction after it (Gemma 3n)."""
 
-    REDUCES: ClassVar[bool] = False
+    PART = Part.MLP
+    REDUCES = False
 
     streams: int
     norms: tuple[bool, bool] | None = (False, False)
 
-    @property
-    def part(self) -> Part:
-        return Part.MLP
-
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {}
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         streams = self.streams
         return {
             "router": (streams, hidden, 1),
@@ -37,17 +32,20 @@ class AltUp(Sublayer):
         }
 
     def parameters(self, hidden: int) -> int:
-        products = sum(n * k for n, k, _ in self.products(hidden).values())
-        return products + 2 * hidden  # a norm, and factors of the computed stream
+        return (
+            elements(self.products(hidden)) + 2 * hidden
+        )  # a norm, and factors of the computed stream
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, every = self.part, p.hidden, self.streams * p.hidden
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        every = self.streams * p.hidden
         products = self.products(hidden)
         for name, first in (("prediction", 1), ("correction", 0)):
             yield p.move("altup", part, hidden, hidden, hidden, 2 * hidden * first)
-            router = p.gemm("altup", part, *products["router"][:2]) | p.wide
+            router = p.wide_gemm("altup", part, *products["router"][:2])
             yield router | {"params": first * router["params"]}
-            yield p.gemm("altup", part, *products[name][:2]) | p.wide
+            yield p.wide_gemm("altup", part, *products[name][:2])
         # predictions: sums of streams; corrections: a multiple of the computed change
         yield p.move("altup", part, every, 2 * every, every)
         yield p.move("altup", part, every, every + hidden, every)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from simulator.codes import Part
 from simulator.models.form import present
-from simulator.models.pass_rows import OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
 from simulator.models.sublayers.indexer import Indexer
 
 
@@ -17,7 +15,7 @@ from simulator.models.sublayers.indexer import Indexer
 class Attention(Sublayer):
     """Grouped-query attention: query heads share the key/value heads."""
 
-    LABEL: ClassVar[str] = "attention"
+    LABEL = "attention"
     SIZES: ClassVar[tuple[str, ...]] = (
         *("heads", "kv_heads", "head_dim", "rotary", "value_dim", "gates"),
     )
@@ -50,10 +48,6 @@ class Attention(Sublayer):
     channel_scales: bool = False
 
     @property
-    def part(self) -> Part:
-        return Part.ATTENTION
-
-    @property
     def shape(self) -> str:
         window = f", window {self.window:,}" if self.window else ""
         return f"{self.heads} heads on {self.kv_heads} KV heads of {self.head_dim}{window}"
@@ -71,10 +65,11 @@ class Attention(Sublayer):
     @property
     def projected(self) -> dict[str, int]:
         """Outputs of the projections that read the residual stream."""
-        keys, values = self.kv_heads * self.head_dim, self.kv_heads * self.value_features
+        keys = self.kv_heads * self.head_dim
+        values = self.kv_heads * self.value_features
         return {"q": (1 + self.gate) * self.heads * self.head_dim, "k": keys, "v": values}
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         read = self.reads * hidden
         if self.stores("qkv"):
             inputs = {"qkv": (sum(self.projected.values()), read)}
@@ -83,13 +78,13 @@ class Attention(Sublayer):
         gates = {"head_gate": (self.gates, hidden)} if present(self.gates) else {}
         return {**inputs, **gates, "o": (hidden, self.attended)}
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         mask = {"mask_values": (self.kv_heads, self.kv_heads * self.value_features, 1)}
         indexer = self.indexer.products(hidden) if self.indexer else {}
         return {**super().products(hidden), **(mask if self.masks else {}), **indexer}
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         biases = self.qkv_bias * sum(self.projected.values()) + self.o_bias * hidden
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         norms = self.norm_weights + self.output_weights + (self.reads > 1) * self.reads * hidden
@@ -136,19 +131,23 @@ class Attention(Sublayer):
         gates = self.gates // devices
         return replace(self, heads=self.heads // devices, kv_heads=kv_heads, gates=gates)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {"heads": self.heads, "KV heads": self.kv_heads}
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Attention:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Attention:
         groups = remaining(self.kv_heads, shares["attention"])
         heads = remaining(self.heads * groups // self.kv_heads, shares["heads"])
         gates = self.gates * heads // self.heads
         return replace(self, heads=heads, kv_heads=remaining(groups, shares["kv"]), gates=gates)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, features = self.part, p.hidden, self.head_dim
-        queries, keys = self.heads * features, self.kv_heads * features
-        attended, values = self.attended, self.kv_heads * self.value_features
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        features = self.head_dim
+        queries = self.heads * features
+        keys = self.kv_heads * features
+        attended = self.attended
+        values = self.kv_heads * self.value_features
         read = self.reads * hidden
         if self.reads > 1:
             yield p.move("attention_norm", part, read, read, read, read)
@@ -162,7 +161,7 @@ class Attention(Sublayer):
         yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
         yield p.cache_write(keys + values, self.heads, self.kv_heads)
         if self.masks:  # Transformers projects the whole cache in each step
-            row = p.gemm("mask_values", part, self.kv_heads, values) | p.wide
+            row = p.wide_gemm("mask_values", part, self.kv_heads, values)
             yield row | {"params": self.mask_weights * p.owns, "m": p.batch * p.mean_positions}
         if self.indexer:
             yield from self.indexer.rows(p, self.topk)

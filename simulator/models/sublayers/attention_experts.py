@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from simulator.codes import Kind
 from simulator.errors import InputError
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
 from simulator.models.sublayers.attention import Attention
-from simulator.models.sublayers.base import remaining
+from simulator.models.sublayers.base import BySize, remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +16,8 @@ class AttentionExperts(Attention):
     """Attention with a query head per key/value head and expert that a token uses. An expert has
     projections to its queries and from its outputs; all experts share keys and values."""
 
-    SIZES: ClassVar[tuple[str, ...]] = (*Attention.SIZES, "experts", "active")
-    WHOLE: ClassVar[tuple[str, ...]] = ("attention_experts",)
+    SIZES = (*Attention.SIZES, "experts", "active")
+    WHOLE = ("attention_experts",)
 
     experts: int
     active: int  # experts that a token uses
@@ -29,11 +27,11 @@ class AttentionExperts(Attention):
         """Queries of an expert."""
         return self.kv_heads * self.head_dim
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         experts = {"attention_experts": (2 * self.experts * self.width, hidden)}
         return {**experts, "k": (self.width, hidden), "v": (self.width, hidden)}
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         return {
             "router": (self.experts, hidden, 1),
             "expert_q": (self.width, hidden, self.experts),
@@ -43,12 +41,10 @@ class AttentionExperts(Attention):
         }
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         return weights + (self.experts + self.o_bias) * hidden
 
-    def narrower(
-        self, shares: Mapping[str, float], align: int, inner: int | None
-    ) -> AttentionExperts:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> AttentionExperts:
         if shares["heads"] > 0 or shares["kv"] > 0:
             raise InputError(
                 "sparsity of heads or kv: attention experts have a query head per KV head; expected"
@@ -57,10 +53,12 @@ class AttentionExperts(Attention):
         groups = remaining(self.kv_heads, shares["attention"])
         return replace(self, heads=groups * self.active, kv_heads=groups)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         """Yield the operators; both products of the experts are one row."""
-        part, hidden, width = self.part, p.hidden, self.width
-        yield p.gemm("router", part, self.experts, hidden) | p.wide
+        part = self.part
+        hidden = p.hidden
+        width = self.width
+        yield p.wide_gemm("router", part, self.experts, hidden)
         owned = 2 * self.experts * width * hidden + self.o_bias * hidden
         yield p.gemm("attention_experts", part, width, hidden) | {
             "kind": Kind.EXPERTS,

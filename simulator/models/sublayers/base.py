@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -12,10 +12,13 @@ import numpy as np
 
 from simulator.codes import Part
 from simulator.models.form import PLAIN, Form
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
 from simulator.models.sublayers.entry import Entry
 
 S = TypeVar("S", bound="Sublayer")
+
+BySize = Mapping[str, float]
+"""A number for each of some sizes, such as "KV heads"."""
 
 
 class SharedSize(NamedTuple):
@@ -53,6 +56,7 @@ class Sublayer:
     share on one of several devices, and operators.
     """
 
+    PART: ClassVar[Part] = Part.ATTENTION
     # sizes that can differ between layers of one structure; pruning changes some of them
     SIZES: ClassVar[tuple[str, ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
@@ -72,7 +76,7 @@ class Sublayer:
 
     @property
     def part(self) -> Part:
-        raise NotImplementedError
+        return self.PART
 
     @property
     def kind(self) -> str:
@@ -88,18 +92,18 @@ class Sublayer:
         """The sizes in words."""
         return ""
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         """Return outputs and inputs of the weights that pruning counts, by role."""
         raise NotImplementedError
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         """Return outputs and inputs of all linear products, and how many there are, by role.
         Low-rank factors are excluded."""
         return {role: (n, k, 1) for role, (n, k) in self.weights(hidden).items()}
 
     def parameters(self, hidden: int) -> int:
         """Return the parameters, without norms of the residual stream and residual projections."""
-        raise NotImplementedError
+        return self.stored(hidden)
 
     def stored_outside(self, hidden: int) -> int:
         """Return how many of the parameters a checkpoint stores outside the layer."""
@@ -117,17 +121,17 @@ class Sublayer:
         """Return the part of the sublayer that each of several devices computes."""
         return self
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         """Return the sizes that pruning changes by name, such as "KV heads"."""
         return {}
 
-    def narrower(self: S, shares: Mapping[str, float], align: int, inner: int | None) -> S:
+    def narrower(self: S, shares: BySize, align: int, inner: int | None) -> S:
         """Return the sublayer without shares of its parts: "attention" (KV heads with their query
         heads), "heads", "kv", "mlp", "mamba_heads", "mamba_channels" and "mamba_state". Inner
         widths are multiples of ``align``, or ``inner``."""
         return self
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         """Yield the operators of the sublayer, without norms and collectives."""
         raise NotImplementedError
 
@@ -149,10 +153,10 @@ class Sublayer:
             role: self.form(role).nonzero(*shape) for role, shape in self.weights(hidden).items()
         }
 
-    def stored(self, role: str, n: int, k: int) -> int:
-        """Return the number of values of a weight in a checkpoint, zeros included."""
-        count: int = self.form(role).weights(n, k)
-        return count
+    def stored(self, hidden: int) -> int:
+        """Return the number of values of all weights in a checkpoint, zeros included."""
+        weights = self.weights(hidden).items()
+        return sum(self.form(role).weights(n, k) for role, (n, k) in weights)
 
     @cached_property
     def structure(self) -> tuple[Any, ...]:

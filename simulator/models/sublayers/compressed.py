@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
 from simulator.models.sublayers.indexer import Compressor
 from simulator.models.sublayers.latent import LatentAttention
 
@@ -21,7 +20,7 @@ class CompressedAttention(LatentAttention):
     output_rank: int  # outputs of the first product of a group
     compressor: Compressor | None = None  # None: a query sees its window alone
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         outputs = self.groups * self.output_rank
         return {
             "q_a": (self.query_rank, hidden),
@@ -31,7 +30,7 @@ class CompressedAttention(LatentAttention):
             "o": (hidden, outputs),
         }
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         entries = self.compressor.products(hidden) if self.compressor else {}
         return {**super().products(hidden), **entries}
 
@@ -46,10 +45,13 @@ class CompressedAttention(LatentAttention):
     def share(self, devices: int, parallel: str) -> CompressedAttention:
         return replace(self, heads=self.heads // devices, groups=max(self.groups // devices, 1))
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, heads = self.part, p.hidden, self.heads
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        heads = self.heads
         weights = self.weights(hidden)
-        queries, paged = heads * self.head_dim, p.lowering.engine.cache == "paged"
+        queries = heads * self.head_dim
+        paged = p.lowering.engine.cache == "paged"
         yield from p.quantized("qkv", part, hidden)
         for role in ("q_a", "kv_a"):
             yield p.gemm(role, part, *weights[role])
@@ -64,9 +66,15 @@ class CompressedAttention(LatentAttention):
             yield from self.compressor.rows(p)
         if self.indexer:
             yield from self.indexer.rows(p, self.topk)
-        sizes = {"kv_heads": 1, "head_dim": self.head_dim, "value_dim": self.value}
-        selection = {"n": ratio, "k": self.topk * paged}
-        row = p.attend(heads, **sizes, **selection, latent=self.cached)
+        row = p.attend(
+            heads,
+            kv_heads=1,
+            head_dim=self.head_dim,
+            value_dim=self.value,
+            n=ratio,
+            k=self.topk * paged,
+            latent=self.cached,
+        )
         yield row | {"params": self.sinks * heads * p.owns}
         yield from p.rotary(heads * self.rotary)  # values are rotated keys: rotated back
         yield from p.quantized("o", part, queries)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products
 from simulator.models.sublayers.attention import Attention
 from simulator.models.sublayers.short_conv import convolution
 
@@ -22,7 +21,7 @@ class ConvolvedAttention(Attention):
     def channels(self) -> int:
         return (self.heads + self.kv_heads) * self.head_dim
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         n, k, _ = super().products(hidden)["v"]
         heads = {"grouped_conv": (self.channels, self.head_kernel * self.head_dim, 1)}
         return {**super().products(hidden), "v": (n // 2, k, 2), **heads}
@@ -36,11 +35,13 @@ class ConvolvedAttention(Attention):
         weights = self.channel_kernel + self.head_kernel * self.head_dim
         return self.channels * (weights + 2)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, channels, inputs = self.part, self.channels, self.head_kernel * self.head_dim
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        channels = self.channels
+        inputs = self.head_kernel * self.head_dim
         kept = self.channel_kernel + self.head_kernel - 2  # positions before both convolutions
         yield convolution(p, channels, self.channel_kernel, bias=True) | {"kv_len": kept}
-        heads = p.gemm("grouped_conv", part, channels, inputs) | p.wide
+        heads = p.wide_gemm("grouped_conv", part, channels, inputs)
         yield heads | {"params": heads["params"] + (channels + self.kv_heads) * p.owns}
         # mean of queries and keys, which is added to the convolved
         yield p.move("residual", part, channels, 2 * channels, channels)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from simulator.codes import Kind, Part
-from simulator.models.pass_rows import STATE, OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.codes import Kind
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +16,9 @@ class DeltaNet(Sublayer):
     Projections make queries, keys and values, a gate of the outputs, the strength of the update and
     the decay of the state. In Kimi's delta attention every feature of a key has a decay."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("heads", "kv_heads")
-    LABEL: ClassVar[str] = "gated delta net"
-    WHOLE: ClassVar[tuple[str, ...]] = ("delta_in", "delta_ba", "delta_rank", "delta_up")
+    SIZES = ("heads", "kv_heads")
+    LABEL = "gated delta net"
+    WHOLE = ("delta_in", "delta_ba", "delta_rank", "delta_up")
 
     heads: int  # value heads
     kv_heads: int  # key heads
@@ -32,10 +30,6 @@ class DeltaNet(Sublayer):
     joint: str = "all"
     channel_decay: bool = False  # a decay per feature of a key
     rank: int = 0  # of the projections that make gate and decays; 0: one projection each
-
-    @property
-    def part(self) -> Part:
-        return Part.ATTENTION
 
     @property
     def label(self) -> str:
@@ -71,7 +65,7 @@ class DeltaNet(Sublayer):
     def _sum(self, *names: str) -> int:
         return sum(self.projected.get(name, 0) for name in names)
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         factors = {
             "delta_rank": (2 * self.rank, hidden),
             "delta_up": (self.values + self.decays, self.rank),
@@ -83,7 +77,7 @@ class DeltaNet(Sublayer):
             "o": (hidden, self.values),
         }
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         if self.joint == "all":
             return super().products(hidden)
         out = {role: (n, hidden, 1) for role, n in self.projected.items()}
@@ -104,7 +98,7 @@ class DeltaNet(Sublayer):
         return self.conv * (2 * self.keys + self.values) + self.heads + self.decays
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         return weights + self.state_parameters + self.value
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
@@ -117,21 +111,23 @@ class DeltaNet(Sublayer):
         kv_heads = max(self.kv_heads // devices, 1)
         return replace(self, heads=self.heads // devices, kv_heads=kv_heads)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {"value heads": self.heads, "key heads": self.kv_heads}
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> DeltaNet:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone
         groups = remaining(self.kv_heads, shares["attention"])
         return replace(self, heads=self.heads * groups // self.kv_heads, kv_heads=groups)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, values = self.part, p.hidden, self.values
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        values = self.values
         weights = self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
         if self.joint == "all" or p.fuses("qkv"):
             yield from p.product(self, "delta_in", *weights["delta_in"])
-            yield p.gemm("delta_ba", part, *weights["delta_ba"]) | p.wide
+            yield p.wide_gemm("delta_ba", part, *weights["delta_ba"])
         else:
             made = self.products(hidden)
             for name in ("qkv", "q", "k", "v", "gate"):
@@ -139,28 +135,22 @@ class DeltaNet(Sublayer):
                     yield from p.product(self, "delta_in", *made[name][:2])
             for name in ("strength", "decay"):
                 if name in made:
-                    yield p.gemm("delta_ba", part, *made[name][:2]) | p.wide
+                    yield p.wide_gemm("delta_ba", part, *made[name][:2])
         if self.rank:
             for n in (self.decays, values):
                 yield from p.product(self, "delta_rank", self.rank, hidden)
                 yield from p.product(self, "delta_up", n, self.rank)
-        yield {
-            "kind": Kind.DELTA_NET,
-            "role": "kda" if self.channel_decay else "delta_net",
-            "part": part,
-            "params": self.state_parameters * p.owns,
-            "m": p.tokens,
-            "n": values,
-            "batch": p.batch,
-            "window": self.conv,
-            "kv_len": p.kept(self.conv),
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.key,
-            "value_dim": self.value,
-            "dtype": p.lowering.stream_dtype,
-            "weight_dtype": STATE,
-        }
+        yield p.recurrence(
+            "kda" if self.channel_decay else "delta_net",
+            self.heads,
+            self.kv_heads,
+            self.key,
+            self.value,
+            kind=Kind.DELTA_NET,
+            params=self.state_parameters * p.owns,
+            window=self.conv,
+            kv_len=p.kept(self.conv),
+        )
         yield p.move("gated_norm", part, values, 2 * values, values, self.value)
         yield from p.quantized("o", part, values)
         yield from p.product(self, "o", hidden, values)

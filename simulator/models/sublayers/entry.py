@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, elements
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Products around a sublayer that are not its own."""
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         """Return outputs and inputs of all linear products, and how many there are, by role."""
         raise NotImplementedError
 
@@ -22,18 +21,17 @@ class Entry:
         return 0
 
     def parameters(self, hidden: int) -> int:
-        products = self.products(hidden).values()
-        return sum(n * k * many for n, k, many in products) + self.own(hidden)
+        return elements(self.products(hidden)) + self.own(hidden)
 
-    def before(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def before(self, p: PassRows, part: Part) -> OperatorRows:
         """Yield the products, in 16 bits; the first row has the other parameters."""
         own = self.own(p.hidden) * p.owns
         for role, (n, k, _) in self.products(p.hidden).items():
-            row = p.gemm(role, part, n, k) | p.wide
+            row = p.wide_gemm(role, part, n, k)
             yield row | {"params": row["params"] + own}
             own = 0.0
 
-    def after(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def after(self, p: PassRows, part: Part) -> OperatorRows:
         return iter(())
 
 
@@ -43,10 +41,10 @@ class GatedNorm(Entry):
 
     rank: int
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         return {"entry_in": (self.rank, hidden, 1), "entry_out": (hidden, self.rank, 1)}
 
-    def before(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def before(self, p: PassRows, part: Part) -> OperatorRows:
         yield from super().before(p, part)
         yield p.move("entry", part, p.hidden, 2 * p.hidden, p.hidden)
 
@@ -63,8 +61,9 @@ class Streams(Entry):
     mixes: bool = False  # the streams that are kept are weighted sums of all
     rank: int = 0
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
-        many, width = self.streams, self.streams * hidden
+    def products(self, hidden: int) -> Products:
+        many = self.streams
+        width = self.streams * hidden
         if self.rank:
             factors = {"entry_in": (self.rank, width, 1), "entry_out": (width, self.rank, 1)}
             return {**factors, "entry_weights": (many, width, 1)}
@@ -82,10 +81,10 @@ class Streams(Entry):
             return (2 * self.rank + 1) * self.streams * hidden
         return self.streams * (self.streams * hidden + 1) + 1
 
-    def before(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def before(self, p: PassRows, part: Part) -> OperatorRows:
         yield from super().before(p, part)
         yield p.move("entry", part, p.hidden, self.streams * p.hidden, p.hidden)
 
-    def after(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def after(self, p: PassRows, part: Part) -> OperatorRows:
         width = self.streams * p.hidden
         yield p.move("streams", part, width, width + p.hidden, width)

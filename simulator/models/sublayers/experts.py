@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from simulator.codes import ELEMENTWISE, Kind, Part
 from simulator.models.form import present
-from simulator.models.pass_rows import OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, aligned
+from simulator.models.pass_rows import (
+    OperatorRow,
+    OperatorRows,
+    PassRows,
+    Products,
+    Shapes,
+    elements,
+)
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned
 from simulator.models.sublayers.mlp import Mlp
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
@@ -21,12 +27,13 @@ SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
 class Experts(Sublayer):
     """A router and its experts; a token uses some of them."""
 
-    SIZES: ClassVar[tuple[str, ...]] = (
+    PART = Part.MLP
+    SIZES = (
         *("experts", "active", "inner", "outputs_of_router", "trained", "choices"),
         *("shared_inner", "latent", "zero_experts", "router_inner"),
     )
-    LABEL: ClassVar[str] = "experts"
-    WHOLE: ClassVar[tuple[str, ...]] = ("experts", "latent_in", "latent_out")
+    LABEL = "experts"
+    WHOLE = ("experts", "latent_in", "latent_out")
 
     experts: int
     active: float  # experts that a token uses; on one of several devices, on average
@@ -55,10 +62,6 @@ class Experts(Sublayer):
     choices: float = 0.0
 
     @property
-    def part(self) -> Part:
-        return Part.MLP
-
-    @property
     def shape(self) -> str:
         shared = f", beside an MLP of {self.shared_inner:,}" if self.shared_inner else ""
         count = f"{self.experts} of a width of {self.inner:,}, {self.active:g} per token"
@@ -69,7 +72,8 @@ class Experts(Sublayer):
         """The MLP that all tokens use."""
         if not present(self.shared_inner):
             return None
-        bias, forms = self.shared_bias, self.forms
+        bias = self.shared_bias
+        forms = self.forms
         return Mlp(inner=self.shared_inner, gated=self.gated, bias=bias, forms=forms)
 
     @property
@@ -84,20 +88,21 @@ class Experts(Sublayer):
 
     def expert_parameters(self, hidden: int) -> int:
         """Return the parameters of one routed expert."""
-        features, inputs = self.features(hidden), (1 + self.gated) * self.inner
+        features = self.features(hidden)
+        inputs = (1 + self.gated) * self.inner
         return features * (inputs + self.inner) + self.bias * (inputs + features)
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         shared = self.shared.weights(hidden) if self.shared is not None else {}
         experts = {"experts": (self.experts * self.expert_parameters(hidden), 1)}
         return {**shared, **self._latents(hidden), **experts}
 
-    def _latents(self, hidden: int) -> dict[str, tuple[int, int]]:
+    def _latents(self, hidden: int) -> Shapes:
         if not present(self.latent):
             return {}
         return {"latent_in": (self.latent, hidden), "latent_out": (hidden, self.latent)}
 
-    def _routers(self, hidden: int) -> dict[str, tuple[int, int, int]]:
+    def _routers(self, hidden: int) -> Products:
         """Return outputs and inputs of the products of the router, and how many there are."""
         inner = self.router_inner
         if not present(inner):
@@ -105,16 +110,17 @@ class Experts(Sublayer):
         first = {"router_in": (inner, hidden, 1), "router_inner": (inner, inner, 2)}
         return {**first, "router": (self.routes, inner, 1)}
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         shared = self._shared_products(hidden)
-        features, roles = self.features(hidden), ("gate", "up") if self.gated else ("up",)
+        features = self.features(hidden)
+        roles = ("gate", "up") if self.gated else ("up",)
         inputs = {f"expert_{role}": (self.inner, features, self.experts) for role in roles}
         outputs = {"expert_down": (features, self.inner, self.experts)}
         gate = {"shared_gate": (1, hidden, 1)} if shared and self.shared_gate else {}
         latents = {role: (n, k, 1) for role, (n, k) in self._latents(hidden).items()}
         return {**shared, **gate, **self._routers(hidden), **latents, **inputs, **outputs}
 
-    def _shared_products(self, hidden: int) -> dict[str, tuple[int, int, int]]:
+    def _shared_products(self, hidden: int) -> Products:
         if self.shared is None:
             return {}
         parts = self.shared_parts
@@ -122,7 +128,7 @@ class Experts(Sublayer):
         return {role: (n, k, parts) for role, (n, k, _) in each.products(hidden).items()}
 
     def parameters(self, hidden: int) -> int:
-        router = sum(n * k * many for n, k, many in self._routers(hidden).values())
+        router = elements(self._routers(hidden))
         # biases of three products and a norm
         router += (4 + self.router_carry) * self.router_inner + self.router_bias * self.routes
         latents = sum(n * k + self.shared_bias * n for n, k in self._latents(hidden).values())
@@ -163,13 +169,13 @@ class Experts(Sublayer):
         before = np.where(self.trained, self.trained, self.experts)
         return skew * np.sqrt(np.minimum(self.experts / np.maximum(before, 1), 1.0))
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         shared = {"inner width": self.shared_inner} if self.shared_inner else {}
         latent = {"latent features": self.latent} if self.latent else {}
         counts = {"experts": self.experts, "active experts": self.active}
         return {**shared, **latent, **counts, "expert width": self.inner}
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Experts:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Experts:
         if not shares["mlp"]:
             return self
         shared = self.shared_inner
@@ -177,13 +183,14 @@ class Experts(Sublayer):
             shared = inner or aligned(shared, shares["mlp"], align)
         return replace(self, inner=aligned(self.inner, shares["mlp"], align), shared_inner=shared)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden = self.part, p.hidden
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
         shared = self.shared
         if shared is not None:
             yield from shared.rows(p)
             if self.shared_gate:
-                yield p.gemm("shared_gate", part, 1, hidden) | p.wide
+                yield p.wide_gemm("shared_gate", part, 1, hidden)
         if self.branch_norms:
             yield p.norm_after(part, adds=False)
             for _ in ("router", "experts"):
@@ -216,10 +223,11 @@ class Experts(Sublayer):
             yield p.norm_after(part, adds=False)
             yield p.move("residual", part, hidden, 2 * hidden, hidden)
 
-    def _router_rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, inner = self.part, self.router_inner
+    def _router_rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        inner = self.router_inner
         for role, (n, k, many) in self._routers(p.hidden).items():
-            row = p.gemm("router", part, n, k) | p.wide
+            row = p.wide_gemm("router", part, n, k)
             bias = self.router_bias if role == "router" else True
             for _ in range(many):
                 yield row | {"params": row["params"] + bias * n * p.owns}

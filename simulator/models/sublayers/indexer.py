@@ -3,11 +3,10 @@ the positions to which each query attends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simulator.codes import Kind, Part, dtype_code
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, elements
 
 _FP8 = dtype_code("fp8")
 
@@ -20,7 +19,7 @@ class Compressor:
     features: int  # of an entry
     series: int = 1  # 2: an entry also covers the positions of the entry before it
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         """Return the products of keys and of their weights."""
         return {"compress": (self.series * self.features, hidden, 2)}
 
@@ -32,10 +31,10 @@ class Compressor:
     def parameters(self, hidden: int) -> int:
         return 2 * self.series * self.features * hidden + self.own
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         """Yield the products as one, as engines fuse them, and the weighted mean."""
         width = 2 * self.series * self.features
-        yield p.gemm("compress", Part.ATTENTION, width, p.hidden) | p.wide
+        yield p.wide_gemm("compress", Part.ATTENTION, width, p.hidden)
         entry = self.features / self.ratio
         yield p.move("compressed", Part.ATTENTION, width, width, entry, self.own)
 
@@ -53,7 +52,7 @@ class Indexer:
     ratio: int = 1  # positions per scored key
     compressor: Compressor | None = None  # makes and caches the scored keys
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         """Return outputs and inputs of all linear products, and how many there are, by role."""
         queries = self.heads + self.joint
         out = {"index_q": (queries * self.features, self.rank or hidden, 1)}
@@ -70,18 +69,19 @@ class Indexer:
         return self.compressor.own if self.compressor is not None else 2 * self.features
 
     def parameters(self, hidden: int) -> int:
-        return sum(n * k * many for n, k, many in self.products(hidden).values()) + self.own
+        return elements(self.products(hidden)) + self.own
 
     @property
     def cached(self) -> int:
         """Elements per position in its cache."""
         return self.features if self.compressor is None else self.features // self.ratio
 
-    def rows(self, p: PassRows, topk: int) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows, topk: int) -> OperatorRows:
         """Yield its products, the norm and rotation of queries and key, and the selection of
         ``topk`` keys per query. Weights of heads stay in 16 bits. Paged caches store keys as fp8
         (vLLM), others in the format of activations."""
-        part, products = Part.ATTENTION, self.products(p.hidden)
+        part = Part.ATTENTION
+        products = self.products(p.hidden)
         made = (self.heads + 1) * self.features
         for role in ("index_q", "index_k", "index_weights"):
             if role in products:

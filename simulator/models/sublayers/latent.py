@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from simulator.codes import Part
 from simulator.errors import InputError
-from simulator.models.pass_rows import OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
 from simulator.models.sublayers.indexer import Indexer
 
 
@@ -17,9 +14,9 @@ from simulator.models.sublayers.indexer import Indexer
 class LatentAttention(Sublayer):
     """One vector per position gives keys and values of all heads."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("heads",)
-    LABEL: ClassVar[str] = "latent attention"
-    WHOLE: ClassVar[tuple[str, ...]] = ("q_a", "kv_a", "q_b", "kv_b")
+    SIZES = ("heads",)
+    LABEL = "latent attention"
+    WHOLE = ("q_a", "kv_a", "q_b", "kv_b")
 
     heads: int
     query_rank: int  # rank of the queries; 0: one projection makes them
@@ -38,10 +35,6 @@ class LatentAttention(Sublayer):
     # gate of the outputs: from the residual stream per "head" or per "value" feature, or from the
     # "query" rank, normed and not, in one product with the queries
     gate: str = ""
-
-    @property
-    def part(self) -> Part:
-        return Part.ATTENTION
 
     @property
     def shape(self) -> str:
@@ -64,8 +57,9 @@ class LatentAttention(Sublayer):
         """Elements of one position in the cache."""
         return self.rank + self.rotary
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
-        queries, joint = self.heads * self.head_dim, self.gate == "query"
+    def weights(self, hidden: int) -> Shapes:
+        queries = self.heads * self.head_dim
+        joint = self.gate == "query"
         made = {"q": (queries, hidden)}
         if self.query_rank:
             outputs = queries + joint * self.heads * self.value
@@ -78,7 +72,7 @@ class LatentAttention(Sublayer):
             "o": (hidden, self.heads * self.value),
         }
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         gates = {"head_gate": (self.gates, hidden, 1)} if self.projects_gates else {}
         indexer = self.indexer.products(hidden) if self.indexer else {}
         return {**super().products(hidden), **gates, **indexer}
@@ -98,7 +92,7 @@ class LatentAttention(Sublayer):
         return self.query_rank + self.rank + self.key_norm * self.rotary
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         biases = self.bias * (self.query_rank + self.cached + hidden)
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         others = self.gates * hidden + self.sinks * self.heads + indexer
@@ -110,12 +104,10 @@ class LatentAttention(Sublayer):
     def share(self, devices: int, parallel: str) -> LatentAttention:
         return replace(self, heads=self.heads // devices)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {"heads": self.heads, "KV heads": self.heads}
 
-    def narrower(
-        self, shares: Mapping[str, float], align: int, inner: int | None
-    ) -> LatentAttention:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> LatentAttention:
         if shares["kv"] > 0:
             raise InputError(
                 "sparsity of kv: latent attention has one vector for all heads; expected attention"
@@ -124,7 +116,7 @@ class LatentAttention(Sublayer):
         heads = remaining(remaining(self.heads, shares["attention"]), shares["heads"])
         return replace(self, heads=heads)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         """Yield the operators. A copied cache has keys and values of every head, and a decode step
         computes those of its token.
 
@@ -132,11 +124,14 @@ class LatentAttention(Sublayer):
         (deepseek-ai/FlashMLA, pull request 98); prompts of at most as many positions run as without
         selection (SGLang, pull request 11892). Without a paged cache (Transformers), positions that
         are not selected are masked, so attention computes them."""
-        part, hidden, heads = self.part, p.hidden, self.heads
+        part = self.part
+        hidden = p.hidden
+        heads = self.heads
         whole = p.lowering.engine.cache != "paged"
         selects = 0 < self.topk < p.request.seq
         absorbs = (p.decodes or selects) and not whole
-        inner, weights = heads * self.value, self.weights(hidden)
+        inner = heads * self.value
+        weights = self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
         if not self.query_rank:
             yield from p.product(self, "q", *weights["q"])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -17,23 +15,20 @@ class LayerInputs(Sublayer):
     input is the sum of the token's embedding and of a projection of its usual embedding; all layers
     get their inputs before the first (:func:`simulator.models.lower.lower`)."""
 
-    LABEL: ClassVar[str] = "embedding per layer"
-    SIZES: ClassVar[tuple[str, ...]] = ("width", "vocab")
-    REDUCES: ClassVar[bool] = False
+    PART = Part.MLP
+    LABEL = "embedding per layer"
+    SIZES = ("width", "vocab")
+    REDUCES = False
 
     width: int  # features of the input
     vocab: int  # rows of the table
     norms: tuple[bool, bool] | None = (False, True)
 
     @property
-    def part(self) -> Part:
-        return Part.MLP
-
-    @property
     def shape(self) -> str:
         return f"{self.width} features"
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {"layer_gate": (self.width, hidden), "layer_output": (hidden, self.width)}
 
     def parameters(self, hidden: int) -> int:
@@ -46,8 +41,10 @@ class LayerInputs(Sublayer):
     def share(self, devices: int, parallel: str) -> LayerInputs:
         return replace(self, vocab=-(-self.vocab // devices))
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, width = self.part, p.hidden, self.width
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        width = self.width
         yield p.gemm("layer_gate", part, width, hidden)
         yield p.move("activation", part, width, 2 * width, width)
         yield p.gemm("layer_output", part, hidden, width)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -15,7 +13,7 @@ from simulator.models.sublayers.base import Sublayer
 class Linear(Sublayer):
     """One hidden x hidden product instead of attention or an MLP."""
 
-    LABEL: ClassVar[str] = "linear product"
+    LABEL = "linear product"
 
     replaces: Part  # ATTENTION or MLP
 
@@ -23,13 +21,10 @@ class Linear(Sublayer):
     def part(self) -> Part:
         return self.replaces
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {"linear": (hidden, hidden)}
 
-    def parameters(self, hidden: int) -> int:
-        return hidden * hidden
-
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         # devices that share layers split its inputs
         devices = p.request.devices if p.lowering.split else 1
         product = "qkv" if self.part == Part.ATTENTION else "gate_up"

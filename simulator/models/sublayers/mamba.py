@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from simulator.codes import Kind, Part
 from simulator.errors import InputError
-from simulator.models.pass_rows import STATE, OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, aligned, remaining
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -18,9 +15,9 @@ class Mamba(Sublayer):
     """Every channel is a head with a state, which has a decay per element; step sizes, B and C
     depend on the input."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("channels", "state")
-    LABEL: ClassVar[str] = "Mamba"
-    WHOLE: ClassVar[tuple[str, ...]] = ("mamba_in", "mamba_x", "mamba_dt")
+    SIZES = ("channels", "state")
+    LABEL = "Mamba"
+    WHOLE = ("mamba_in", "mamba_x", "mamba_dt")
 
     channels: int
     state: int  # state features of a channel
@@ -31,10 +28,6 @@ class Mamba(Sublayer):
     # norms of step sizes, B and C: with weights ("rms"), without ("unit"), or none
     norm: str = ""
     heads: int = 1  # groups of channels with their own step sizes, B and C (Zamba)
-
-    @property
-    def part(self) -> Part:
-        return Part.ATTENTION
 
     @property
     def kind(self) -> str:
@@ -49,7 +42,7 @@ class Mamba(Sublayer):
         """Features of the step sizes, B and C."""
         return self.rank + 2 * self.state
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {
             "mamba_in": (2 * self.channels, hidden),
             "mamba_x": (self.selected, self.channels),
@@ -57,7 +50,7 @@ class Mamba(Sublayer):
             "o": (hidden, self.channels),
         }
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         each = self.channels // self.heads
         several = {
             "mamba_x": (self.selected, each, self.heads),
@@ -75,7 +68,7 @@ class Mamba(Sublayer):
         return self.selected * (self.norm == "rms")
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         conv = self.channels * (self.conv + self.conv_bias)
         biases = self.bias * (2 * self.channels + hidden)
         return weights + conv + self.state_parameters + self.norm_weights + biases
@@ -86,10 +79,10 @@ class Mamba(Sublayer):
     def share(self, devices: int, parallel: str) -> Mamba:
         return replace(self, channels=self.channels // devices)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {"Mamba heads": self.channels, "Mamba state": self.state}
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Mamba:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba:
         if shares["mamba_channels"] > 0:
             raise InputError(
                 "sparsity of mamba_channels: each head of Mamba has one channel; expected"
@@ -101,8 +94,10 @@ class Mamba(Sublayer):
         state = remaining(self.state, shares["mamba_state"])
         return replace(self, channels=each * self.heads, state=state)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, channels, each = self.part, self.channels, self.channels // self.heads
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        channels = self.channels
+        each = self.channels // self.heads
         yield from p.quantized("qkv", part, p.hidden)
         yield from p.product(self, "mamba_in", 2 * channels, p.hidden, self.bias)
         yield convolution(p, channels, self.conv, self.conv_bias)
@@ -115,20 +110,7 @@ class Mamba(Sublayer):
             yield p.move("mamba_norm", part, moved, moved, moved, self.norm_weights)
         for _ in range(self.heads):
             yield from p.product(self, "mamba_dt", each, self.rank)
-        yield {
-            "kind": Kind.STATE_SPACE,
-            "role": "mamba",
-            "part": part,
-            "params": self.state_parameters * p.owns,
-            "m": p.tokens,
-            "n": channels,
-            "batch": p.batch,
-            "heads": channels,
-            "kv_heads": self.heads,
-            "head_dim": self.state,
-            "value_dim": 1,
-            "dtype": p.lowering.stream_dtype,
-            "weight_dtype": STATE,
-        }
+        owned = self.state_parameters * p.owns
+        yield p.recurrence("mamba", channels, self.heads, self.state, 1, params=owned)
         yield from p.quantized("o", part, channels)
         yield from p.product(self, "o", p.hidden, channels, self.bias)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from simulator.codes import Kind, Part
-from simulator.models.pass_rows import STATE, OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, remaining
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -16,9 +13,9 @@ from simulator.models.sublayers.short_conv import convolution
 class Mamba2(Sublayer):
     """One projection makes gate, x, B, C and step sizes; heads share B and C in groups."""
 
-    SIZES: ClassVar[tuple[str, ...]] = ("heads", "channels", "state", "groups")
-    LABEL: ClassVar[str] = "Mamba-2"
-    WHOLE: ClassVar[tuple[str, ...]] = ("mamba_in",)
+    SIZES = ("heads", "channels", "state", "groups")
+    LABEL = "Mamba-2"
+    WHOLE = ("mamba_in",)
 
     heads: int
     channels: int  # of a head
@@ -29,10 +26,6 @@ class Mamba2(Sublayer):
     conv_bias: bool = True
     bias: bool = False  # of the input and output projections
     norm: bool = True  # a gated norm precedes the output projection; else only the gate
-
-    @property
-    def part(self) -> Part:
-        return Part.ATTENTION
 
     @property
     def kind(self) -> str:
@@ -52,7 +45,7 @@ class Mamba2(Sublayer):
         """Channels of x, B and C."""
         return self.inner + 2 * self.groups * self.state
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         inputs = self.inner + self.convolved + self.heads
         return {"mamba_in": (inputs, hidden), "o": (hidden, self.inner)}
 
@@ -62,7 +55,7 @@ class Mamba2(Sublayer):
         return 3 * self.heads
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         conv = self.convolved * (self.conv + self.conv_bias)
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
         return weights + conv + self.state_parameters + self.norm * self.inner + biases
@@ -77,42 +70,30 @@ class Mamba2(Sublayer):
         groups = max(self.groups // devices, 1)
         return replace(self, heads=self.heads // devices, groups=groups)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {
             "Mamba heads": self.heads,
             "Mamba channels": self.channels,
             "Mamba state": self.state,
         }
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Mamba2:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba2:
         # groups keep equal numbers of heads (arXiv 2504.11409, section 3.1)
         heads = remaining(self.heads // self.groups, shares["mamba_heads"]) * self.groups
         channels = remaining(self.channels, shares["mamba_channels"])
         state = remaining(self.state, shares["mamba_state"])
         return replace(self, heads=heads, channels=channels, state=state)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, inner = self.part, self.inner
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        inner = self.inner
         yield from p.quantized("qkv", part, p.hidden)
         inputs = inner + self.convolved + self.heads
         yield from p.product(self, "mamba_in", inputs, p.hidden, self.bias)
         yield convolution(p, self.convolved, self.conv, self.conv_bias)
-        yield {
-            "kind": Kind.STATE_SPACE,
-            "role": "mamba",
-            "part": part,
-            "params": self.state_parameters * p.owns,
-            "m": p.tokens,
-            "n": inner,
-            "batch": p.batch,
-            "heads": self.heads,
-            "kv_heads": self.groups,
-            "head_dim": self.state,
-            "value_dim": self.channels,
-            "block": self.chunk,
-            "dtype": p.lowering.stream_dtype,
-            "weight_dtype": STATE,
-        }
+        sizes = self.heads, self.groups, self.state, self.channels
+        owned = self.state_parameters * p.owns
+        yield p.recurrence("mamba", *sizes, block=self.chunk, params=owned)
         role = "gated_norm" if self.norm else "output_gate"
         yield p.move(role, part, inner, 2 * inner, inner, self.norm * inner)
         yield from p.quantized("o", part, inner)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from simulator.codes import Part
 from simulator.models.form import present
-from simulator.models.pass_rows import OperatorRow, PassRows
-from simulator.models.sublayers.base import SharedSize, Sublayer, aligned
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
+from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp(Sublayer):
     """Gate, up and down projections, or up and down."""
 
-    LABEL: ClassVar[str] = "MLP"
-    SIZES: ClassVar[tuple[str, ...]] = ("inner", "out")
+    PART = Part.MLP
+    LABEL = "MLP"
+    SIZES = ("inner", "out")
 
     inner: int
     gated: bool = True
@@ -28,10 +27,6 @@ class Mlp(Sublayer):
     channel_scales: bool = False
     scalars: int = 0  # learned numbers of the activation (two of xIELU, arXiv 2411.13010)
     out: int = 0  # features that it writes, in the last layer of SliceGPT; 0: the hidden size
-
-    @property
-    def part(self) -> Part:
-        return Part.MLP
 
     @property
     def shape(self) -> str:
@@ -45,7 +40,7 @@ class Mlp(Sublayer):
     def outputs(self, hidden: int) -> int:
         return self.out if present(self.out) else hidden
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         if self.stores("gate_up"):
             inputs = {"gate_up": (sum(self.projected.values()), hidden)}
         else:
@@ -53,7 +48,7 @@ class Mlp(Sublayer):
         return {**inputs, "down": (self.outputs(hidden), self.inner)}
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         biases = self.bias * sum(self.projected.values())
         biases += (self.bias or self.down_bias) * self.outputs(hidden)
         return weights + biases + self.inner_weights + self.scalars
@@ -70,16 +65,18 @@ class Mlp(Sublayer):
     def share(self, devices: int, parallel: str) -> Mlp:
         return replace(self, inner=self.inner // devices)
 
-    def sizes(self) -> Mapping[str, float]:
+    def sizes(self) -> BySize:
         return {"inner width": self.inner}
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Mlp:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mlp:
         if not shares["mlp"]:
             return self
         return replace(self, inner=inner or aligned(self.inner, shares["mlp"], align))
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, inner = self.part, p.hidden, self.inner
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        inner = self.inner
         yield from p.quantized("gate_up", part, hidden)
         fuses = self.gated and p.fuses("gate_up")
         yield from p.products(self, "gate_up", self.projected, hidden, self.bias, fuses)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-from simulator.codes import Kind, Part
+from simulator.codes import Part
 from simulator.errors import InputError
-from simulator.models.pass_rows import STATE, OperatorRow, PassRows
-from simulator.models.sublayers.base import Sublayer
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes, elements
+from simulator.models.sublayers.base import BySize, Sublayer
 
 CHUNK = 256  # tokens of a chunk of a recurrence, as in Mamba-2 (arXiv 2405.21060; assumed)
 
@@ -21,7 +19,7 @@ class Modules(Sublayer):
     Its operators are products, attention over all positions or the recurrence of a state; further
     kernels are not counted."""
 
-    WHOLE: ClassVar[tuple[str, ...]] = ("modules",)
+    WHOLE = ("modules",)
 
     place: Part  # part of the layer
     matrices: tuple[tuple[int, int, int], ...]  # outputs, inputs, number of blocks or experts
@@ -36,10 +34,10 @@ class Modules(Sublayer):
     def part(self) -> Part:
         return self.place
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {"modules": (self.parameters(hidden), 1)}
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         sizes = {self.width: hidden}
         return {
             str(i): (sizes.get(n, n), sizes.get(k, k), count)
@@ -47,19 +45,19 @@ class Modules(Sublayer):
         }
 
     def parameters(self, hidden: int) -> int:
-        return sum(n * k * count for n, k, count in self.products(hidden).values())
+        return elements(self.products(hidden))
 
-    def narrower(self, shares: Mapping[str, float], align: int, inner: int | None) -> Modules:
+    def narrower(self, shares: BySize, align: int, inner: int | None) -> Modules:
         for name in ("mlp",) if self.place == Part.MLP else ("attention", "heads", "kv"):
             if shares[name] > 0:
                 kinds = "some modules are of no known kind, so their widths cannot be pruned"
                 raise InputError(f"sparsity of {name}: {kinds}; expected depth")
         return self
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         for n, k, count in self.products(p.hidden).values():
             writes = n == p.hidden
-            row = p.gemm("linear" if writes else "projection", self.part, n, k) | p.wide
+            row = p.wide_gemm("linear" if writes else "projection", self.part, n, k)
             if count > 1:  # blocks in use side by side, each for its share of the tokens
                 pairs = p.tokens * min(self.active or count, count)
                 tokens = max(round(pairs / count), 1)
@@ -67,21 +65,8 @@ class Modules(Sublayer):
                 row |= {"m": tokens, side: round(row[side] * pairs / tokens)}
             yield row | {"params": n * k * count * p.owns}
         if self.state:
-            yield {
-                "kind": Kind.STATE_SPACE,
-                "role": "mamba",
-                "part": self.part,
-                "m": p.tokens,
-                "n": self.heads * self.head_dim,
-                "batch": p.batch,
-                "heads": self.heads,
-                "kv_heads": self.kv_heads,
-                "head_dim": self.state,
-                "value_dim": self.head_dim,
-                "block": CHUNK,
-                "dtype": p.lowering.stream_dtype,
-                "weight_dtype": STATE,
-            }
+            sizes = self.heads, self.kv_heads, self.state, self.head_dim
+            yield p.recurrence("mamba", *sizes, block=CHUNK)
         elif self.heads:
             yield p.cache_write(2 * self.kv_heads * self.head_dim, self.heads, self.kv_heads)
             yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)

@@ -3,11 +3,10 @@ arXiv 2411.15242)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -24,18 +23,16 @@ class Projection(Sublayer):
     def part(self) -> Part:
         return self.adapts
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
-        inputs, outputs = self.reads * hidden, self.features or hidden
+    def weights(self, hidden: int) -> Shapes:
+        inputs = self.reads * hidden
+        outputs = self.features or hidden
         if not self.rank:
             return {"projection": (outputs, inputs)}
         return {"adapter_in": (self.rank, inputs), "adapter_out": (outputs, self.rank)}
 
-    def parameters(self, hidden: int) -> int:
-        return sum(n * k for n, k in self.weights(hidden).values())
-
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         for role, (n, k) in self.weights(p.hidden).items():
-            yield p.gemm(role, self.part, n, k) | p.wide
+            yield p.wide_gemm(role, self.part, n, k)
         if self.rank:
             features = self.features or p.hidden
             yield p.move("residual", self.part, features, 2 * features, features)

@@ -3,11 +3,10 @@ models/inkling and inkling2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, elements
 from simulator.models.sublayers.attention import Attention
 from simulator.models.sublayers.entry import Entry
 from simulator.models.sublayers.short_conv import convolution
@@ -25,7 +24,7 @@ class RelativeAttention(Attention):
     clips: bool = False  # queries and relative features have learned scales
     projects_sinks: bool = False  # a projection makes a logit of each head
 
-    def _projections(self, hidden: int) -> dict[str, tuple[int, int, int]]:
+    def _projections(self, hidden: int) -> Products:
         """Return the products that read the residual stream, besides those of all attention."""
         out = {"relative": (self.heads * self.relative, hidden, 1)}
         if self.dynamic:
@@ -34,7 +33,7 @@ class RelativeAttention(Attention):
             out["sinks"] = (self.heads, hidden, 1)
         return out
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         profiles = {"profiles": (self.extent, self.relative, 1)}
         return {**super().products(hidden), **self._projections(hidden), **profiles}
 
@@ -44,16 +43,16 @@ class RelativeAttention(Attention):
         return self.kv_heads * (self.head_dim + self.value_features)
 
     def parameters(self, hidden: int) -> int:
-        products = sum(n * k * many for n, k, many in self._projections(hidden).values())
+        products = elements(self._projections(hidden))
         scales = self.clips * self.heads * (self.head_dim + self.relative)
         own = self.extent * self.relative + self.convolved * self.conv + scales
         return super().parameters(hidden) + products + own
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         for n, k, many in self._projections(p.hidden).values():
             for _ in range(many):
-                yield p.gemm("relative", self.part, n, k) | p.wide
-        profiles = p.gemm("relative", self.part, self.extent, self.relative) | p.wide
+                yield p.wide_gemm("relative", self.part, n, k)
+        profiles = p.wide_gemm("relative", self.part, self.extent, self.relative)
         scales = self.clips * self.heads * (self.head_dim + self.relative)
         yield profiles | {
             "m": p.tokens * self.heads,
@@ -75,7 +74,7 @@ class Blocks(Entry):
     gates: int = 0
     rank: int = 0  # of the gates
 
-    def products(self, hidden: int) -> Mapping[str, tuple[int, int, int]]:
+    def products(self, hidden: int) -> Products:
         if not self.gates:
             return {}
         factors = {"entry_in": (self.rank, 2 * hidden, self.gates)}
@@ -84,13 +83,13 @@ class Blocks(Entry):
     def own(self, hidden: int) -> int:
         return (self.conv + self.vectors) * hidden + self.scalars
 
-    def before(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def before(self, p: PassRows, part: Part) -> OperatorRows:
         for role, (n, k, many) in self.products(p.hidden).items():
             for _ in range(many):
-                yield p.gemm(role, part, n, k) | p.wide
+                yield p.wide_gemm(role, part, n, k)
         if self.sources:
             yield p.move("entry", part, p.hidden, self.sources * p.hidden, p.hidden)
 
-    def after(self, p: PassRows, part: Part) -> Iterator[OperatorRow]:
+    def after(self, p: PassRows, part: Part) -> OperatorRows:
         row = convolution(p, p.hidden, self.conv, part=part, role="output_conv")
         yield row | {"params": self.own(p.hidden) * p.owns}

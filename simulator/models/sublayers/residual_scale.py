@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualScale(Sublayer):
-    REDUCES: ClassVar[bool] = False
+    REDUCES = False
 
     of: Part  # ATTENTION or MLP
     norms: tuple[bool, bool] | None = (False, False)
@@ -22,12 +20,12 @@ class ResidualScale(Sublayer):
     def part(self) -> Part:
         return self.of
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         return {}
 
     def parameters(self, hidden: int) -> int:
         return 4 * hidden
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
+    def rows(self, p: PassRows) -> OperatorRows:
         features = p.hidden
         yield p.move("residual", self.part, features, 2 * features, features, 4 * features)

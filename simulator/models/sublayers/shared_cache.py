@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRows, PassRows
 from simulator.models.sublayers.attention import Attention
 
 
@@ -40,8 +39,10 @@ class SharedCacheAttention(Attention):
         skips = self.skips_prompts and self.reads_cache and not p.decodes
         return replace(p, q_len=1) if skips and p.lowering.engine.cache == "joined" else p
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, hidden, attended = self.part, p.hidden, self.attended
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        hidden = p.hidden
+        attended = self.attended
         made = super().projected
         yield from p.quantized("qkv", part, hidden)
         if p.fuses("qkv"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from simulator.codes import Kind, Part
-from simulator.models.pass_rows import OperatorRow, PassRows
+from simulator.models.pass_rows import OperatorRow, OperatorRows, PassRows, Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -39,16 +38,12 @@ def convolution(
 class ShortConv(Sublayer):
     """One projection makes two gates and the input of a convolution."""
 
-    LABEL: ClassVar[str] = "short convolution"
-    WHOLE: ClassVar[tuple[str, ...]] = ("conv_in",)
+    LABEL = "short convolution"
+    WHOLE = ("conv_in",)
 
     conv: int  # positions of the convolution
     bias: bool = False  # of the convolution and of both projections
     parts: int = 1  # devices that divide the channels, which are as many as the hidden size
-
-    @property
-    def part(self) -> Part:
-        return Part.ATTENTION
 
     @property
     def kind(self) -> str:
@@ -58,20 +53,21 @@ class ShortConv(Sublayer):
     def shape(self) -> str:
         return f"{self.conv} positions"
 
-    def weights(self, hidden: int) -> Mapping[str, tuple[int, int]]:
+    def weights(self, hidden: int) -> Shapes:
         channels = hidden // self.parts
         return {"conv_in": (3 * channels, hidden), "o": (hidden, channels)}
 
     def parameters(self, hidden: int) -> int:
-        weights = sum(self.stored(role, *shape) for role, shape in self.weights(hidden).items())
+        weights = self.stored(hidden)
         channels = hidden // self.parts
         return weights + channels * self.conv + self.bias * (4 * channels + hidden)
 
     def share(self, devices: int, parallel: str) -> ShortConv:
         return replace(self, parts=devices)
 
-    def rows(self, p: PassRows) -> Iterator[OperatorRow]:
-        part, channels = self.part, p.hidden // self.parts
+    def rows(self, p: PassRows) -> OperatorRows:
+        part = self.part
+        channels = p.hidden // self.parts
         gate = p.move("conv_gate", part, channels, 2 * channels, channels)
         yield from p.quantized("qkv", part, p.hidden)
         yield from p.product(self, "conv_in", 3 * channels, p.hidden, self.bias)
