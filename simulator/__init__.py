@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from simulator.prediction.table import table as table
     from simulator.pruning import FAMILIES as FAMILIES
     from simulator.pruning import prune as prune
+    from simulator.pruning._family import Choice as Choice
+    from simulator.pruning._family import Family as Family
     from simulator.pruning._methods import METHODS as METHODS
+    from simulator.pruning._methods import Method as Method
     from simulator.request import Request as Request
     from simulator.uncertainty.intervals import workload_time as workload_time
     from simulator.uncertainty.operators import GemmOptions as GemmOptions
@@ -65,7 +68,8 @@ else:
         "hardware.save": "save_hardware",
         "capacity": "memory",
         "pruning": "FAMILIES prune",
-        "pruning._methods": "METHODS",
+        "pruning._family": "Choice Family",
+        "pruning._methods": "METHODS Method",
         "plans.costs": "Costs costs",
         "plans.search": "Plan search",
         "plans.solve": "Targets",

@@ -73,6 +73,7 @@ class Workload(Table):
         expert, hidden size. Delta net: tokens of all sequences, features of all values. Attention
         and indexer: ``k`` cached entries that are selected per query (0: all), and ``n`` positions
         per entry of a compressed cache, seen in addition to a window (0: no such cache).
+        Elementwise: ``k`` is the known time of a kernel in ns (0: its time follows from its bytes).
     experts, active, skew : array, shape (rows,)
         Routed experts of the device, experts per token on average, and imbalance
         (:func:`simulator.operators.experts.experts_chance`).

@@ -40,8 +40,8 @@ from simulator.prediction.prunings import Pruning, prunings_of
 from simulator.prediction.requests import requests_of
 from simulator.prediction.result import Result
 from simulator.prediction.table import speedup
-from simulator.pruning import Pruner
-from simulator.pruning._steps import PruningStep, in_order
+from simulator.pruning import FamilyStep, Pruner
+from simulator.pruning._steps import in_order
 from simulator.request import SETTINGS, Name, Request
 from simulator.units import percent
 from simulator.workload import Workload
@@ -78,7 +78,7 @@ class Case:
 
     pruning: Pruning
     # steps of families in their order, with the kernels of the device
-    steps: tuple[PruningStep, ...]
+    steps: tuple[FamilyStep, ...]
     dense: Workload
     pruned: Workload
 
@@ -86,12 +86,12 @@ class Case:
     def of(
         cls, dense: Workload, pruning: Pruning, kernels: Mapping[str, str] = MappingProxyType({})
     ) -> Case:
-        steps, pruner = list[PruningStep](), Pruner(dense, False)
+        steps, pruner = list[FamilyStep](), Pruner(dense, False)
         for step in in_order(pruning.steps, pruner.target.layers):
             try:
-                for one in step.by_family(pruner.target, dense.meta.phase):
-                    steps.append(_with_kernel(one, kernels.get(one.name, "")))
-                    pruner.add(steps[-1].of_family)
+                for one in step.by_family(pruner.target, dense.meta):
+                    steps.append(_with_kernel(one, kernels.get(one.family.name, "")))
+                    pruner.add(steps[-1])
                 pruned = pruner.workload()
             except InputError as error:
                 raise InputError(
@@ -139,13 +139,18 @@ class Case:
 
     @property
     def prune(self) -> str:
-        """The steps as text, or the name of an existing model with a digest, because its file can
-        change."""
+        """The steps as text, or the name of an existing model. Names of models and of methods of
+        files have a digest, because the files can change."""
         model = self.pruning.model
         if model is not None:
-            shapes = repr((model.hidden, model.layers))
-            return f"{model.name} ({hashlib.sha256(shapes.encode()).hexdigest()[:8]})"
-        return " + ".join(map(str, self.pruning.steps))
+            return f"{model.name} ({_digest((model.hidden, model.layers))})"
+        texts = (
+            f"{replace(step, name=method.name)} ({_digest(method.description)})"
+            if (method := step.described)
+            else str(step)
+            for step in self.pruning.steps
+        )
+        return " + ".join(texts)
 
     @property
     def identity(self) -> Row:
@@ -173,6 +178,10 @@ class Case:
             "predicted_lower": s.lower,
             "predicted_upper": s.upper,
         }
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def cases_of(
@@ -229,15 +238,15 @@ def cases_of(
     return list(cases.values()), list(notes)
 
 
-def _with_kernel(step: PruningStep, kernel: str) -> PruningStep:
-    stated = dict(step.options).get("kernel", kernel)
+def _with_kernel(step: FamilyStep, kernel: str) -> FamilyStep:
+    stated = step.options.get("kernel", kernel)
     if not kernel:
         return step
     if stated != kernel:
         raise InputError(
-            f"option kernel: this device runs {step.name} with {kernel!r}, got {stated!r}"
+            f"option kernel: this device runs {step.family.name} with {kernel!r}, got {stated!r}"
         )
-    return replace(step, options=tuple(sorted({**dict(step.options), "kernel": kernel}.items())))
+    return replace(step, options={**step.options, "kernel": kernel})
 
 
 def _check_heads(w: Workload) -> None:

@@ -329,7 +329,7 @@ def _default(setting: Setting) -> Any:
     return None if setting.default in (None, 0.0) else str(setting.default)
 
 
-def run_options(*chosen: str, others: bool = False, **defaults: str) -> Any:
+def run_options(*chosen: str, others: bool = False, **defaults: str | None) -> Any:
     """Return a :class:`Run` with the options of some settings, as a dataclass of their defaults."""
     # the help of a setting without its usual default
     texts = {name: SETTINGS[name].help.partition(" Default:")[0] for name in defaults}

@@ -32,7 +32,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("serve", "serve:command"),
     ("draft", "draft:command"),
     ("explain", "speedup:explain"),
-    ("methods", "catalogue:methods"),
+    ("methods", "methods:methods"),
     ("advise", "search:advise"),
     ("costs", "search:costs"),
     ("search", "search:search"),

@@ -158,7 +158,7 @@ def advise(
 
 
 def _families(found: Advised, verbose: bool) -> None:
-    from simulator.prediction.advise_sentences import settings_of
+    from simulator.prediction.advise_sentences import of_budgets, settings_of
     from simulator.prediction.wording import probability_text
 
     groups = settings_of(found.advice)
@@ -187,6 +187,8 @@ def _families(found: Advised, verbose: bool) -> None:
         ("<bottleneck", lambda a: a.result.bottleneck),
     )
     render.show(render.narrowed(columns[1:] if one else columns, 5))
+    for line in of_budgets(rows) if one else ():
+        render.say(line, "  ")
 
 
 def _configurations(folder: str, model: str, found: Advised) -> list[str]:

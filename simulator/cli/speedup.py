@@ -10,9 +10,11 @@ from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
-from simulator.cli import options, render
+from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
+from simulator.display import as_plain
 from simulator.errors import InputError
+from simulator.units import parse_ratio
 
 if TYPE_CHECKING:
     from simulator.prediction.explain import Explanation
@@ -405,20 +407,27 @@ def explain(
             "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline."
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        opt("--target", "X", "Speedup of the kernel budget, such as 1.2. Default: 1."),
+    ] = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Explain where a nominal speedup is lost.
 
-    Begins with nominal speedup, predicted speedup and largest losses in a sentence. Named steps
-    lead from the nominal speedup 1/(1 - s) to the predicted one; their factors multiply exactly.
-    Several engines are shown side by side. With more than three predictions only the sentences are
-    printed, and the steps with --verbose.
+    Begins with nominal speedup, predicted speedup and largest losses in a sentence. The kernel
+    budget of a dynamic pruning follows: how long its added work may take, how fast its kernels must
+    be, and from which batch, length and sparsity it pays. Named steps lead from the nominal speedup
+    1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side
+    by side. With more than three predictions only the conclusions are printed, and the steps with
+    --verbose.
     """
     output = render.Output(out.json, figures=[out.figure, roofline])
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
+    from simulator.prediction.advise import Target
     from simulator.prediction.explain import explanations
-    from simulator.prediction.explain_sentences import conclusion, conclusions
+    from simulator.prediction.explain_sentences import budget_text, conclusion, conclusions
     from simulator.prediction.prunings import readable
     from simulator.prediction.requests import by_key
     from simulator.prediction.wording import MOST_SENTENCES
@@ -426,21 +435,24 @@ def explain(
     asked, given = run.asked(model, devices, prunings), prunings.parsed()
     given["pruned"], skipped = readable(given.get("pruned", ()))
     excluded: dict[str, InputError] = {}
-    found = explanations(model, devices.profiles, excluded, **given, **asked.settings)
+    aim = None if target is None else parsing.checked("--target", target, parse_ratio)
+    speedup = 1.0 if aim is None else Target(aim).speedup or 1.0
+    found = explanations(model, devices.profiles, excluded, speedup, **given, **asked.settings)
     rows = [
         {
             **e.result.to_dict(),
             "waterfall": [asdict(step) for step in e.steps],
             "conclusion": conclusion(e),
+            "budget": as_plain(e.budget),
         }
-        for e in found
+        for e in (found if out.json else ())
     ]
     if output.write(rows):
         render.conclude(*conclusions(found))
         many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
-                render.conclude(conclusion(e))
+                render.conclude(conclusion(e), budget_text(e) if out.verbose else "")
         # engines side by side
         same = attrgetter(
             *(f"result.{name}" for name in ("hardware", "phase", "batch", "seq", "pruning"))
@@ -495,7 +507,7 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
 
     r = together[0].result
     title = replace(r, engine=", ".join(e.result.engine for e in together)).scenario
-    name = f"{r.pruning} ({r.family})" if r.pruned or r.method else r.pruning
+    name = f"{r.pruning} ({r.family})" if r.pruned or r.method not in ("", r.family) else r.pruning
     render.show(_step_columns(together), f"{name}, {r.hardware}: {title}")
     if r.parts:
         print()

@@ -8,6 +8,7 @@ click on a button.
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,18 +23,22 @@ from simulator.engines.engine import list_engines, load_engine, split
 from simulator.errors import InputError, one_line, unknown
 from simulator.explore.content import Drawing, PageContent, commands, content
 from simulator.files.csv import csv_text
+from simulator.files.yaml import Problems
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model
 from simulator.prediction.prunings import Pruning
 from simulator.pruning import FAMILIES, check_fraction
-from simulator.pruning._steps import is_plan
+from simulator.pruning._family import SUFFIXES
+from simulator.pruning._methods import METHODS, Method
+from simulator.pruning._steps import PruningStep
+from simulator.pruning.described.description import Description
 from simulator.request import SETTINGS, Name, Request, Whole
 from simulator.units import parse_fraction
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request;
 # commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
-MOST_LETTERS = 2000  # letters of a setting in the address
+MOST_LETTERS = 4000  # letters of a setting in the address
 FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
 
@@ -62,19 +67,25 @@ def fractions(text: str) -> list[float]:
 
 
 def prunings(text: str) -> list[str]:
-    """Return the prunings of a text, one per line; plans are files, which the page does not
-    open."""
+    """Return the prunings of a text, one per line; plans and methods are files, which the page does
+    not open."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MOST_VALUES:
         raise InputError(f"expected 1 to {MOST_VALUES} lines, got {len(lines)}")
     for line in lines:
-        if is_plan(line):
+        if any(word.endswith(SUFFIXES) for word in re.split(r"[\s+=%]+", line)):
             raise InputError(
-                f"{line}: expected no plan, because it is a file; use prunesim speedup --prune"
-                f" {line}"
+                f"{line}: expected no plan or method file; use prunesim speedup --prune {line!r},"
+                " or paste the method under families"
             )
         Pruning.read(line)
     return lines
+
+
+def method(text: str, problems: Problems | None = None) -> Method | None:
+    """Return the method that a text describes; its problems are added to ``problems``."""
+    problems = Problems("line") if problems is None else problems
+    return Method(Description.of_text(text, problems)) if text.strip() else None
 
 
 def engine(text: str) -> str:
@@ -119,8 +130,25 @@ FIELDS: dict[str, Field] = {
         "Engine", (Request.engine,), list_engines(), engine, "Type vllm@0.10 for an older release."
     ),
     "by": Field("Pruning by", FAMILY, (FAMILY, TEXT, CHECKPOINT)),
-    "family": Field("Families", ("depth", "width", "low_rank", "dynamic_depth"), tuple(FAMILIES)),
-    "sparsity": Field("Removed", "10%, 20%, 30%, 40%, 50%, 60%, 70%", (), fractions),
+    "family": Field(
+        "Families and methods",
+        ("depth", "width", "low_rank", "dynamic_depth"),
+        (*FAMILIES, *METHODS),
+    ),
+    "method": Field(
+        "Your method (YAML)",
+        "",
+        (),
+        method,
+        "The text of a method file, see prunesim methods new.",
+    ),
+    "sparsity": Field(
+        "Removed",
+        "10%, 20%, 30%, 40%, 50%, 60%, 70%",
+        (),
+        fractions,
+        "Methods with sparsities of their own are predicted at these.",
+    ),
     "prune": Field("Prunings, one per line", "width mlp=0.3 heads=0.2\ndepth 0.25", (), prunings),
     **{name: of_setting(name) for name in ("phase", "batch", "seq", *SINGLE)},
     "model_path": Field("Model: config.json or folder", ""),
@@ -209,8 +237,8 @@ def draw(name: str) -> None:
         st.radio(field.label, field.choices, horizontal=True, **shared)
     elif field.choices:
         st.selectbox(field.label, field.choices, **shared)
-    elif name == "prune":
-        st.text_area(field.label, **shared)
+    elif name in ("prune", "method"):
+        st.text_area(field.label, height=160, max_chars=MOST_LETTERS, **shared)
     else:
         st.text_input(field.label, max_chars=MOST_LETTERS, **shared)
 
@@ -221,6 +249,13 @@ def form() -> None:
         draw(name)
     if state.by == FAMILY:
         draw("family")
+        draw("method")
+        problems = Problems("line")
+        with contextlib.suppress(InputError):
+            if own := method(state.method, problems):
+                st.caption(f"The commands on this page read it from {own.name}.yaml.")
+        if len(problems) > 1:
+            st.error("  \n".join(map(markdown_text, problems.lines[:MOST_VALUES])))
         draw("sparsity")
     elif state.by == TEXT:
         draw("prune")
@@ -292,13 +327,18 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
         "hardware": [*state.hardware, *(profile or ())[1:]],
     }
     if state.by == FAMILY:
-        asked |= {"family": state.family, "sparsity": parsed("sparsity")}
-        texts |= {
-            "family": ",".join(state.family),
-            "sparsity": ",".join(values(state.sparsity, str)),
-        }
-        if not state.family:
+        own, shares = parsed("method"), parsed("sparsity")
+        if not state.family and own is None:
             raise InputError("family: expected at least one")
+        if own is None and all(name in FAMILIES for name in state.family):
+            asked |= {"family": state.family, "sparsity": shares}
+            texts |= {
+                "family": ",".join(state.family),
+                "sparsity": ",".join(values(state.sparsity, str)),
+            }
+        else:
+            asked["prune"] = with_methods(state.family, own, shares)
+            texts["prune"] = [pruning.prune for pruning in asked["prune"]]
     elif state.by == TEXT:
         texts["prune"] = asked["prune"] = parsed("prune")
     elif pruned := opened("pruned_path"):
@@ -322,6 +362,20 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
             " prunesim sweep"
         )
     return asked, texts
+
+
+def with_methods(
+    names: Sequence[str], own: Method | None, shares: Sequence[float]
+) -> list[Pruning]:
+    """Return families at the shares removed, and methods at their own sparsities if they state
+    some."""
+    found = [Pruning.of(name) for name in names]
+    found += [Pruning((PruningStep(f"{own.name}.yaml", described=own),))] if own else []
+    out = list[Pruning]()
+    for pruning in found:
+        stated = () if (known := pruning.steps[0].method) is None else known.sparsities
+        out += [pruning] if pruning.sets_sparsity else [pruning.at(s) for s in stated or shares]
+    return out
 
 
 def show(found: PageContent, texts: dict[str, Any]) -> None:

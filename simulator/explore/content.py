@@ -161,8 +161,8 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
         )
         if not same or len(out) == MOST_DETAILS:
             continue
-        existing = found.prunings[index].model
-        which: dict[str, Any] = {"prune": [r.prune]} if existing is None else {"pruned": [existing]}
+        one = found.prunings[index]
+        which: dict[str, Any] = {"prune": [one]} if one.model is None else {"pruned": [one.model]}
         where = {
             **others,
             "phase": r.phase,

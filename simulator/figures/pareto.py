@@ -26,10 +26,11 @@ from simulator.figures.style import (
     INK,
     PAGE_IN,
     PALE_INK,
+    Style,
     in_order,
     label,
     paper_style,
-    style_of,
+    styles_of,
 )
 from simulator.prediction.pareto import Front, frontier
 from simulator.prediction.quality import Axis
@@ -54,7 +55,8 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
     only = {f: next(iter(names)) if len(names) == 1 else "" for f, names in methods.items()}
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
-        handles = _handles(only, layout.interval(fronts[0].level))
+        looks = styles_of({family: family for family in only})
+        handles = _handles(only, looks, layout.interval(fronts[0].level))
         title = _title(fronts[0].axis, float(data["loss"].max()) > LINEAR_UP_TO)
         figure, panels = layout.panel_grid(
             data, 1.9, 0.66, handles=handles, legend=title, sharex=True, sharey=True
@@ -67,7 +69,7 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
         # before the names of points, which depend on the layout
         layout.laid_out(figure, "speedup (log scale)")
         for place, ax in panels.items():
-            _panel(ax, layout.of_panel(data, *place))
+            _panel(ax, layout.of_panel(data, *place), looks)
     return figure
 
 
@@ -113,7 +115,7 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     ax.spines["bottom"].set_visible(False)
 
 
-def _panel(ax: Axes, data: layout.FigurePoints) -> None:
+def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> None:
     x, y = 100 * data["loss"].astype(float), data["speedup"].astype(float)
     optimal = frontier([0.0, *x], [1.0, *y])[1:] if len(x) else np.zeros(0, dtype=bool)
     order = [int(i) for i in np.lexsort((-y, x)) if optimal[i]]
@@ -122,8 +124,8 @@ def _panel(ax: Axes, data: layout.FigurePoints) -> None:
     steps_y = [1.0, *y[order], y[order[-1]] if order else 1.0]
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     ax.step(steps_x, steps_y, where="post", color=INK, linewidth=0.9, zorder=2)
-    _draw_points(ax, data, (x, y), optimal)
-    _draw_strip(ax, data["family"][order].tolist(), [*x[order], end])
+    _draw_points(ax, data, (x, y), optimal, looks)
+    _draw_strip(ax, [looks[data["family"][i]] for i in order], [*x[order], end])
     bars = np.linspace(data["lower"], data["upper"], 12)
     clear_of = [
         (x, y),
@@ -145,11 +147,14 @@ def _point_names(data: layout.FigurePoints) -> NDArray[Any]:
 
 
 def _draw_points(
-    ax: Axes, data: layout.FigurePoints, at: tuple[FloatArray, FloatArray], optimal: BoolArray
+    ax: Axes,
+    data: layout.FigurePoints,
+    at: tuple[FloatArray, FloatArray],
+    optimal: BoolArray,
+    looks: Mapping[str, Style],
 ) -> None:
     x, y = at
-    for i, name in enumerate(in_order(data["family"])):
-        style = style_of(name, i)
+    for name, style in looks.items():
         for best, alpha, size in ((True, 1.0, 4.2), (False, 0.35, 3.2)):
             these = (data["family"] == name) & (optimal == best)
             ends = data["lower"][these], data["upper"][these]
@@ -159,11 +164,10 @@ def _draw_points(
             ax.plot(x[these], y[these], **marks)
 
 
-def _draw_strip(ax: Axes, families: Sequence[str], edges: Sequence[float]) -> None:
+def _draw_strip(ax: Axes, fastest: Sequence[Style], edges: Sequence[float]) -> None:
     """Draw the strip of the fastest families between losses."""
     look: dict[str, Any] = {"edgecolor": "white", "alpha": 0.9, "linewidth": 0, "clip_on": False}
-    for i, family in enumerate(families):
-        style = style_of(family, i)
+    for i, style in enumerate(fastest):
         look |= {"facecolor": style.color, "hatch": "/////" if style.hollow else None}
         ax.axvspan(max(edges[i], 0.0), edges[i + 1], -STRIP, 0, **look)
 
@@ -175,11 +179,14 @@ def _along(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     return np.interp(places, corners, x), np.interp(places, corners, y)
 
 
-def _handles(only: Mapping[str, str], interval: str) -> list[Any]:
-    names = [f"{label(f)} ({method})" if method else label(f) for f, method in only.items()]
+def _handles(only: Mapping[str, str], looks: Mapping[str, Style], interval: str) -> list[Any]:
+    names = [
+        f"{label(f)} ({method})" if method not in ("", f) else label(f)
+        for f, method in only.items()
+    ]
     marks = [
-        Line2D([], [], **style_of(f, i).marks(linestyle="none"), label=name)
-        for i, (f, name) in enumerate(zip(only, names))
+        Line2D([], [], **looks[f].marks(linestyle="none"), label=name)
+        for f, name in zip(only, names)
     ]
     bar: dict[str, Any] = {
         "marker": "|",

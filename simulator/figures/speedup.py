@@ -102,7 +102,9 @@ class Speedups:
             | layout.placed(results, [_setting(r, results, axis, removed) for r in results])
             | {"candidate": titles}
         )
-        looks = styles_of(dict(zip(titles, (r.family for r in results))))
+        looks = styles_of(
+            {title: "" if r.method else r.family for title, r in zip(titles, results)}
+        )
         return cls(
             data,
             axis,
@@ -566,7 +568,11 @@ def _draw_throughputs(
         where: dict[str, Any] = {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 6}
         bottom = ax.get_ylim()[0] * 1.1
         ax.text(limit_ms, bottom, f"limit {limit_ms:.3g} ms", color=PALE_INK, **where)
-    families = {p.name: p.family for p in service.curve if p.pruning}
+    families = {
+        p.name: p.family if p.prune.partition(" ")[0] in ("", p.family) else ""
+        for p in service.curve
+        if p.pruning
+    }
     styles, within = {DENSE.label: DENSE, **styles_of(families)}, _within(service)
     for name, (x, y) in curves.items():
         style = styles[name]

@@ -101,12 +101,12 @@ def in_order(names: Any) -> list[str]:
 
 
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
-    """Return styles of candidates, given the family of each: the first candidate of a family has
-    the family's style, others have colours and markers that no candidate has."""
+    """Return styles of candidates, given the family of each ("": a method): the first candidate of
+    a family has the family's style, others have colours and markers that no family has."""
     first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
     styles = {name: STYLES[family] for family, name in first.items()}
-    used = {(style.color, style.marker) for style in styles.values()}
-    colors = {color for color, _ in used}
+    used = {(style.color, style.marker) for style in STYLES.values()}
+    colors = {style.color for style in styles.values()}
     free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
     free.sort(key=lambda style: style.color in colors)
     return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}

@@ -199,11 +199,30 @@ class Elementwise(Operator):
         return w.read_bytes + w.write_bytes
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
-        moved = w.read_bytes, w.write_bytes
+        known = np.flatnonzero(w.k > 0)
+        if len(known):
+            yield known, _known(np.asarray(w.k[known]) * 1e-9)
+        at: Any = np.flatnonzero(w.k == 0) if len(known) else slice(None)
+        moved = (w.read_bytes[at] + w.write_bytes[at], 0.0)
         yield (
-            slice(None),
-            elementwise(*moved, hw, role=w.role, added=w.overhead, dtype=formats.dtype),
+            at,
+            elementwise(*moved, hw, role=w.role[at], added=w.overhead[at], dtype=formats.dtype),
         )
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> Estimate:
         return elementwise(0.0, 0.0, hw, role=w.role, dtype=formats.dtype)
+
+
+def _known(seconds: FloatArray) -> Estimate:
+    """Return the cost of kernels whose time is known, s; their time has no error."""
+    return Estimate(
+        operator="elementwise",
+        kind=int(Kind.ELEMENTWISE),
+        time=seconds,
+        floor=0.0,
+        roofline=seconds,
+        bottleneck=np.full(seconds.shape, _MEMORY, dtype=np.int8),
+        loadings={"memory": np.zeros(seconds.shape)},
+        coordinates=np.zeros((seconds.size, 3)),
+        active=np.zeros(seconds.shape),
+    )

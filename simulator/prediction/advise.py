@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array
-from simulator.display import Displayed, by_column, few
+from simulator.display import Displayed, as_plain, by_column, few
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -25,6 +25,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model
 from simulator.prediction.batch import batch_of
+from simulator.prediction.budget import KernelBudget, kernel_budget
 from simulator.prediction.compare import compare, results_of
 from simulator.prediction.prunings import Pruning, dividing, families
 from simulator.prediction.requests import (
@@ -96,6 +97,15 @@ class Advice(HasResult):
     probability: float  # probability of reaching the target, from the speedup's interval
     reached: bool  # with at least the required probability, by some sparsity up to LARGEST_SPARSITY
     runs: bool | None  # whether the stock engine runs it; None if its file does not state it
+    asked: tuple[Request, Pruning, HardwareProfile] = field(repr=False)
+
+    @cached_property
+    def budget(self) -> KernelBudget | None:
+        """The kernel budget for the target, without the settings that reach it."""
+        return kernel_budget(*self.asked, (self.target,))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "budget": as_plain(self.budget)}
 
     def _title(self) -> str:
         r, verb = self.result, "reaches" if self.reached else "misses"
@@ -243,8 +253,9 @@ class _Search:
         row = timed.first(target)[name] if reached else coarse.fastest(name)
         r = timed.results.take([row])[0]
         probability = probability_of(target, r.speedup, r.speedup_lower, r.speedup_upper, r.level)
-        runs = runnable(self.request, self.pruning(*timed.points[row]), hw).works
-        return Advice(r, target, probability, reached, runs)
+        asked = self.request, self.pruning(*timed.points[row]), hw
+        runs = runnable(*asked).works
+        return Advice(r, target, probability, reached, runs, asked)
 
 
 class _Timed:

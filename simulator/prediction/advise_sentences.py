@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from simulator.display import few
 from simulator.prediction.advise import Advice, Advised, Target
+from simulator.prediction.explain_sentences import needs_text
 from simulator.prediction.requests import by_key, setting
 from simulator.prediction.result import HasResult
 from simulator.prediction.runnable import runs_text
@@ -43,6 +44,11 @@ def of_advice(advised: Advised, target: Target) -> list[str]:
     if advised.dense:
         out.append(f"The dense model reaches {target.text} on {few(advised.dense, NAMED)}.")
     return out
+
+
+def of_budgets(advice: Sequence[Advice]) -> list[str]:
+    """Return what the dynamic families need to reach the target."""
+    return [needs_text(a.budget, a.budget.needs[0], a.result) for a in advice if a.budget]
 
 
 def _least(group: Sequence[Advice], where: str, target: Target) -> Iterator[str]:

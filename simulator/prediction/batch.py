@@ -109,7 +109,11 @@ def _together(workloads: Sequence[Workload], names: Collection[str]) -> Together
         for seq in dict.fromkeys(meta.seq for meta in shapes)
     ]
 
-    groups = {"any": [every], "equal length": lengths}
+    groups: Mapping[str, list[RequestGroup]] = {
+        "any": [every],
+        "equal length": lengths,
+        "one": [(i,) for i in every],
+    }
     return {
         name: [(group, _joined([workloads[i] for i in group])) for group in groups[name]]
         for name in names

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulator.arrays import Array, FloatArray, IndexArray
-from simulator.codes import DTYPES, EXPERTS, GEMM
+from simulator.codes import DTYPES, EXPERTS, GEMM, Kind
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.models.lower import NumberFormats, cached_tokens
@@ -282,6 +282,7 @@ def _uncalibrated(p: PredictedPass, dense: IndexArray) -> tuple[IndexArray, Floa
         name, label = operator.section(rows), operator.label(formats.dtype, formats.second)
         if name in TITLES and p.hw.section(name, label).status == "default":
             part[rows.at] = places[name]
+    part[(w.kind == Kind.ELEMENTWISE) & (w.k > 0)] = many  # their times are known
     if part.min() == many:
         return np.zeros(len(p.workloads), dtype=np.intp), np.zeros(len(p.workloads))
     spent = sums(

@@ -22,6 +22,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.base import Estimate
 from simulator.prediction.batch import batch_with
+from simulator.prediction.budget import KernelBudget, kernel_budget, reaching
 from simulator.prediction.compare import compare, request_results
 from simulator.prediction.notes import better_than_bound, inferred_by
 from simulator.prediction.prunings import Pruning, applied, asked
@@ -224,6 +225,9 @@ class Explanation(HasResult):
     hardware: HardwareProfile = field(repr=False)
     inferred: Inferred | None = None  # from a measured time of the dense model
     dense_s: float | None = field(default=None, repr=False)  # the measured time
+    request: Request = field(kw_only=True, repr=False)
+    pruning: Pruning = field(kw_only=True, repr=False)
+    target: float = field(default=1.0, repr=False)  # of the kernel budget
 
     def _title(self) -> str:
         return self.result._title()
@@ -238,6 +242,15 @@ class Explanation(HasResult):
         return float(p.host.layer[0]) if p.host_bound.any() else 0.0
 
     @cached_property
+    def budget(self) -> KernelBudget | None:
+        """The kernel budget for a speedup of 1 and for the target."""
+        targets = tuple(dict.fromkeys((1.0, self.target)))
+        asked = self.request, self.pruning, self.hardware
+        return (budget := kernel_budget(*asked, targets)) and replace(
+            budget, reached=tuple(one for target in targets for one in reaching(*asked, target))
+        )
+
+    @cached_property
     def reason(self) -> str:
         """Reason for a speedup above its roofline bound; "" for other speedups."""
         r = self.result
@@ -250,12 +263,13 @@ def explanations(
     model: str | Model,
     hardware: Sequence[str | HardwareProfile],
     excluded: dict[str, InputError] | None = None,
+    target: float = 1.0,
     **settings: Any,
 ) -> tuple[Explanation, ...]:
     """Return the waterfalls of one family at one sparsity, one published method, existing pruned
     models, or texts of ``--prune``, for every request and device; the settings are those of
-    :func:`simulator.table`. Combinations that cannot run are errors; with ``excluded``, which takes
-    notes on them, only if none can."""
+    :func:`simulator.table`, and ``target`` is the speedup of the kernel budget. Combinations that
+    cannot run are errors; with ``excluded``, which takes notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
     _check_named(settings)
     prunings, requests, _ = asked([config], settings)
@@ -270,7 +284,7 @@ def explanations(
     for request, pruning, hw in itertools.product(requests, prunings, devices):
         try:
             (one,) = on([request], hw)
-            out.append(_explanation(one, pruning, hw))
+            out.append(replace(_explanation(one, pruning, hw), target=target))
         except InputError as error:
             if excluded is None:
                 raise
@@ -308,4 +322,6 @@ def _explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Exp
         hardware=hw,
         inferred=inferred_by(dense, hw, request),
         dense_s=request.dense_s,
+        request=request,
+        pruning=pruning,
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simulator.arguments import is_size, listed, shown
 from simulator.errors import InputError, unknown
@@ -25,10 +25,14 @@ from simulator.models.lower import lower
 from simulator.models.model import Model, pruned_from, undivided
 from simulator.prediction.requests import distinct, once, requests_of
 from simulator.pruning import FAMILIES, check_fraction, prune_model
+from simulator.pruning._family import SUFFIXES
 from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
 from simulator.request import DEFAULT_DTYPE, Applied, Request
 from simulator.units import percent
 from simulator.workload import Workload
+
+if TYPE_CHECKING:
+    from simulator.pruning._methods import Method
 
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
 ALIKE = (
@@ -52,20 +56,33 @@ class Pruning:
     @classmethod
     def of(
         cls,
-        name: str,
+        name: str | Method,
         sparsity: float | Mapping[str, float] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Pruning:
-        """Return the pruning of a family or a published method."""
+        """Return the pruning of a family or a method."""
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         hashable = {n: tuple(v) if isinstance(v, list) else v for n, v in (options or {}).items()}
-        return cls((PruningStep(name, parts, options=tuple(sorted(hashable.items()))),))
+        step = PruningStep(str(name), parts, options=tuple(sorted(hashable.items())))
+        if not isinstance(name, str) or name.endswith(SUFFIXES):
+            from simulator.pruning._methods import load_method
+
+            described = load_method(name)
+            title = name if isinstance(name, str) else described.name
+            step = replace(step, name=title, described=described)
+        return cls((step,))
 
     @classmethod
-    def read(cls, text: str) -> Pruning:
-        """Return the pruning of a text of ``--prune`` (:mod:`simulator.pruning._steps`)."""
+    def read(cls, text: str | Method | Pruning) -> Pruning:
+        """Return the pruning of a text of ``--prune`` (:mod:`simulator.pruning._steps`), of a
+        method at its only sparsity, or a pruning as it is."""
+        if isinstance(text, Pruning):
+            return text
         steps = read_steps(text)
-        return cls(steps, text=text.strip() if is_plan(text) else " + ".join(map(str, steps)))
+        found = cls(steps, text=" + ".join(map(str, steps)))
+        if isinstance(text, str) and is_plan(text) and not found.described:
+            return replace(found, text=text.strip())
+        return found
 
     @classmethod
     def of_model(cls, dense: Model, pruned: Model) -> Pruning:
@@ -92,20 +109,26 @@ class Pruning:
 
     @property
     def method(self) -> str:
-        """Name of the published method of a single step, else ""."""
-        step = self.steps[0]
-        return (
-            step.name
-            if len(self.steps) == 1 and step.families and step.name not in FAMILIES
-            else ""
-        )
+        """Name of the method of a single step; the title of steps with a described method; else
+        ""."""
+        if len(self.steps) > 1:
+            return self.title if self.described else ""
+        method = self.steps[0].method
+        return method.name if method is not None else ""
+
+    @property
+    def described(self) -> tuple[Method, ...]:
+        """Methods that are not published: their names stand for their files."""
+        return tuple(step.described for step in self.steps if step.described is not None)
 
     @property
     def title(self) -> str:
         """Name of the existing model, text, method or family."""
-        return (
-            self.model.name if self.model is not None else self.text or self.method or self.family
-        )
+        if self.model is not None:
+            return self.model.name
+        if self.text and self.described:
+            return " + ".join(step.title for step in self.steps)
+        return self.text or self.method or self.family
 
     @property
     def prune(self) -> str:
@@ -117,23 +140,22 @@ class Pruning:
     @property
     def label(self) -> str:
         """Options as text: ``align=64``."""
-        if method := self.method:
-            from simulator.pruning._methods import load_method
-
-            return _options(sorted(load_method(method).options.items()))
+        if len(self.steps) == 1 and (method := self.steps[0].method):
+            return _options(sorted(method.options.items()))
         return ",".join(filter(None, (_options(step.options) for step in self.steps)))
 
     @property
-    def budgeted(self) -> bool:
-        """Whether the sparsity follows from the length of a request: a step keeps a number of
-        tokens."""
-        return any(step.budgeted for step in self.steps)
+    def sets_sparsity(self) -> bool:
+        """Whether a step takes no sparsity: it follows from the length of a request, or from a
+        method."""
+        return any(step.sets_sparsity for step in self.steps)
 
     @cached_property
     def together(self) -> str:
         """Requests that one call may prune together: see :class:`simulator.pruning.Family`."""
         kinds = {family.together for step in self.steps for family in step.families}
-        return "equal length" if self.budgeted or "equal length" in kinds else "any"
+        kinds |= {"equal length"} if self.sets_sparsity else set()
+        return next((kind for kind in ("one", "equal length") if kind in kinds), "any")
 
     def lacking(self, model: Model) -> str:
         """Return which part for this pruning a model lacks, else ""."""
@@ -198,11 +220,11 @@ def families(names: Sequence[str], models: Sequence[Model] = ()) -> tuple[str, .
 def prunings_of(
     models: Sequence[Model],
     family: Sequence[str] | None = None,
-    method: Sequence[str] = (),
+    method: Sequence[str | Method] = (),
     pruned: Sequence[str | Model] = (),
     sparsity: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
-    prune: Sequence[str] = (),
+    prune: Sequence[str | Method | Pruning] = (),
 ) -> tuple[Pruning, ...]:
     """Return the prunings of families (None: all) or published methods, each at every sparsity
     (None: :data:`SPARSITIES`, or those of a method's paper); of existing pruned models; or of texts
@@ -211,7 +233,7 @@ def prunings_of(
         if pruned or method or family is not None or options or sparsity is not None:
             expected = "give no pruned model, family, method, sparsity or option with it"
             raise InputError(f"prune: a text states the whole pruning; {expected}")
-        return once(Pruning.read(text) for text in prune)
+        return named_apart(once(Pruning.read(text) for text in prune))
     if pruned:
         if method or family is not None or options or sparsity is not None:
             raise InputError(
@@ -233,27 +255,36 @@ def prunings_of(
     if method:
         from simulator.pruning._methods import load_method
 
-        defaults = [load_method(name).sparsities for name in once(method)]
-        found = [Pruning.of(name) for name in once(method)]
+        methods = {Pruning.of(name): load_method(name) for name in method}
+        found, defaults = [*methods], [one.sparsities or SPARSITIES for one in methods.values()]
     else:
         names = families(("all",) if family is None else family, models)
         found = [Pruning.of(name, options=options) for name in names]
         only = [FAMILIES[name].default for name in names]  # 2:4 has one sparsity
         defaults = [SPARSITIES if s is None else (s,) for s in only]
-    if fractions is not None and (budgeted := next((p for p in found if p.budgeted), None)):
+    if fractions is not None and (own := next((p for p in found if p.sets_sparsity), None)):
         raise InputError(
-            f"sparsity: expected none for {budgeted.title}: it follows from the length and the"
-            " budget"
+            f"sparsity: expected none for {own.title}: it follows from the length and the budget,"
+            " or from the method"
         )
-    defaults = [(None,) if p.budgeted else default for p, default in zip(found, defaults)]
+    defaults = [(None,) if p.sets_sparsity else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
     return tuple(
         p.at(s)
-        for p, default in zip(found, defaults)
+        for p, default in zip(named_apart(found), defaults)
         for s in (default if fractions is None else fractions)
     )
+
+
+def named_apart(prunings: Sequence[Pruning]) -> tuple[Pruning, ...]:
+    """Return prunings; InputError if two methods have one name."""
+    methods: dict[str, Method] = {}
+    for step in (step for pruning in prunings for step in pruning.steps):
+        if step.method and methods.setdefault(step.method.name, step.method) != step.method:
+            raise InputError(f"{step.name}: another method has the name {step.method.name} too")
+    return tuple(prunings)
 
 
 def dividing(pruning: Pruning, model: Model, devices: int, parallel: str) -> Pruning:

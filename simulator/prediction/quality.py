@@ -1,6 +1,7 @@
 """Read quality tables from CSV and check them; one row is the measured quality of one pruned model.
 
-Columns are the fields of :class:`QualityRow` (options and note are optional) and the optional
+Columns are the fields of :class:`QualityRow` (options and note are optional; the family can also be
+a published method or a method file, relative to the table) and the optional
 ``relative_loss``, which is checked against the two values. Numbers are comparable only on one axis:
 the same metric under the same protocol, hence with the same dense value.
 
@@ -17,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from simulator.files.csv import CsvTable, csv_text, read_csv
 from simulator.files.read import parse_bounded, read_bounded
 from simulator.prediction.requests import by_key
 from simulator.pruning import FAMILIES
+from simulator.pruning._family import SUFFIXES
+from simulator.pruning._methods import METHODS, Method
 
 FOLDER = Path(__file__).with_name("published")
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
@@ -167,18 +171,22 @@ def read_quality(
         table = expanded(read_csv(text, name, LISTED), folder)
     else:
         table = read_csv(text, name, REQUIRED)
-    rows = table.each(_row)
+    rows = table.each(partial(_row, folder))
     _check_together(rows, table.lines, name)
     default = next((r.metric for r in rows if r.metric.startswith(MEAN)), "")
     return QualityTable(tuple(rows), name, default)
 
 
-def _row(cells: Mapping[str, str]) -> QualityRow:
+def _row(folder: Path, cells: Mapping[str, str]) -> QualityRow:
     for column in _TEXTS:
         if not cells[column]:
             raise InputError(f"{column}: is empty")
-    if cells["family"] not in FAMILIES:
-        raise InputError(f"family: {unknown('family', cells['family'], FAMILIES)}")
+    family = cells["family"]
+    if family.endswith(SUFFIXES):
+        family = str(folder / family)
+        Method.read(family)
+    elif family not in FAMILIES and family not in METHODS:
+        raise InputError(f"family: {unknown('family', family, [*FAMILIES, *METHODS], FAMILIES)}")
     sparsity, dense, pruned = (number_of(cells, c) for c in ("sparsity", "dense", "pruned"))
     if not 0.0 <= sparsity < 1.0:
         hint = f"; for {sparsity:g} % write {sparsity / 100:g}" if 1.0 < sparsity < 100.0 else ""
@@ -194,7 +202,8 @@ def _row(cells: Mapping[str, str]) -> QualityRow:
         )
     known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
     known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
-    options = parse_options(cells.get("options", ""), cells["family"])
+    known["family"] = family
+    options = parse_options(cells.get("options", ""), family)
     row = QualityRow(**known, options=options, note=cells.get("note", ""))
     if not math.isfinite(row.relative_loss):
         raise InputError(
@@ -224,8 +233,9 @@ def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
     out: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(";"))):
         name, equals, value = (p.strip() for p in part.partition("="))
-        if not equals or name not in FAMILIES[family].options:
-            known = ", ".join(FAMILIES[family].options) or "none"
+        options = FAMILIES[family].options if family in FAMILIES else {}
+        if not equals or name not in options:
+            known = ", ".join(options) or "none"
             raise InputError(
                 f"options: expected name=value; options of family {family} are: {known}; got"
                 f" {part!r}"

@@ -16,6 +16,7 @@ import numpy as np
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
 from simulator.prediction.prunings import Pruning
+from simulator.pruning._family import SUFFIXES
 from simulator.request import Request
 from simulator.units import percent, ratio, seconds
 
@@ -111,12 +112,13 @@ class Result(Displayed):
     dense_largest_batch, pruned_largest_batch : int
         Most sequences that fit.
     method : str
-        Published method, else "".
+        Name of the method, or of several steps with a method of a file, the text with its name in
+        place of the file; else "".
     options : str
         Options of the family, as text.
     prune : str
-        The pruning as a text of ``--prune``, or the path of a plan; "" for an existing pruned
-        model.
+        The pruning as a text of ``--prune`` with the files of methods, or the path of a plan; ""
+        for an existing pruned model.
     parts : str
         Share that the pruning removes of layers, heads, widths and experts, after rounding.
     formats : str
@@ -213,17 +215,16 @@ class Result(Displayed):
     def name(self) -> str:
         """Name of the existing model, of the method or family at one sparsity, or else the text of
         ``--prune``."""
-        name = self.method or self.family
-        return self.pruned or (
-            name if self.prune in ("", name, f"{name} {self.sparsity:.9g}") else self.prune
-        )
+        family = self.prune in ("", self.family, f"{self.family} {self.sparsity:.9g}")
+        return self.pruned or self.method or (self.family if family else self.prune)
 
     @property
     def pruning(self) -> str:
         """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the
         existing model."""
-        # a method that keeps a fixed number of tokens has no sparsity to print
-        simple = self.name == (self.method or self.family) != self.prune
+        # a method that sets its own sparsity, or is one of several steps, has none to print
+        own = self.prune == self.name or self.prune.endswith(SUFFIXES) or " + " in self.method
+        simple = self.name == (self.method or self.family) and not own
         return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
 
     @property

@@ -36,7 +36,7 @@ from simulator.prediction.prunings import Pruning
 from simulator.prediction.result import Result, Results
 from simulator.prediction.table import speedup
 from simulator.prediction.wording import GAIN
-from simulator.pruning import FAMILIES, prune_model, with_model
+from simulator.pruning import prune_model, with_model
 from simulator.request import Request
 from simulator.units import ratio
 from simulator.workload import Workload, WorkloadBatch
@@ -188,7 +188,12 @@ def runnables(found: Results, hardware: Sequence[HardwareProfile] = ()) -> list[
         one = requests[r.engine, r.phase, r.batch, r.seq]
         hw = profiles.get(r.hardware)
         # within its budget a pruning removes nothing
-        key = (r.engine, index, r.seq if pruning.budgeted else 0, hw.architecture if hw else "")
+        key = (
+            r.engine,
+            index,
+            r.seq if pruning.sets_sparsity else 0,
+            hw.architecture if hw else "",
+        )
         if key not in known:
             known[key] = runnable(one, pruning, hw)
         answer = known[key]
@@ -336,12 +341,8 @@ def _units(w: Workload, engine: Engine) -> tuple[int, int]:
 
 
 def _dynamic(w: Workload) -> list[str]:
-    found = [
-        family for step in w.meta.applied if step.realised > 0 for family in step.family.split("+")
-    ]
-    return [
-        family for family in dict.fromkeys(found) if family in FAMILIES and FAMILIES[family].dynamic
-    ]
+    found = (one.step[0].family for one in w.meta.applied if one.step and one.realised > 0)
+    return list(dict.fromkeys(family.name for family in found if family.dynamic))
 
 
 def _kernels(

@@ -57,11 +57,18 @@ from simulator.models.lower import DECODE_LENGTHS, cached_tokens, lower
 from simulator.models.model import Model
 from simulator.prediction.batch import OPERATOR_ROWS
 from simulator.prediction.compare import request_results
-from simulator.prediction.prunings import Excluded, Pruning, exclude, excluded_lines
+from simulator.prediction.prunings import (
+    Excluded,
+    Pruning,
+    exclude,
+    excluded_lines,
+    named_apart,
+)
 from simulator.prediction.requests import engines_of, models_of, once, profiles
 from simulator.prediction.result import COLUMNS, Results
 from simulator.pruning import FAMILIES, check_fraction, general_families, prune
-from simulator.pruning._methods import load_method
+from simulator.pruning._family import SUFFIXES
+from simulator.pruning._methods import Method, load_method
 from simulator.request import MAX_TOKENS, SETTINGS, Request, Whole
 from simulator.units import parse_value
 
@@ -289,9 +296,9 @@ class Grid:
     dtypes: Annotated[tuple[Formats, ...], _Axis(_Format())] = (Formats(),)
     engines: Annotated[tuple[str, ...], _Axis(_loads(load_engine))] = (Request.engine,)  # or paths
     devices: Annotated[tuple[int, ...], _numbers("devices")] = (1,)
-    methods: Annotated[tuple[str, ...], _Axis(_loads(load_method))] = ()
-    # texts of --prune and paths of plans, without an axis of sparsities
-    prune: Annotated[tuple[str, ...], _Axis(_loads(Pruning.read))] = ()
+    methods: Annotated[tuple[str | Method, ...], _Axis(_loads(load_method))] = ()
+    # texts of --prune, paths of plans and methods, without an axis of sparsities
+    prune: Annotated[tuple[str | Method, ...], _Axis(_loads(Pruning.read))] = ()
     # settings of the whole grid
     request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)
 
@@ -319,9 +326,11 @@ class Grid:
         """Every family and method at every sparsity (with a budget of tokens: once), then the
         texts."""
         every = (
-            p.at(s) for p in self.families for s in ((None,) if p.budgeted else self.sparsities)
+            p.at(s)
+            for p in self.families
+            for s in ((None,) if p.sets_sparsity else self.sparsities)
         )
-        return once((*every, *map(Pruning.read, self.prune)))
+        return named_apart(once((*every, *map(Pruning.read, self.prune))))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield pieces of bounded memory in the order of the rows: by model, format, engine,
@@ -377,7 +386,9 @@ class Grid:
             [p.prune for p in self.prunings if p.text],
         )
         steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # the content of a plan
-        return {**facts, "families": families, "prune": [texts, steps], "dtypes": formats}
+        described = [repr(m.description) for p in self.prunings for m in p.described]
+        prune = [texts, steps, described]
+        return {**facts, "families": families, "prune": prune, "dtypes": formats}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,9 +404,10 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column:
     key: reason``. An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}``
     or ``{from: 1, to: 64, times: 2}``. A family is a name, ``all``, or a mapping ``{width: {align:
-    64}}``; ``methods`` are names of published methods, and ``prune`` texts such as ``width mlp=0.3
-    + depth 0.25`` or paths of plans, with or without families (without, no sparsities are needed);
-    a dtype is a name or ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
+    64}}``; ``methods`` are names of published methods or method files, and ``prune`` texts such as
+    ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
+    sparsities are needed); both name files relative to the grid's folder. A dtype is a name or
+    ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
     problems = Problems(str(path))
     text = read_text(Path(path), problems)
     root = None if text is None else parse_yaml(text, problems)
@@ -403,6 +415,12 @@ def read_grid(path: str | Path) -> Grid:
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
         pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
+        near = {
+            name: (key, _beside(node, Path(path).parent))
+            for name, (key, node) in root.entries.items()
+            if name in ("methods", "prune")
+        }
+        root = root._replace(entries={**root.entries, **near})
         grid = read(_Pruned if pruned else Grid, root, problems)
         if grid and set(grid.phases) != {"decode"}:
             batch, seq = max(grid.batches), max(grid.seqs)
@@ -420,6 +438,17 @@ def read_grid(path: str | Path) -> Grid:
             return grid
     # an unknown key is reported before the missing key that it may stand for
     raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))
+
+
+def _beside(node: Node, folder: Path) -> Node:
+    """Return texts of prunings whose files are relative to a folder."""
+    steps = [(step, step.partition(" ")[0]) for step in node.text.split(" + ")]
+    texts = [
+        str(folder / step) if step.endswith(SUFFIXES) or first.endswith(SUFFIXES) else step
+        for step, first in steps
+    ]
+    items = tuple(_beside(item, folder) for item in node.items)
+    return node._replace(text=" + ".join(texts), items=items)
 
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
@@ -532,6 +561,10 @@ def write_sweep(
             f"the grid has {size:,} configurations, more than {most:,} (--max); take a smaller grid"
         )
     _check_folder(folder)
+    for method in (method for pruning in grid.prunings for method in pruning.described):
+        if method.function is not None:
+            expected = "expected a method of a file or a mapping, or a sweep without a folder"
+            raise InputError(f"{method.name}: {expected}, as a function cannot be compared later")
     if scheduler is not None:  # its workers may lack the files of models and profiles
         hardware = tuple(map(load_hardware, hardware))
         grid = replace(grid, models=tuple(map(load_model, grid.models)))

@@ -56,10 +56,11 @@ def table(
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0,
         1), by default :data:`simulator.prediction.prunings.SPARSITIES`.
     **settings
-        Instead of families, one or more of one kind: ``method`` (published methods, keys of
-        :data:`simulator.METHODS`, by default at the sparsities of their papers), ``pruned``
-        (existing pruned models, with one dense model), or ``prune`` (texts such as ``"width mlp=0.3
-        + depth 0.25"``, or paths of plans). A single family may have ``options``, a mapping.
+        Instead of families, one or more of one kind: ``method`` (keys of
+        :data:`simulator.METHODS`, paths of method files, or :class:`simulator.Method`, by default
+        at the sparsities of their papers), ``pruned`` (existing pruned models, with one dense
+        model), or ``prune`` (texts such as ``"width mlp=0.3 + depth 0.25"``, paths of plans, or
+        methods). A single family may have ``options``, a mapping.
 
         Then fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and
         ``engine``; each is one value or a list, and lists are combined.

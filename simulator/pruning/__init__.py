@@ -12,17 +12,19 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.arguments import flag, instance, is_size, shown
 from simulator.arrays import Array, FloatArray, plain
 from simulator.display import few
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError, one_line, unknown
 from simulator.models.lower import lower_again
 from simulator.models.model import Model, undivided
 from simulator.pruning._family import (
@@ -40,6 +42,9 @@ from simulator.pruning._family import (
 from simulator.pruning.dynamic.rows import layer_count, merge_runs, part_weights
 from simulator.request import Applied
 from simulator.workload import Workload
+
+if TYPE_CHECKING:
+    from simulator.pruning._methods import Method
 
 __all__ = [
     "FAMILIES",
@@ -70,20 +75,38 @@ class _Families(Mapping[str, Family]):
     _others = MappingProxyType({"2:4": "semi_structured"})  # other names of families
 
     def __getitem__(self, name: str) -> Family:
-        if name not in self:
-            raise KeyError(name)
-        module = self._modules[self._others.get(name, name)]
-        family: Family = import_module(f"{__name__}.{module}").FAMILY
-        return family
+        name = self._others.get(name, name)
+        if name in self._modules:
+            family: Family = import_module(f"{__name__}.{self._modules[name]}").FAMILY
+            return family
+        return self._installed[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules or name in self._others
+        return name in self._modules or name in self._others or name in self._installed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._modules, key=lambda name: (self[name].order, name)))
+        names = (*self._modules, *self._installed)
+        return iter(sorted(names, key=lambda name: (self[name].order, name)))
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._modules) + len(self._installed)
+
+    @cached_property
+    def _installed(self) -> Mapping[str, Family]:
+        """Families of other packages: their entry points of the group ``prunesim.families``."""
+        found: dict[str, Family] = {}
+        for point in entry_points(group="prunesim.families"):
+            try:
+                family = point.load()
+            except Exception as error:
+                raise InputError(f"entry point {point.value}: {one_line(repr(error))}") from None
+            if not isinstance(family, Family) or family.name in {*self._modules, *found}:
+                raise InputError(
+                    f"entry point {point.value}: expected a simulator.Family with a name of its"
+                    f" own, got {shown(family)}"
+                )
+            found[family.name] = family
+        return found
 
 
 FAMILIES: Mapping[str, Family] = _Families()  # pruning families by name, in the order of tables
@@ -96,7 +119,7 @@ def general_families() -> tuple[str, ...]:
 
 def prune(
     workload: Workload,
-    pruning: str,
+    pruning: str | Method,
     sparsity: float | Mapping[str, float | Sequence[float]] | Sequence[float] | None = None,
     *,
     layers: Sequence[int] | None = None,
@@ -109,9 +132,9 @@ def prune(
     ----------
     workload : Workload
         Dense or pruned workload, from :func:`simulator.lower` or :func:`simulator.prune`.
-    pruning : str
+    pruning : str or Method
         Pruning family, a key of :data:`simulator.FAMILIES`; or, without ``sparsity``, a text of
-        ``--prune`` (:mod:`simulator.pruning._steps`), or the path of a plan.
+        ``--prune`` (:mod:`simulator.pruning._steps`), the path of a plan, or a method.
     sparsity : float, mapping of str to float, or sequence of float
         Fraction removed, in [0, 1); 0 changes no row. A whole number above 1 is the size that
         remains, such as layers of ``depth`` or ``{"mlp": 9216}``, if all layers have one size. A
@@ -162,7 +185,9 @@ def prune(
         from simulator.pruning._steps import is_plan, prune_steps, read_steps
 
         steps = read_steps(pruning)
-        return prune_steps(workload, steps, ideal=ideal, plan=pruning if is_plan(pruning) else "")
+        return prune_steps(
+            workload, steps, ideal=ideal, plan=str(pruning) if is_plan(pruning) else ""
+        )
     pruner = Pruner(workload, ideal)
     pruner.add(FamilyStep.of(pruning, sparsity, layers, options))
     return pruner.workload()
@@ -432,12 +457,12 @@ class Target:
 def _resolve(target: Target, step: FamilyStep) -> Choice:
     """Return the sparsity of every layer."""
     family, sparsity, count = step.family, step.sparsity, target.layers
-    if step.budget is not None:
+    if step.budget is not None or family.sets_sparsity:
+        what = f"family {family.name}" if step.budget is None else "option budget"
         for name, given in (("sparsity", sparsity), ("layers", step.layers)):
             if given is not None:
                 raise InputError(
-                    f"option budget: the sparsity follows from it; expected no {name}, got"
-                    f" {given!r}"
+                    f"{what}: the sparsity follows from it; expected no {name}, got {given!r}"
                 )
         return Choice(np.zeros(count), 0.0, "budget")
     some = None if step.layers is None else listed_layers(step.layers, count)

@@ -44,23 +44,49 @@ PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WHOLE = frozenset(role for kind in Sublayer.__subclasses__() for role in kind.WHOLE)
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
+SUFFIXES = (".yaml", ".yml", ".json")  # of plans and methods
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The sparsity of every layer, in [0, 1)."""
+    """The requested sparsity of every layer, in [0, 1), which the function of a family receives.
 
-    fractions: FloatArray  # (L,) without parts
-    asked: float  # the fraction, or the mean of several over the layers or over the weights
-    # form of the argument: scalar, part, layer, or budget (fractions are 0: the family computes
-    # them)
+    Parameters
+    ----------
+    fractions : array of float, shape (layers,)
+        Sparsity of each layer, if parts of a layer do not differ.
+    asked : float
+        The fraction, or the mean of several over the layers or over the weights.
+    form : str
+        Form of the request: scalar, part, layer, or budget (fractions are 0: the family computes
+        them).
+    parts : mapping of str to array, shape (layers,)
+        Sparsity of each layer by the name of the part.
+    weights : mapping of tuple to array, shape (layers,)
+        Sparsity of each layer by part and role of a weight; without parts all weights have the
+        fractions.
+    layers : array of int, optional
+        Layers from which a family selects whole layers; None: all.
+    by_layer : bool
+        Whether layers can differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import simulator
+    >>> choice = simulator.Choice(np.full(16, 0.25), 0.25)
+    >>> bool((choice.rows(simulator.lower("llama-3.2-1b")) == 0.25).any())
+    True
+    """
+
+    fractions: FloatArray
+    asked: float
     form: str = "scalar"
-    parts: Mapping[str, FloatArray] = field(default_factory=dict)  # (L,) by the name of the part
-    # (L,) by part and role of a weight; without parts all weights have the fractions
+    parts: Mapping[str, FloatArray] = field(default_factory=dict)
     weights: Mapping[tuple[str, str], FloatArray] = field(default_factory=dict)
-    layers: Array | None = None  # layers from which a family selects whole layers; None: all
-    by_layer: bool = False  # whether layers can differ
+    layers: Array | None = None
+    by_layer: bool = False
 
     def of(self, part: str) -> FloatArray:
         """Return the sparsity of every layer for a part; without parts it applies to attention,
@@ -70,7 +96,7 @@ class Choice:
         return self.fractions
 
     def of_weight(self, part: str, role: str) -> FloatArray:
-        """Return the sparsity of a weight in every layer."""
+        """Return the sparsity in every layer of the weight with a role in a part."""
         return self.weights.get((part, role), np.zeros(len(self.fractions)))
 
     @property
@@ -80,7 +106,7 @@ class Choice:
         return bool(some or any(part.any() for part in self.parts.values()))
 
     def rows(self, w: Workload) -> FloatArray:
-        """Return the sparsity of every row of a workload, 0 outside the layers."""
+        """Return the sparsity of every row of a workload ``w``, 0 outside the layers."""
         layer = np.maximum(w.layer, 0)
         tables = {
             Part.ATTENTION: self.of("attention"),
@@ -100,31 +126,67 @@ class Family(Displayed):
     The function of a static family maps a model to a model, ``function(model, choice, **options)``;
     that of a dynamic family maps a workload to a workload, ``function(workload, choice, *, ideal,
     **options)``. Both return the realised sparsity too. The function defines name and options.
+
+    Parameters
+    ----------
+    axis : str
+        Logical GEMM dimension that it changes.
+    loading : str
+        What an engine needs: a "config" (config.json states the shapes), a "checkpoint" (tensors
+        of other forms), or "kernels" (the pruning happens at inference: a dynamic family).
+    parts : mapping of str to tuple, optional
+        Part of a request ("": a fraction without parts) and the sizes that lose the requested
+        share; None: sizes depend on the tokens of a request.
+    summary : str
+        What it removes.
+    function : callable
+        The function of a model or of a workload.
+    order : int
+        Place in tables.
+    support : tuple of str
+        Phases in which it can save time; all phases are allowed.
+    targets : tuple of str
+        Names of parts in a sparsity per part.
+    whole : bool
+        Whether it also prunes weights of latent attention, experts and recurrent layers.
+    needs : str
+        Property of the model that it must have.
+    layers : str
+        "each": layers can have different sparsities; "some": the family removes whole layers, from
+        a list if one is given; "all": all layers are pruned equally.
+    narrows : bool
+        Whether it makes kernels smaller without removing one.
+    default : float, optional
+        Sparsity if none is given.
+    sets_sparsity : bool
+        Whether it takes no sparsity.
+    together : str
+        Requests of one model that one call can prune together: "any", "equal length" if the
+        function reads the prompt length from the workload, or "one".
+
+    Examples
+    --------
+    >>> import simulator
+    >>> simulator.FAMILIES["kv_cache"].options
+    {'observed': 32, 'budget': None, 'rolling': False}
     """
 
     name: str = field(init=False)
-    axis: str  # logical GEMM dimension that it changes
-    # an engine needs a "config" (config.json states the shapes), a "checkpoint" (tensors of other
-    # forms), or "kernels" (the pruning happens at inference: a dynamic family)
+    axis: str
     loading: str
-    # part of a request ("": a fraction without parts) -> sizes that lose the requested share; None:
-    # sizes depend on the tokens of a request
     parts: Mapping[str, tuple[str, ...]] | None
     summary: str
     function: Callable[..., tuple[Any, float]] = field(repr=False)
-    order: int  # place in tables
-    options: Mapping[str, Any] = field(init=False)  # option -> default
-    support: tuple[str, ...] = PHASES  # phases in which it can save time; all phases are allowed
-    targets: tuple[str, ...] = ()  # names of parts in a sparsity per part
-    whole: bool = True  # whether it also prunes weights of WHOLE
-    needs: str = ""  # property of the model that it must have
-    # "each": layers can have different sparsities; "some": the family removes whole layers, from a
-    # list if one is given; "all": all layers are pruned equally
+    order: int
+    options: Mapping[str, Any] = field(init=False)
+    support: tuple[str, ...] = PHASES
+    targets: tuple[str, ...] = ()
+    whole: bool = True
+    needs: str = ""
     layers: str = "each"
-    narrows: bool = False  # whether it makes kernels smaller without removing one
-    default: float | None = None  # sparsity if none is given
-    # requests of one model that one call can prune together: "any", or "equal length" if the
-    # function reads the prompt length from the workload
+    narrows: bool = False
+    default: float | None = None
+    sets_sparsity: bool = False
     together: str = "any"
 
     def __post_init__(self) -> None:

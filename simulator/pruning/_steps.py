@@ -7,7 +7,8 @@ last.
 A text has steps joined by ``+``. A step is the name of a family or of a published method, then a
 fraction (``0.25``, ``25%``) or fractions by part (``mlp=0.3``), then ``layers=4-29`` and options
 (``align=64``), in any order. A whole number above 1 is the size that remains (``depth 24``,
-``mlp=9216``). A plan is a YAML or JSON file::
+``mlp=9216``). ``FILE 0.5`` or ``FILE s=0.5`` is a method that a file describes
+(:mod:`simulator.pruning.described`). A plan is a YAML or JSON file::
 
     prune: depth 0.1                        # optional: steps of the whole model
     layers:                                 # layers of the dense model, from 0
@@ -19,7 +20,7 @@ fraction (``0.25``, ``25%``) or fractions by part (``mlp=0.3``), then ``layers=4
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +34,13 @@ from simulator.errors import InputError, one_line, unknown
 from simulator.files.yaml import Node, Problems, first_of, parse_yaml, path_of, read_text
 from simulator.models.model import Model
 from simulator.pruning import FAMILIES, Family, FamilyStep, Pruner, Target, listed_layers
-from simulator.pruning._family import SUBLAYERS, check_fraction, one_of
+from simulator.pruning._family import SUBLAYERS, SUFFIXES, check_fraction, one_of
 from simulator.units import parse_fraction, parse_value
 from simulator.workload import Workload
 
 if TYPE_CHECKING:
     from simulator.pruning._methods import Method
+    from simulator.request import Lowered
 
 # a fraction, one fraction per layer, or one of these per part
 Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...]], ...] | None
@@ -52,9 +54,18 @@ class PruningStep:
     sparsity: Sparsity = None  # None: the default of the family, or whole listed layers
     layers: tuple[int, ...] | None = None  # None: all
     options: tuple[tuple[str, Any], ...] = ()
+    described: Method | None = None  # a method that is not published; its name can be a file
 
     def __str__(self) -> str:
-        parts, sparsity = [self.name], _argument(self.sparsity)
+        return self._text(self.name)
+
+    @property
+    def title(self) -> str:
+        """The step with the name of a described method in place of its file."""
+        return self._text(self.described.name if self.described else self.name)
+
+    def _text(self, name: str) -> str:
+        parts, sparsity = [name], _argument(self.sparsity)
         if isinstance(sparsity, dict):
             parts += [f"{part}={_sparsity_text(value)}" for part, value in sparsity.items()]
         elif sparsity is not None:
@@ -68,19 +79,25 @@ class PruningStep:
         return " ".join(parts)
 
     @cached_property
+    def method(self) -> Method | None:
+        """The method of the step; None for a family."""
+        return self.described or _published(self.name)
+
+    @cached_property
     def families(self) -> tuple[Family, ...]:
         """Families of the step: one, those of a method, or none if the name is unknown."""
-        method = _method(self.name)
-        names = method.family.split("+") if method else [self.name]
-        return tuple(FAMILIES[name] for name in names if name in FAMILIES)
+        if self.method is not None:
+            return self.method.families
+        return (FAMILIES[self.name],) if self.name in FAMILIES else ()
 
     @property
-    def budgeted(self) -> bool:
-        """Whether the step keeps a number of tokens, so that its sparsity follows from the length
-        of a request."""
-        method = _method(self.name)
-        options = method.options if method else dict(self.options)
-        return options.get("budget") is not None
+    def sets_sparsity(self) -> bool:
+        """Whether the step takes no sparsity: it keeps a number of tokens, or a method states what
+        stays."""
+        if self.method is not None:
+            return not self.method.takes_sparsity
+        own = any(family.sets_sparsity for family in self.families)
+        return own or dict(self.options).get("budget") is not None
 
     @property
     def removes_layers(self) -> bool:
@@ -89,42 +106,31 @@ class PruningStep:
     @property
     def argument(self) -> Any:
         sparsity = _argument(self.sparsity)
-        if sparsity is None and self.layers is None and not self.budgeted:
+        if sparsity is None and self.layers is None and not self.sets_sparsity:
             sparsity = self.families[0].default
             if sparsity is None:
                 raise InputError(f"{self.name}: expected a fraction such as {self.name} 0.25")
         return sparsity
 
-    def by_family(self, target: Target, phase: str = "") -> tuple[PruningStep, ...]:
-        """Return the step of each family that a method applies in a phase; a step of a family is
-        returned."""
-        method = _method(self.name)
-        if method is None:
-            return (self,)
-        return tuple(
-            PruningStep(name, _hashable(part), None, tuple(sorted(options.items())))
-            for name, part, options in method.families_of(target, _argument(self.sparsity), phase)
-        )
+    def by_family(self, target: Target, meta: Lowered | None = None) -> Iterator[FamilyStep]:
+        """Yield the steps of the families; ``meta`` has the sizes of a request."""
+        if self.method is None:
+            yield self.of_family
+        else:
+            yield from self.method.steps(target, _argument(self.sparsity), meta)
 
     @property
     def of_family(self) -> FamilyStep:
         return FamilyStep.of(self.name, self.argument, self.layers, dict(self.options))
 
 
-def _method(name: str) -> Method | None:
+def _published(name: str) -> Method | None:
     """Return a published method; their table is imported only for a name that is not a family."""
     if name in FAMILIES:
         return None
     from simulator.pruning._methods import METHODS
 
     return METHODS.get(name)
-
-
-def _hashable(sparsity: Any) -> Any:
-    """Return an argument of :func:`simulator.prune` as the sparsity of a step."""
-    if isinstance(sparsity, Mapping):
-        return tuple((part, _hashable(fraction)) for part, fraction in sparsity.items())
-    return tuple(np.asarray(sparsity).tolist()) if np.ndim(sparsity) else sparsity
 
 
 def _argument(sparsity: Sparsity) -> Any:
@@ -152,8 +158,8 @@ def prune_steps(
     try:
         for step in in_order(steps, pruner.target.layers):
             place = str(step) if named else ""
-            for one in step.by_family(pruner.target, workload.meta.phase):
-                pruner.add(one.of_family, place)
+            for one in step.by_family(pruner.target, workload.meta):
+                pruner.add(one, place)
         place = ""
         return pruner.workload()
     except InputError as error:
@@ -163,8 +169,7 @@ def prune_steps(
 def steps_of_families(steps: Sequence[PruningStep], model: Model) -> Iterator[FamilyStep]:
     """Yield the steps of families that prune a model, in their order."""
     for step in in_order(steps, len(model.layers)):
-        for one in step.by_family(Target.of_model(model)):
-            yield one.of_family
+        yield from step.by_family(Target.of_model(model))
 
 
 def in_order(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
@@ -242,16 +247,20 @@ _TOKEN = re.compile(
 )
 
 
-def read_steps(text: str) -> tuple[PruningStep, ...]:
-    """Return the steps of a text or of the plan at a path; errors have the column, or line and
-    column, of a mistake."""
+def read_steps(text: str | Method) -> tuple[PruningStep, ...]:
+    """Return the steps of a text, of the plan at a path, or of a method; errors have the column,
+    or line and column, of a mistake."""
     if not isinstance(text, str):
-        raise InputError(
-            f"pruning: expected a text such as 'width mlp=0.3 + depth 0.25', got {text!r}"
-        )
+        from simulator.pruning._methods import load_method
+
+        method = load_method(text)
+        return (_complete(PruningStep(method.name, described=method), 1, 1),)
     if is_plan(text):
-        problems = Problems(text.strip())
-        return plan_steps(read_text(Path(text.strip()), problems), problems)
+        path = text.strip()
+        if is_method(path):
+            return (_complete(_step_of_file(path), 1, len(path) + 1),)
+        problems = Problems(path)
+        return plan_steps(read_text(Path(path), problems), problems)
     try:
         return _steps(text)
     except _MisplacedError as wrong:
@@ -259,8 +268,23 @@ def read_steps(text: str) -> tuple[PruningStep, ...]:
         raise InputError(f"pruning {one_line(text, 120)!r}{place}: {wrong}") from None
 
 
-def is_plan(text: str) -> bool:
-    return text.strip().endswith((".yaml", ".yml", ".json"))
+def is_plan(text: str | Method) -> bool:
+    """Return whether a text is the path of a plan or of a method."""
+    return isinstance(text, str) and text.strip().endswith(SUFFIXES) and " + " not in text
+
+
+def is_method(path: str) -> bool:
+    """Return whether a file describes a method: it has the key ``method``."""
+    problems = Problems(path)
+    text = read_text(Path(path), problems)
+    root = None if text is None else parse_yaml(text, problems)
+    return root is not None and "method" in root.entries
+
+
+def _step_of_file(path: str) -> PruningStep:
+    from simulator.pruning._methods import Method
+
+    return PruningStep(path, described=Method.read(path))
 
 
 class _MisplacedError(InputError):
@@ -298,7 +322,12 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
     first, at = tokens[0], tokens[0].start() + 1
     name = first["word"] or first["name"]
     name = FAMILIES[name].name if name in FAMILIES else name
-    method = _method(name)
+    described = None
+    if name.endswith(SUFFIXES):
+        if Path(name).is_file() and not is_method(name):
+            raise _MisplacedError(at, f"{name} is a plan; expected a plan alone, without + or s")
+        described = _step_of_file(name).described
+    method = described or _published(name)
     if name not in FAMILIES and method is None:
         from simulator.pruning._methods import METHODS
 
@@ -320,7 +349,7 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
             f"method {name} selects its own layers; expected a family, or the method under prune",
         )
     targets = () if method else FAMILIES[name].targets
-    known = () if method else ("layers", *targets, *FAMILIES[name].options)
+    known = ("s",) if described else () if method else ("layers", *targets, *FAMILIES[name].options)
     parts: dict[str, float] = {}
     options: dict[str, Any] = {}
     sparsity, layers = None, listed
@@ -342,6 +371,10 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
             raise _MisplacedError(at, "expected no layers, as the key of the plan lists them")
         elif key in parts or key in options or (key == "layers" and layers is not None):
             raise _MisplacedError(at, f"{key} is given twice")
+        elif key == "s" and described:
+            if sparsity is not None:
+                raise _MisplacedError(at, "s is given twice")
+            sparsity = _removed(value, token.start("value") + 1, None)
         elif key == "layers":
             layers = _layers(value, token.start("value") + 1)
         elif key in targets:
@@ -353,7 +386,7 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
             first.start() + 1, f"{name}: expected one fraction or fractions by part, got both"
         )
     found = PruningStep(
-        name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items()))
+        name, tuple(parts.items()) or sparsity, layers, tuple(sorted(options.items())), described
     )
     return _complete(found, first.start() + 1, tokens[-1].end() + 1)
 
@@ -362,17 +395,20 @@ def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
     """Return a step with the usual fraction of its family or method, if the text has none and one
     is needed."""
     name = step.name
-    if method := _method(name):
+    if method := step.method:
         usual = method.sparsities
-        if step.budgeted and step.sparsity is not None:
-            raise _MisplacedError(
-                at,
-                f"{name} keeps a number of tokens; expected no fraction, as it follows from them",
-            )
-        if step.sparsity is None and len(usual) > 1:
+        if step.sets_sparsity:
+            if step.sparsity is not None:
+                reason = (
+                    "it sets its own" if method.budget is None else "it keeps a number of tokens"
+                )
+                raise _MisplacedError(at, f"{name}: expected no fraction, as {reason}")
+            return step
+        if step.sparsity is None and len(usual) != 1:
             papers = " or ".join(f"{name} {s:g}" for s in usual)
-            raise _MisplacedError(end, f"expected a fraction; the paper of {name} has {papers}")
-        return replace(step, sparsity=usual[0]) if step.sparsity is None and usual else step
+            usual_text = f"; the paper of {name} has {papers}" if usual else f", such as {name} 0.5"
+            raise _MisplacedError(end, f"expected a fraction{usual_text}")
+        return replace(step, sparsity=usual[0]) if step.sparsity is None else step
     family = FAMILIES[name]
     if step.layers is not None and family.layers == "all":
         raise _MisplacedError(
@@ -380,7 +416,7 @@ def _complete(step: PruningStep, at: int, end: int) -> PruningStep:
         )
     if (
         step.sparsity is not None
-        or step.budgeted
+        or step.sets_sparsity
         or (step.layers is not None and family.layers == "some")
     ):
         return step

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import instance
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.codes import ROLES
 from simulator.hardware.library import load_hardware
 from simulator.uncertainty.factors import level_scale
@@ -125,11 +125,12 @@ class _Pairs:
     of_ratio: FloatArray  # (W,) of the ratio
 
     @classmethod
-    def of(cls, p: PredictedPass, other: IndexArray) -> _Pairs:
+    def of(cls, p: PredictedPass, other: IndexArray, relative: BoolArray | None) -> _Pairs:
         groups, spent = p.workloads.groups, p.group_s
         each = spent / np.maximum(groups.count, 1e-300)
         equal = np.abs(each - each[other]) <= 1e-9 * each[other]
         untouched = np.abs(spent - spent[other]) <= 1e-9 * spent[other]
+        untouched = untouched if relative is None else untouched | relative
         same = np.where(untouched, 1.0, np.where(equal, SAME_SHAPE, 0.0))
         # other kernels, or fewer launches
         mixed = ~(groups.count == groups.count[other]).all(axis=1)
@@ -164,11 +165,16 @@ class _Pairs:
 
 
 def prediction_intervals(
-    p: PredictedPass, level: float, other: IndexArray, dense_s: float | None = None
+    p: PredictedPass,
+    level: float,
+    other: IndexArray,
+    dense_s: float | None = None,
+    relative: BoolArray | None = None,
 ) -> PredictionIntervals:
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,); ``dense_s``
-    is a measured time of the first pass, s."""
-    pairs, scale = _Pairs.of(p, other), p.uncertainty.coverage_factor * level_scale(level)
+    is a measured time of the first pass, s. The groups ``relative`` (W, G) take a given share of
+    their time in the other pass."""
+    pairs, scale = _Pairs.of(p, other, relative), p.uncertainty.coverage_factor * level_scale(level)
     hosts = _Hosts.at(p, *(scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T))
     of_time, between = pairs.variances(hosts)
     inferred = None

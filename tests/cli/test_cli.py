@@ -43,7 +43,7 @@ speedup llama-3.1-8c --hardware h100                                 | did you m
 @ --family depht                                                     | did you mean depth
 @ --method shortgtp                                                  | did you mean shortgpt
 @ --method shortgpt --family depth                                   | give no family or option with it
-@ --method llm-pruner --sparsity 0.9                                 | less than 0.812, as it prunes 26 of 32 layers
+@ --method llm-pruner --sparsity 0.9                                 | llm-pruner at sparsity 0.9: s * layers / (layers - 6) 1.10769: expected a fraction
 methods shortgtp                                                     | did you mean shortgpt
 explain llama-3.1-8b --hardware h100                                 | expected a pruning to explain, such as
 explain llama-3.1-8b --hardware h100 --method flap                   | expected one to explain flap, such as 0.2

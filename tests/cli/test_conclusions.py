@@ -174,3 +174,34 @@ def test_a_table_over_batches_has_every_pruning(cli: Any) -> None:
         )
         < 15
     )
+
+
+def test_the_kernel_budget_is_stated_and_recorded(cli: Any) -> None:
+    line = "explain llama-3.2-1b --hardware h100 --prune 'dynamic_depth 0.5' --phase decode"
+    (usual,), (aimed,) = cli.json(line), cli.json(f"{line} --target 1.1x")
+    assert [need["target"] for need in usual["budget"]["needs"]] == [1.0]
+    assert [need["target"] for need in aimed["budget"]["needs"]] == [1.0, 1.1]
+    need, text = aimed["budget"]["needs"][1], " ".join(cli.out(f"{line} --target 1.1x").split())
+    allowed = render.seconds_between(
+        need["allowed_s"], need["allowed_lower"], need["allowed_upper"]
+    )
+    assert f"reaches 1.10x in decode if its added work takes less than {allowed} per layer" in text
+    assert f"must reach {render.ratio(need['efficiency'])} of the dense kernels' useful" in text
+    for refused in ("0.9", "fast"):
+        assert "target" in cli.refused(f"{line} --target {refused}")
+    several = f"{line} --batch 1,2,4,8"
+    assert "added work takes" not in cli.out(several)
+    assert cli.out(f"{several} --verbose").count("useful rate") == 4
+    (static,) = cli.json(line.replace("dynamic_depth", "width"))
+    assert static["budget"] is None
+
+
+def test_advice_states_the_budget_of_dynamic_families(cli: Any) -> None:
+    line = "advise llama-3.1-8b --hardware h100 --target 1.2 --phase prefill --family token,width"
+    text, records = " ".join(cli.out(line).split()), cli.json(line)
+    needs = {r["family"]: r["budget"] and r["budget"]["needs"] for r in records}
+    assert needs["width"] is None
+    assert [need["target"] for need in needs["token"]] == [1.2]
+    rate = render.ratio(needs["token"][0]["efficiency"])
+    assert "reaches 1.20x in prefill if its added work takes less than" in text
+    assert f"Its kernels must reach {rate} of the dense kernels' useful rate" in text

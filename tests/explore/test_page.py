@@ -334,3 +334,53 @@ def test_an_older_release_of_an_engine_is_typed_but_no_engine_file(
         good(at.multiselect(key="engine").set_value(["vllm", name]).run())
         assert at.error[0].value.startswith("engine")
     assert not [path for path in opened if "own.yaml" in path]
+
+
+OWN = """\
+method: half-keys
+sparsities: [0.5]
+dynamic:
+  attention: {keys: 1 - s}
+"""
+
+
+def test_a_pasted_method_stands_next_to_families_and_published_methods(
+    opened: list[str], tmp_path: Path, cli: Any
+) -> None:
+    at = page(sparsity="25%", phase="prefill", seq="8192", family=["depth", "shortgpt"])
+    good(at.text_area(key="method").set_value(OWN).run())
+    assert len(at.error) == 0
+    shown = at.dataframe[0].value
+    names = ["depth at 25 %", "shortgpt at 25 %", "shortgpt at 27 %", "half-keys at 50 %"]
+    assert shown["pruning"].tolist() == names
+    own = simulator.Method.of({"method": "k", "dynamic": {"attention": {"keys": "0.5"}}})
+    (found,) = simulator.table("llama-3.1-8b", "h100", prune=own, phase="prefill", seq=8192)
+    assert shown["speedup"].tolist()[-1] == pytest.approx(found.speedup, rel=1e-12)
+    assert not [path for path in opened if "half-keys" in path]
+    assert page(**address(at)).dataframe[0].value.equals(shown)
+    (tmp_path / "half-keys.yaml").write_text(OWN)
+    words = at.code[0].value.splitlines()[0].removeprefix("prunesim ")
+    rows = cli.json(words.replace("half-keys.yaml", str(tmp_path / "half-keys.yaml")))
+    assert [row["speedup"] for row in rows] == pytest.approx(shown["speedup"].tolist(), rel=1e-12)
+
+
+def test_a_pasted_method_shows_all_its_problems() -> None:
+    at = page(method="method: a\ndynamic:\n  attention: {keys: 2}\n  gate: {n: 0.5}\n")
+    assert [warning.value.endswith("ignored: method") for warning in at.warning] == [True]
+    text = at.text_area(key="method").set_value("method: a\ndynamic:\n  gate: {n: 0.5}\nextra: 1\n")
+    good(text.run())
+    first, every = (error.value for error in (*at.main.error, *at.sidebar.error))
+    assert "3:3: dynamic.gate" in first
+    assert ["3:3: dynamic.gate" in line for line in every.split("  \n")] == [True, False]
+    assert "4:1: extra" in every
+    assert len(at.dataframe) == 0
+
+
+@pytest.mark.parametrize("line", ["{}", "{} 0.5", "{}=0.5", "depth 0.1+{} s=0.5", "{} 0.5 + {}"])
+def test_a_typed_path_is_never_opened(opened: list[str], line: str) -> None:
+    at = page(by="text")
+    opened.clear()
+    path = str(Path(simulator.__file__).parent / "pruning" / "methods" / "flap.yaml")
+    good(at.text_area(key="prune").set_value(line.replace("{}", path)).run())
+    assert "expected no plan or method file" in at.error[0].value
+    assert path not in opened

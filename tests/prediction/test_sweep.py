@@ -423,7 +423,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
         ("shortgpt", "depth", 0.9),
         ("llm-pruner", "width", 0.25),
     ]
-    assert any("prunes 10 of 16 layers" in note for note in found.notes)
+    assert any("layers / (layers - 6) 1.44: expected a fraction" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

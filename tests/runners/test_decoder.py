@@ -40,9 +40,7 @@ from calibration.runners.decoder import families  # noqa: E402
 from calibration.runners.decoder.families import (  # noqa: E402
     DYNAMIC,
     STATIC,
-    check_steps,
     each_projection,
-    prune_by_steps,
     prune_decoder,
     two_of_four,
 )
@@ -54,6 +52,7 @@ from calibration.runners.decoder.model import (  # noqa: E402
     prefill,
     random_decoder,
 )
+from calibration.runners.decoder.steps import check_steps, prune_by_steps  # noqa: E402
 from calibration.runners.decoder.timing import check_shapes  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 from simulator.models.model import Model  # noqa: E402
@@ -205,7 +204,8 @@ def test_width(dense: Decoder, sparsity: float) -> None:
 def test_query_heads_alone_keep_their_key_and_value(
     dense: Decoder, text: str, heads: tuple[int, int]
 ) -> None:
-    pruned, masked = prune_by_steps(dense, read_steps(f"width {text} layers=1-3")), dense
+    steps = [step.of_family for step in read_steps(f"width {text} layers=1-3")]
+    pruned, masked = prune_by_steps(dense, steps), dense
     first, *others = pruned.layers
     assert torch.equal(first.attention.q.weight, dense.layers[0].attention.q.weight)
     for number, (after, before) in enumerate(zip(others, dense.layers[1:]), start=1):

@@ -42,11 +42,10 @@ from calibration.runners.decoder.model import (
     split_heads,
 )
 from simulator.arrays import FloatArray
-from simulator.errors import InputError, unknown
+from simulator.errors import InputError
 from simulator.models.sublayers import base as sizes
 from simulator.pruning import FAMILIES, listed_layers
 from simulator.pruning._family import GROUPS, SUBLAYERS, rounded
-from simulator.pruning._steps import PruningStep
 
 # default multiple to which widths and ranks are rounded up, as in the simulator's families
 ALIGN = 16
@@ -127,7 +126,7 @@ class TokenRouting(Rule):
                 for i, b in enumerate(rows.tolist())
             ]
             out = torch.cat(one)
-        return _scattered(x, rows, a.o(joined(out)).flatten(0, 1))
+        return scattered(x, rows, a.o(joined(out)).flatten(0, 1))
 
     def mlp(self, s: PassState, m: Mlp, x: Tensor) -> Tensor:
         if self._in_place(s):
@@ -139,7 +138,7 @@ class TokenRouting(Rule):
         if not len(rows):
             return x
         h = s.norm(x.flatten(0, 1).index_select(0, rows), m.norm)
-        return _scattered(x, rows, m.down(s.gated(m.gate(h), m.up(h))))
+        return scattered(x, rows, m.down(s.gated(m.gate(h), m.up(h))))
 
     def _in_place(self, s: PassState) -> bool:
         """Whether kernels skip rows, so the number of active rows is not a shape."""
@@ -176,7 +175,7 @@ def _votes(x: Tensor, router: Tensor) -> Tensor:
     return votes[..., 1] - votes[..., 0]
 
 
-def _scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+def scattered(x: Tensor, rows: Tensor, y: Tensor) -> Tensor:
     x.view(-1, x.shape[-1]).index_add_(0, rows, y)
     return x
 
@@ -569,7 +568,7 @@ def prune_decoder(
 ) -> Decoder:
     """Prune a decoder by a family, with the arguments of :func:`simulator.prune` or fields of the
     family's rule."""
-    options = _different(family, options)
+    options = different(family, options)
     if sparsity is None and layers is None:
         sparsity = FAMILIES[family].default
     removed = _removed(family, sparsity, layers, len(decoder.layers))
@@ -581,50 +580,7 @@ def prune_decoder(
         return _routed(decoder, DYNAMIC[family](1.0 - sparsity, **options))
 
 
-def prune_by_steps(decoder: Decoder, steps: Sequence[PruningStep]) -> Decoder:
-    for step in steps:
-        decoder = prune_decoder(
-            decoder, step.name, step.argument, layers=step.layers, **dict(step.options)
-        )
-    return decoder
-
-
-def check_steps(steps: Sequence[PruningStep]) -> None:
-    dynamic = ""
-    for step in steps:
-        if dynamic and step.name != "depth":
-            raise InputError(
-                f"{step}: this decoder runs one dynamic family, and it is the last; got {dynamic}"
-                " before"
-            )
-        dynamic = step.name if step.name in DYNAMIC else dynamic
-        if reason := _lacking(step):
-            raise InputError(f"{step}: {reason}" if len(steps) > 1 else reason)
-
-
-def _lacking(step: PruningStep) -> str:
-    """Return why this decoder cannot run a step, or ""."""
-    family, known, argument = step.name, {**STATIC, **DYNAMIC}, step.argument
-    if family not in known:
-        return str(unknown("pruning family", family, known))
-    names = [
-        name
-        for name in signature(known[family]).parameters
-        if name not in ("decoder", "removed", "keep")
-    ]
-    if bad := sorted(set(_different(family, dict(step.options))) - set(names)):
-        return f"family {family} has no option {bad[0]!r} here; it has {', '.join(names) or 'none'}"
-    if family in DYNAMIC and (
-        step.layers is not None or isinstance(argument, Mapping) or np.ndim(argument)
-    ):
-        return (
-            f"family {family}: this decoder runs it equally in all layers and parts; expected one"
-            " fraction"
-        )
-    return ""
-
-
-def _different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def different(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options without those that a family lacks here and that have the simulator's
     defaults."""
     own, usual = signature({**STATIC, **DYNAMIC}[family]).parameters, FAMILIES[family].options

@@ -19,8 +19,8 @@ from calibration.runners.cases import (
     counted,
     looped,
 )
-from calibration.runners.decoder.families import check_steps, prune_by_steps
 from calibration.runners.decoder.model import Decoder, check_model, decode, prefill, random_decoder
+from calibration.runners.decoder.steps import check_steps, prune_by_steps
 from simulator.codes import ROLES, Kind
 from simulator.errors import InputError
 from simulator.models.model import Model

@@ -3,6 +3,9 @@ ones (CALM)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 
 from simulator.arguments import flag
@@ -44,6 +47,18 @@ KERNELS = ("reference", "gathered", "ideal")
 SELECT, SORT = 2, 2
 
 
+@dataclass(frozen=True)
+class Skipping:
+    """How tokens skip sublayers, and what this adds."""
+
+    kernel: str = "ideal"  # one of KERNELS
+    prune_kv: bool = False  # whether a skipped token leaves no key and value
+    router: int = 0  # outputs of a router; 0: none is added
+    whole_layers: bool = False  # one choice per layer instead of one per sublayer
+    exact: bool = False  # the expected number of tokens instead of a binomial one
+    per: int = 1  # neighbouring tokens that choose together
+
+
 def dynamic_depth(
     w: Workload,
     choice: Choice,
@@ -64,8 +79,8 @@ def dynamic_depth(
     sequences. Early exit is a sparsity per layer that grows with depth: the share of tokens that
     have left. A router (``router`` outputs) sees all tokens, per sublayer or with ``unit`` "layer"
     per layer. With ``kernel`` "reference", each GEMM writes zeros for skipped tokens (``fill``)."""
-    dense_kv, router = not flag("option prune_kv", prune_kv), whole("router", router)
-    ideal |= one_of("kernel", kernel, KERNELS) == "ideal"
+    flag("option prune_kv", prune_kv)
+    one_of("kernel", kernel, KERNELS)
     whole_layers = one_of("unit", unit, ("sublayer", "layer")) == "layer"
     if whole_layers and choice.form == "part":
         raise InputError(
@@ -75,10 +90,18 @@ def dynamic_depth(
         raise InputError(
             "dynamic_depth: tokens are routed already; route once, at the final sparsity"
         )
-    w, s = w, choice.rows(w)
+    skipping = Skipping(
+        "ideal" if ideal else kernel, prune_kv, whole("router", router), whole_layers
+    )
+    return skip_tokens(w, choice.rows(w), skipping), choice.asked
+
+
+def skip_tokens(w: Workload, s: Array, skipping: Skipping) -> Workload:
+    """Return the workload whose sublayers compute a share ``1-s`` of their tokens, ``s`` by row."""
+    dense_kv, kernel = not skipping.prune_kv, skipping.kernel
     if dense_kv:
         w, s = _rows.split_fused_qkv(w, s)
-    keep, routed, reference = 1.0 - s, s > 0, kernel == "reference" and not ideal
+    keep, routed, reference = 1.0 - s, s > 0, kernel == "reference"
     prefill = w.kind == Kind.PREFILL_ATTENTION
     skips = routed & ~w.overhead & ~prefill
     if reference:
@@ -86,35 +109,48 @@ def dynamic_depth(
     if dense_kv:
         w = _rows.changed(w, prefill & routed, density=w.density * keep, kernel=Kernel.BLOCK_SPARSE)
         w = w.replace(**_rows.moved(w, np.where(skips, _rows.query_share(w, keep), 1.0)))
-        skips &= ~(w.is_role(*KEYS) | (w.is_role("quantize") & (w.part == Part.ATTENTION)))
+        skips &= ~computes_keys(w)
     else:
         q_len, kv_len = (
             np.maximum(_rows.whole_share(keep, length), 1) for length in (w.q_len, w.kv_len)
         )
         w = _rows.changed(w, w.is_attention & routed, q_len=q_len, kv_len=kv_len)
     keep = np.where(skips, keep, 1.0)
-    if ideal:
-        return _rows.split_tokens(w, keep), choice.asked
+    fewer = (
+        _rows.expected_tokens if skipping.exact else partial(_rows.split_tokens, per=skipping.per)
+    )
+    if kernel == "ideal":
+        return fewer(w, keep)
     # router, mask and gather run before the sublayer, the scatter after it
     last = ends = np.flatnonzero(_rows.sublayer_ends(w) & routed)
-    if whole_layers:
-        ends, last = _layer_ends(w, ends)
+    if skipping.whole_layers:
+        ends, last = layer_ends(w, ends)
     first = _rows.before_sublayer(w, ends)
-    parts = [(first, _rows.overhead_gemm(w, ends, "router", router, _rows.hidden_at(w, ends)))]
+    parts: _rows.Inserted = []
+    if skipping.router:
+        hidden = _rows.hidden_at(w, ends)
+        parts.append((first, _rows.overhead_gemm(w, ends, "router", skipping.router, hidden)))
     if reference:
-        parts += _masked(w, ends, first, skips | (prefill & routed), router)
+        parts += _masked(w, ends, first, skips | (prefill & routed), skipping.router)
         w = _rows.changed(
             w,
             skips & (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE),
             kernel=Kernel.BLOCK_SPARSE,
         )
         w = _rows.changed(w, routed & w.is_role("activation"), role=role_code("product")[0])
-        keep = np.concatenate([keep, np.ones(sum(len(rows) for _, rows in parts))])
+        of_parts = [np.ones(len(rows)) for _, rows in parts]
     else:
+        of_parts = [np.ones(len(rows)) for _, rows in parts]
         parts += _copies(w, ends, last, first)
-        copies = [1.0 - s[at[w.m[at] > 1]] for at in (ends, last)]
-        keep = np.concatenate([keep, np.ones(len(ends)), *copies])
-    return _rows.split_tokens(_rows.insert(w, parts), keep[_rows.insertion(w, parts)]), choice.asked
+        of_parts += [1.0 - s[at[w.m[at] > 1]] for at in (ends, last)]
+    keep = np.concatenate([keep, *of_parts])
+    return fewer(_rows.insert(w, parts), keep[_rows.insertion(w, parts)])
+
+
+def computes_keys(w: Workload) -> Array:
+    """Return a mask of rows that compute keys, values or states, which later tokens need."""
+    keys: Array = w.is_role(*KEYS) | (w.is_role("quantize") & (w.part == Part.ATTENTION))
+    return keys
 
 
 def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -> _rows.Inserted:
@@ -142,7 +178,7 @@ def _masked(w: Workload, ends: Array, first: Array, skips: Array, router: int) -
     return [(first, select), (first[several], sort), (rows - 0.5, fill)]
 
 
-def _layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
+def layer_ends(w: Workload, ends: Array) -> tuple[Array, Array]:
     """Return the ends of the first sublayer of each layer, and of the last."""
     each, part = w.take(ends).expand(), w.part[ends]
     attends, feeds = (

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arguments import flag
+from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind, Phase
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, removed, whole
 from simulator.pruning.dynamic.rows import (
@@ -49,18 +50,8 @@ def kv_cache(
     else:
         most = np.full(len(w), whole("budget", budget))
         pruned = prompt > most
-    kept = np.minimum(most, prompt)
-    evicted = np.where(pruned, prompt - kept, 0)
-    decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
-    length = w.kv_len - evicted
-    if rolling:
-        length = np.where(pruned | (budget is not None), np.minimum(length, most), length)
-    shorter = w.attends & (w.phase == Phase.DECODE)
-    out = shorter_copies(w, changed(w, shorter, kv_len=length))
-    rows = prefill if prefill.any() else decode
-    realised = removed(
-        float(prompt[rows] @ w.count[rows]), float((prompt - evicted)[rows] @ w.count[rows])
-    )
+    out, kept, realised = evict(w, most, pruned, rolling, everywhere=budget is not None)
+    prefill = w.kind == Kind.PREFILL_ATTENTION
     at = np.flatnonzero(prefill & pruned & (w.kv_len >= prompt))  # the last chunk of a prompt
     if ideal or not len(at):
         return out, realised
@@ -87,6 +78,26 @@ def kv_cache(
                 (at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write))
             )
     return insert(out, parts), realised
+
+
+def evict(
+    w: Workload, most: Array, pruned: Array, rolling: bool, *, everywhere: bool
+) -> tuple[Workload, Array, float]:
+    """Return the workload with at most ``most`` positions of the prompt in the cache of ``pruned``
+    rows, the positions that each row keeps, and the evicted share. With ``rolling``, decoding adds
+    no position to these rows, or to any row if ``everywhere``."""
+    prompt = prompt_of(w)
+    kept = np.minimum(most, prompt)
+    evicted = np.where(pruned, prompt - kept, 0)
+    length = w.kv_len - evicted
+    if rolling:
+        length = np.where(pruned | everywhere, np.minimum(length, most), length)
+    shorter = w.attends & (w.phase == Phase.DECODE)
+    out = shorter_copies(w, changed(w, shorter, kv_len=length))
+    decode, prefill = w.kind == Kind.DECODE_ATTENTION, w.kind == Kind.PREFILL_ATTENTION
+    rows = prefill if prefill.any() else decode
+    before, after = (float(x[rows] @ w.count[rows]) for x in (prompt, prompt - evicted))
+    return out, kept, removed(before, after)
 
 
 FAMILY = Family(

@@ -139,11 +139,12 @@ def whole_share(share: Array | float, of: Array | float) -> Array:
     return rounded
 
 
-def aligned(width: Array, keep: Array, align: int) -> Array:
+def aligned(width: Array, keep: Array, align: Array | int) -> Array:
     """Return the share ``keep`` of ``width``, rounded up to a multiple of ``align``, at most
     ``width``."""
     wanted = np.ceil(keep * width / align - 1e-9).astype(np.int64) * align
-    return np.minimum(np.maximum(wanted, align), width)
+    kept: Array = np.minimum(np.maximum(wanted, align), width)
+    return kept
 
 
 def changed(w: Workload, rows: Array, **columns: Any) -> Workload:
@@ -241,7 +242,8 @@ def overhead_gemm(
     # in a generate, the prefill counts the parameters and the decode steps do not
     owns = (w.phase[at] == Phase.PREFILL) | ~(w.phase == Phase.PREFILL).any()
     params = np.where(owns, np.asarray(n, dtype=np.float64) * k / w.repeats[at], 0.0)
-    return overheads(w, at, role, kind=Kind.GEMM, m=w.m[at], n=n, k=k, params=params, **columns)
+    shape = {"m": w.m[at], "n": n, "k": k}
+    return overheads(w, at, role, kind=Kind.GEMM, params=params, **{**shape, **columns})
 
 
 # rows to insert, and the position of each: 2.5 is between the rows 2 and 3
@@ -302,10 +304,10 @@ def _binomial(tokens: int, keep: float) -> tuple[Array, Array]:
     return np.minimum(means, tokens), chance[used]
 
 
-def split_tokens(w: Workload, keep: Array) -> Workload:
+def split_tokens(w: Workload, keep: Array, per: int = 1) -> Workload:
     """Split rows with ``keep < 1`` into one row per possible number of tokens, counted by its
-    probability. Bytes of elementwise and collective rows scale with tokens, parameters are
-    conserved."""
+    probability; ``per`` neighbouring tokens choose together. Bytes of elementwise and collective
+    rows scale with tokens, parameters are conserved."""
     tokens, chosen = tokens_of(w), np.flatnonzero(keep < 1.0)
     if not len(chosen):
         return w
@@ -313,7 +315,7 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
         np.stack([tokens[chosen].astype(np.float64), keep[chosen]]), axis=1, return_inverse=True
     )
     inverse = inverse.reshape(-1)
-    points = [token_points(int(t), float(p)) for t, p in pairs.T]
+    points = [_together(int(t), float(p), per) for t, p in pairs.T]
     times, conserve = np.ones(len(w), dtype=np.int64), np.ones(len(w))
     times[chosen] = np.array([len(many) for many, _ in points])[inverse]
     conserve[chosen] = np.array([1.0 / chance.sum() for _, chance in points])[inverse]
@@ -327,6 +329,24 @@ def split_tokens(w: Workload, keep: Array) -> Workload:
         batch=np.where(out.kind == Kind.DECODE_ATTENTION, many, out.batch),
         params=out.params * conserve[index],
         **moved(out, many / np.maximum(own, 1)),
+    )
+
+
+def _together(tokens: int, keep: float, per: int) -> tuple[Array, Array]:
+    """Return :func:`token_points` of tokens of which ``per`` choose together."""
+    choices, chance = token_points(-(-tokens // per), keep)
+    return np.minimum(choices * per, tokens), chance
+
+
+def expected_tokens(w: Workload, keep: Array) -> Workload:
+    """Return the workload with the share ``keep`` of the tokens of each row, rounded up."""
+    tokens = tokens_of(w)
+    left = np.ceil(tokens * keep - 1e-9).astype(np.int64)
+    fewer = keep < 1.0
+    return w.replace(
+        m=np.where(fewer & (w.m > 0), left, w.m),
+        batch=np.where(fewer & (w.kind == Kind.DECODE_ATTENTION), left, w.batch),
+        **moved(w, np.where(fewer, left / np.maximum(tokens, 1), 1.0)),
     )
 
 

@@ -26,11 +26,10 @@ def sparse_attention(
     blocks are selected (``select``)."""
     one_of("block", block, (16, 64, 128))
     s, realised = (
-        (choice.rows(w), choice.asked) if budget is None else _skipped(w, whole("budget", budget))
+        (choice.rows(w), choice.asked) if budget is None else beyond(w, whole("budget", budget))
     )
-    rows = w.is_attention & (s > 0)
-    out = changed(w, rows, density=w.density * (1.0 - s), block=block, kernel=Kernel.BLOCK_SPARSE)
-    at = np.flatnonzero(rows)
+    out = skip_keys(w, s, block)
+    at = np.flatnonzero(w.is_attention & (s > 0))
     if ideal or not len(at):
         return out, realised if len(at) else 0.0
     x = w.take(at)
@@ -52,7 +51,13 @@ def sparse_attention(
     return insert(out, [(at - 0.5, mask), (at - 0.5, select)]), realised
 
 
-def _skipped(w: Workload, budget: int) -> tuple[Array, float]:
+def skip_keys(w: Workload, s: Array, block: int) -> Workload:
+    """Return the workload whose attention skips a share ``s`` (by row) of its blocks of keys."""
+    rows = w.is_attention & (s > 0)
+    return changed(w, rows, density=w.density * (1.0 - s), block=block, kernel=Kernel.BLOCK_SPARSE)
+
+
+def beyond(w: Workload, budget: Array | int) -> tuple[Array, float]:
     """Return the share of q-k pairs beyond ``budget`` keys per query, of each row and of all
     rows."""
     most = np.where(w.limit > 0, np.minimum(w.limit, budget), budget)

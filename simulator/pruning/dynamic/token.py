@@ -50,7 +50,7 @@ def token(
             )
         table[first:] = choice.asked
         w = _rows.split_at(w, first)
-    out, share = _dropped(w, table)
+    out, share = drop_tokens(w, table)
     if not ideal:
         out = _with_selection(w, out, table, share, mode)
     counted = range(layers) if per_layer else (layers - 1,)
@@ -58,7 +58,7 @@ def token(
     return _rows.merge_runs(out), float(np.mean(dropped))
 
 
-def _dropped(w: Workload, table: Array) -> tuple[Workload, Array]:
+def drop_tokens(w: Workload, table: Array) -> tuple[Workload, Array]:
     """Return the workload with fewer tokens, and the share of prompt tokens that each row keeps."""
     s = np.where(
         w.layer >= 0, table[np.maximum(w.layer, 0)], np.where(w.part == Part.HEAD, table[-1], 0.0)
