@@ -199,6 +199,6 @@ def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
         )
         render.show(
             render.narrowed(columns, 6),
-            "Measured and predicted times per pass (serve: per request)",
+            "Measured and predicted times per pass (serve: per request or whole run)",
         )
     render.notes([*skipped, *(note for r in results for note in r.notes)], out.verbose)

@@ -28,6 +28,7 @@ from calibration.evidence.pages import (
     filled,
 )
 from calibration.evidence.published import host_lines
+from calibration.evidence.schedules import sampler_line, schedule_tables
 from calibration.evidence.sets import SETS, Row, evaluate_sets
 from calibration.validation.scoring import table
 from simulator.cli import parsing
@@ -43,7 +44,7 @@ def printed(options: argparse.Namespace) -> str:
         sets = [[name, one.held_out] for name, one in SETS.items()]
         return table(["set", "held out"], sets, left=(0, 1))
     if options.names == ["hosts"]:
-        return "\n".join(host_lines())
+        return "\n".join([*host_lines(), sampler_line()])
     rows = scored(options, options.names)
     return accuracy_text(rows, rows).rstrip()
 
@@ -72,6 +73,7 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
     makers: Mapping[str, Callable[[], None]] = {
         "commands": lambda: write("commands", commands_page()),
         "engines": lambda: write("engines", filled("engines", engine_tables())),
+        "serving": lambda: write("serving", filled("serving", schedule_tables())),
         **{page: partial(write_recorded, page) for page in recorded.FOLDERS},
         "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),
         "models": write_models,

@@ -1,5 +1,6 @@
 """The user's own result files of serving benchmarks (:mod:`simulator.prediction.benchmarks`), each
-predicted under its own conditions. A result with unknown conditions is skipped with the reason."""
+predicted under its own conditions. Requests that arrive are simulated, and several times of the run
+are compared. A result with unknown conditions is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -14,14 +15,32 @@ from simulator.display import few
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
-from simulator.models.library import shipped_model
+from simulator.hardware.profile import HardwareProfile
+from simulator.models.library import load_model, shipped_model
 from simulator.models.lower import lower
-from simulator.prediction.benchmarks import BenchRun, measured_of, read_benches, request_of
+from simulator.prediction.benchmarks import (
+    BenchRun,
+    checked,
+    measured_of,
+    read_benches,
+    request_of,
+)
+from simulator.prediction.limits import NO_LIMITS
+from simulator.prediction.load import Interval, Load, SimulatedModel, Simulation
 from simulator.prediction.table import speedup
 from simulator.request import Request
 from simulator.units import percent
 
 SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
+PERCENTILES = {
+    "ttft_p50": "median_ttft",
+    "ttft_p99": "p99_ttft",
+    "tpot_p50": "median_tpot",
+    "tpot_p99": "p99_tpot",
+}
+"""Percentiles of a load, and their names in a result."""
+Compared = tuple[dict[str, tuple[float, float, float, float]], tuple[str, ...]]
+"""Measured time, predicted time and its interval, s, by name; and notes."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +55,17 @@ class RunResult:
     seq: int = 0
     new_tokens: int = 0
     notes: tuple[str, ...] = ()
+    time: str = ""  # of requests that arrive: "run", or a percentile such as "ttft_p99"
 
     @property
     def request(self) -> str:
         new = f" + {self.new_tokens}" if self.new_tokens else ""
-        return f"{self.phase}, {self.batch} x {self.seq:,}{new}"
+        return f"{self.phase}, {self.batch} x {self.seq:,}{new} {self.time}".strip()
 
     def as_row(self) -> dict[str, object]:
         """Return the fields of ``--json``; times are in s, and None for a skipped result."""
         names, c = (
-            ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens"),
+            ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens", "time"),
             self.compared,
         )
         found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
@@ -96,23 +116,15 @@ def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
         for at, run in enumerate(runs, start=1):
             source = f"{name}:{at}" if len(runs) > 1 else name
             try:
-                out.append(evaluated(replace(run, source=source), given))
+                out += evaluated(replace(run, source=source), given)
             except InputError as error:
                 out.append(skipped(source, error, source, run))
     return out
 
 
-def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
-    """Return one result next to its prediction. InputError: a condition is neither in the file nor
-    given."""
-    new_tokens = given.get("new_tokens")
-    stated = run.output_tokens or (run.total_tokens and given.get("seq")) or new_tokens is None
-    phase, batch, seq, steps = request_of(
-        run,
-        batch=None if run.concurrency or run.mean_concurrency else given.get("batch"),
-        seq=None if run.input_tokens else given.get("seq"),
-        output=None if stated else (new_tokens or 0) + 1,
-    )
+def evaluated(run: BenchRun, given: Mapping[str, Any]) -> list[RunResult]:
+    """Return the times of one result next to their predictions. InputError: a condition is neither
+    in the file nor given."""
     known = shipped_model(run.model) if run.model else None
     own = {name: getattr(run, name) for name in ("dtype", "weight_dtype", "kv_dtype", "devices")}
     own["engine"] = run.engine or ("vllm" if run.tool.startswith("vllm") else "")
@@ -128,30 +140,65 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> RunResult:
                 f"{run.source}: {name}: expected --{name}, as the file does not state a known one"
             )
     request = Request(
-        model=names["model"],
-        phase=phase,
-        batch=batch,
-        seq=seq,
-        new_tokens=max(steps, 1),
-        **settings,
-        level=LEVEL,
+        model=load_model(names["model"]), **_shape(run, given), **settings, level=LEVEL
     )
-    found, hw, dense = measured_of(run, request), load_hardware(names["hardware"]), lower(request)
-    s, name = speedup(dense, dense, hw, LEVEL), dense.meta.model
-    times = (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)
-    compared = Comparison(
-        name,
-        f"{hw.label}, {phase}",
-        *times,
-        source=run.source,
-        engine=load_engine(request.engine).name,
-        gpu=hw.label,
-        split="judge",
-    )
-    new_tokens = steps if phase != "prefill" else 0
-    return RunResult(
-        run.source, "", compared, run.tool, name, phase, batch, seq, new_tokens, found.notes
-    )
+    hw = load_hardware(names["hardware"])
+    times, notes = (_of_pass if run.arriving is None else _simulated)(run, request, hw)
+    name, prefill = request.model.name, request.phase == "prefill"
+    about: dict[str, Any] = {
+        "engine": load_engine(request.engine).name,
+        "gpu": hw.label,
+        "split": "judge",
+    }
+    where = f"{hw.label}, {request.phase}"
+    shape = request.phase, request.batch, request.seq, 0 if prefill else request.new_tokens
+    return [
+        RunResult(
+            run.source,
+            "",
+            Comparison(name, where, *values, f"{run.source} {time}".strip(), **about),
+            run.tool,
+            name,
+            *shape,
+            notes,
+            time,
+        )
+        for time, values in times.items()
+    ]
+
+
+def _shape(run: BenchRun, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the phase and the sizes of a result; requests that arrive have mean lengths."""
+    if run.arriving is not None:
+        shape = "serve", len(run.arriving), round(run.input_tokens), round(run.output_tokens)
+    else:
+        new_tokens = given.get("new_tokens")
+        stated = run.output_tokens or (run.total_tokens and given.get("seq")) or new_tokens is None
+        shape = request_of(
+            run,
+            batch=None if run.concurrency or run.mean_concurrency else given.get("batch"),
+            seq=None if run.input_tokens else given.get("seq"),
+            output=None if stated else (new_tokens or 0) + 1,
+        )
+    phase, batch, seq, steps = shape
+    return {"phase": phase, "batch": batch, "seq": seq, "new_tokens": max(steps, 1)}
+
+
+def _of_pass(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared:
+    found, dense = measured_of(run, request), lower(request)
+    s = speedup(dense, dense, hw, LEVEL)
+    return {"": (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)}, found.notes
+
+
+def _simulated(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared:
+    """Return the times of requests that arrive at one replica."""
+    notes = (*checked(run, request), f"{run.source}: the server is assumed to have default options")
+    simulation = Simulation.of(Load(), NO_LIMITS, request, hw, requests=run.arriving)
+    numbers, tokens = SimulatedModel(simulation, 0).numbers, run.requests * run.output_tokens
+    numbers["run"] = [tokens / rate for rate in numbers["tokens_per_s"]]
+    times = {"run": run.duration_s}
+    times |= {name: run.percentiles_s.get(key, 0.0) for name, key in PERCENTILES.items()}
+    return {n: (time, *Interval.of(numbers[n])) for n, time in times.items() if time}, notes
 
 
 def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
@@ -161,9 +208,10 @@ def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
         score_of(compared),
         max(compared, key=lambda c: abs(c.error)),
     )
+    runs = len({r.source for r in results if r.compared is not None})
     where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
     sentences = [
-        f"Predicted times of {len(compared)} run{'s' if len(compared) > 1 else ''} in {folder}"
+        f"Predicted times of {runs} run{'s' if runs > 1 else ''} in {folder}"
         f" ({where}): median error {percent(s['median'])}, bias {100 * s['median bias']:+.1f} %,"
         f" {sum(c.inside for c in compared)} of {len(compared)} in their {percent(LEVEL)} interval."
     ]

@@ -43,6 +43,10 @@ COMMANDS: tuple[tuple[str, str], ...] = (
 )
 
 
+# commands that check further options themselves
+_FURTHER = {"serve": {"ignore_unknown_options": True, "allow_extra_args": True}}
+
+
 def program(only: str = "") -> typer.Typer:
     """Return the program with one command, or with all if the command does not exist."""
     app = typer.Typer(
@@ -82,7 +86,7 @@ def _add(app: typer.Typer, name: str, command: Any) -> None:
     if isinstance(command, typer.Typer):
         app.add_typer(command, name=name)
     else:
-        app.command(name)(command)
+        app.command(name, context_settings=_FURTHER.get(name))(command)
 
 
 def _version(requested: bool) -> None:

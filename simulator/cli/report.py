@@ -7,12 +7,13 @@ import importlib.util
 import os
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt
+from simulator.cli.serve import Rate, Tpot, Ttft, limits
 from simulator.errors import InputError, needs_extra
 
 HOST = "127.0.0.1"
@@ -78,6 +79,13 @@ def sweep(
         render.notes(done.notes, verbose)
 
 
+@dataclass(frozen=True)
+class Arrivals:
+    rate: Rate = None
+    ttft: Ttft = None
+    tpot: Tpot = None
+
+
 @options.expanded()
 def report(
     model: options.Model,
@@ -85,12 +93,14 @@ def report(
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
+    arrivals: Arrivals = Arrivals(),
     as_json: options.Json = False,
 ) -> None:
     """Write predictions as one HTML file.
 
     The file begins with the answer, then has figures, the table of prunesim speedup, where the
     fastest pruning loses its nominal speedup, notes, and the commands that print the same numbers.
+    With --phase serve --rate it has the answer, the table and the figure of prunesim serve --rate.
     It has no scripts and loads nothing.
     """
     from simulator.files.write import check_target, write_whole
@@ -103,9 +113,16 @@ def report(
 
     asked = run.asked(model, devices, prunings)
     found = content(
-        {"models": model, "hardware": devices.profiles, **prunings.parsed(), **asked.settings}
+        {
+            "models": model,
+            "hardware": devices.profiles,
+            **({"rate": arrivals.rate} if arrivals.rate is not None else {}),
+            **limits(arrivals.ttft, arrivals.tpot),
+            **prunings.parsed(),
+            **asked.settings,
+        }
     )
-    given = {**asdict(devices), **asdict(prunings), **run.given}
+    given = {**asdict(devices), **asdict(prunings), **run.given, **asdict(arrivals)}
     lines = [*commands(model, given, found), line("report", model, {**given, "output": output})]
     text = report_html(found, lines).encode()
     write_whole(output, text)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.request import SETTINGS
-from simulator.units import parse_quantity
+from simulator.units import parse_count, parse_quantity
 
 if TYPE_CHECKING:
+    from simulator.prediction.load import LoadPoint, LoadService
     from simulator.prediction.service import OperatingPoint, Service
 
 # services with sentences and a table each; of more, one row each is printed without --verbose
 MOST_SERVICES = 3
 # prunings in a table without --verbose: those with the most tokens/s at equal memory
 MOST_PRUNINGS = 6
+
+
+Ttft = Annotated[
+    str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")
+]
+Tpot = Annotated[
+    str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")
+]
+Rate = Annotated[
+    float | None,
+    opt("--rate", "X", "Requests per second that arrive: simulates the engine's schedule."),
+]
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,8 @@ class Server:
             "Default: the most that fit the dense model.",
         ),
     ] = None
-    ttft: Annotated[
-        str | None, opt("--ttft", "TIME", "Limit of the time to the first token, such as 500ms.")
-    ] = None
-    tpot: Annotated[
-        str | None, opt("--tpot", "TIME", "Limit of the time per output token, such as 30ms.")
-    ] = None
+    ttft: Ttft = None
+    tpot: Tpot = None
     confidence: Annotated[
         float, opt("--confidence", "P", "Probability with which the limits must hold.")
     ] = 0.5
@@ -48,18 +60,57 @@ class Server:
     ] = None
 
 
-# a server has its own concurrency
+@dataclass(frozen=True)
+class Arrivals:
+    rate: Rate = None
+    requests: Annotated[
+        str | None,
+        opt(
+            "--requests",
+            "N",
+            "Requests: 1,000 with --rate; alone all at once; with --concurrency as clients send.",
+        ),
+    ] = None
+    trace: Annotated[
+        str | None,
+        opt("--trace", "FILE", "CSV of requests: arrival (s), prompt, output (tokens)."),
+    ] = None
+    length_sd: Annotated[
+        float,
+        opt("--length-sd", "X", "Deviation of the logs of prompt and output lengths; 0: fixed."),
+    ] = 0.0
+    goodput: Annotated[
+        float, opt("--goodput", "P", "Share of the requests that must keep the limits.")
+    ] = 0.99
+    replicas: Annotated[
+        int | None,
+        opt("--replicas", "N", "Replicas. Default: as many as the limits need at the rate."),
+    ] = None
+    seed: Annotated[int, opt("--seed", "N", "Seed of arrivals and lengths.")] = 0
+    timeline: Annotated[
+        str | None,
+        opt("--timeline", "FILE", "Also draw each request of a short run: .pdf, .svg or .png."),
+    ] = None
+
+
+TP = options.setting_option(
+    "devices", "LIST", "Numbers of devices that share the model, such as 1,2,4,8."
+)
+# a server has its own concurrency, and can have several numbers of devices
 LOAD: options.Run = options.run_options(
-    *(name for name in SETTINGS if name not in ("phase", "batch", "dense_s"))
+    *(name for name in SETTINGS if name not in ("phase", "batch", "dense_s", "devices"))
 )
 
 
 @options.expanded()
 def command(
+    context: typer.Context,
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
+    tp: TP = "1",  # type: ignore[valid-type]
     server: Server = Server(),
+    arrivals: Arrivals = Arrivals(),
     run: options.Run = LOAD,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -72,38 +123,119 @@ def command(
     keep these limits. A request takes the steady state of continuous batching. With --price it
     shows the cost of a million tokens: of output that pays for all, and of prompt and output alike
     (--verbose: of prompt and of new tokens, by their share of the device time).
+
+    With --rate, --requests or --trace it simulates the engine's schedule: percentiles of the times
+    of requests, goodput within the limits, the largest rate, and the GPUs that --rate needs. Other
+    options are those of the engine's server, such as --max-num-seqs 64.
     """
-    output = render.Output(out.json, out.csv, [out.figure])
+    output = render.Output(out.json, out.csv, [out.figure, arrivals.timeline])
     from simulator.prediction.service import serve
 
     asked = run.asked(model, devices, prunings)
-    if len(asked.settings["seq"]) != 1:
-        raise InputError(f"--seq {run.text('seq')!r}: expected one length")
-    seconds, texts = partial(parse_quantity, unit="s"), {"ttft": server.ttft, "tpot": server.tpot}
-    limits = {
-        n: parsing.checked(f"--{n}", text, seconds) for n, text in texts.items() if text is not None
-    }
+    _check_spelling(context)
+    if arrivals.timeline and not (arrivals.rate or arrivals.requests or arrivals.trace):
+        raise InputError("--timeline: expected with --rate, --requests or --trace")
     found = serve(
         model,
         devices.profiles,
         concurrency=(
             parsing.integers("--concurrency", server.concurrency) if server.concurrency else None
         ),
-        **{f"{n}_s": limit for n, limit in limits.items()},
+        **limits(server.ttft, server.tpot),
         probability=server.confidence,
         price=server.price,
+        rate=arrivals.rate,
+        requests=(
+            None
+            if arrivals.requests is None
+            else parsing.checked("--requests", arrivals.requests, parse_count)
+        ),
+        trace=arrivals.trace,
+        length_sd=arrivals.length_sd,
+        goodput=arrivals.goodput,
+        replicas=arrivals.replicas,
+        seed=arrivals.seed,
+        server=context.args,
+        devices=parsing.integers("--tp", tp),
         **prunings.parsed(),
         **asked.settings,
     )
     curves = [point for service in found.services for point in service.curve] if out.verbose else []
     if output.write([point.to_dict() for point in (*found.points, *curves)]):
-        _print(found.services, out.verbose)
+        if found.loads:
+            _print_loads(found.loads, out.verbose)
+        else:
+            _print(found.services, out.verbose)
     if out.figure:
-        from simulator.figures.speedup import services_of
         from simulator.figures.style import save_figure
 
-        save_figure(services_of(found.services), out.figure)
+        if found.loads:
+            from simulator.figures.load import loads_of
+
+            save_figure(loads_of(found.loads), out.figure)
+        else:
+            from simulator.figures.speedup import services_of
+
+            save_figure(services_of(found.services), out.figure)
+    if arrivals.timeline:
+        from simulator.figures.load import timeline_of
+        from simulator.figures.style import save_figure
+
+        save_figure(timeline_of(found.loads[0]), arrivals.timeline)
     render.notes((*asked.notes, *found.notes), out.verbose)
+
+
+def limits(ttft: str | None, tpot: str | None) -> dict[str, Any]:
+    """Return the limits of times, s, as arguments of :func:`simulator.serve`."""
+    seconds = partial(parse_quantity, unit="s")
+    return {
+        f"{name}_s": parsing.checked(f"--{name}", text, seconds)
+        for name, text in (("ttft", ttft), ("tpot", tpot))
+        if text is not None
+    }
+
+
+def _check_spelling(context: typer.Context) -> None:
+    """Refuse a further option that is nearly one of the command, as it is none of a server."""
+    known = [name for param in context.command.params for name in param.opts]
+    for word in context.args:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name.startswith("--") and near:
+            raise InputError(f"option {name!r} is unknown; did you mean {near[0]}?")
+
+
+def _print_loads(loads: Sequence[LoadService], verbose: bool) -> None:
+    """Print the conclusion and a table for services that differ only in the devices that share a
+    model; with ``verbose`` also all numbers."""
+    from simulator.prediction.load import NUMBERS
+    from simulator.prediction.load_sentences import load_columns, of_loads
+    from simulator.prediction.requests import by_key
+
+    for group in render.between(by_key(loads, lambda load: load.setting).values()):
+        render.conclude(*of_loads(group))
+        points = [point for load in group for point in load.points]
+        shown = [point for point in points if not point.refused]
+        columns = [render.Column(*column) for column in load_columns(shown).items()]
+        render.show(render.narrowed([*_names(shown), *columns], 4), group[0].title)
+        print(f"\nintervals of {render.percent(points[0].level)}")
+        for point in points:
+            if point.refused:
+                several = f" on {point.devices} devices" if point.devices > 1 else ""
+                render.say(f"{point.name}{several} does not run: {point.refused}", "  ")
+        for start in range(0, len(NUMBERS) if verbose else 0, 4):
+            names = {name: name for name in NUMBERS[start : start + 4]}
+            some = [render.Column(*column) for column in load_columns(shown, names).items()]
+            print()
+            render.show([*_names(shown), *some])
+
+
+def _names(points: Sequence[LoadPoint]) -> list[render.Column]:
+    return render.columns(
+        points,
+        ("<model", lambda point: point.name),
+        ("replicas", lambda point: f"{point.replicas} x {point.devices}"),
+    )
 
 
 def _print(services: Sequence[Service], verbose: bool) -> None:
@@ -174,6 +306,7 @@ def _rows(service: Service, shown: Sequence[int]) -> list[OperatingPoint | str]:
 
 
 def _print_rows(services: Sequence[Service]) -> None:
+    from simulator.prediction.requests import device_text
     from simulator.prediction.service import LIMITS, MEMORY
     from simulator.prediction.service_sentences import ranked
 
@@ -181,8 +314,9 @@ def _print_rows(services: Sequence[Service]) -> None:
     rows = [[s.kinds[kind][ranked(s)[0]] for kind in (MEMORY, limited)] for s in services]
     columns = render.columns(
         rows,
-        ("<hardware", lambda row: row[0].hardware),
+        ("<hardware", lambda row: device_text(row[0])),
         ("<engine", lambda row: row[0].engine),
+        ("seq", lambda row: f"{row[0].seq:,}"),
         ("<best pruning", lambda row: row[0].name),
         ("in\nflight", lambda row: f"{row[0].concurrency:,}"),
         ("tokens/s per GPU", lambda row: _rate(row[0])),
@@ -191,7 +325,7 @@ def _print_rows(services: Sequence[Service]) -> None:
         ("ratio\nwithin limits", lambda row: _ratio(row[1])),
     )
     render.show(
-        render.narrowed(columns[: len(columns) if limited == LIMITS else -2], 4), "at equal memory"
+        render.narrowed(columns[: len(columns) if limited == LIMITS else -2], 5), "at equal memory"
     )
 
 

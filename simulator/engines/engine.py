@@ -155,6 +155,7 @@ FEATURES: Mapping[str, str] = MappingProxyType(
 
 Formats = tuple[Annotated[str, Text(DTYPES)], ...]
 _MULTIPLE = Number(1, 65536, "128", whole=True)
+_Fraction = Annotated[float, Number(0, 1, "0.7")]
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,59 @@ class StepLimit:
 
 
 @dataclass(frozen=True)
+class Reserve:
+    """Output tokens for which admission keeps room in the cache: all of the new request, and a
+    share of those that running requests still lack. The share falls from ``first`` to ``least`` in
+    ``steps`` decode steps, and starts again after a preemption."""
+
+    first: _Fraction
+    least: _Fraction
+    steps: Annotated[int, Number(1, _COUNT, "600", whole=True)]
+    most: Annotated[int, Number(1, _COUNT, "4096", whole=True)]  # tokens that count per request
+    source: SourceName
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """Work of an API server before the engine gets a request: HTTP and tokenising."""
+
+    request: Annotated[float, Quantity("s", 0.0, 1.0)]  # per request
+    token: Annotated[float, Quantity("s", 0.0, 1.0)]  # per prompt token
+    log_sd: Annotated[float, _SHARE]  # between hosts
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Time of a sampler that sorts the vocabulary for requests with top-p or top-k, s per output
+    token and entry of the vocabulary."""
+
+    value: Annotated[float, Quantity("s", 0.0, 1e-6)]
+    log_sd: Annotated[float, _SHARE]
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
+class MixedDecodes:
+    """Decode attention in steps that also compute prompts: its time over that of a decode step, per
+    query head of a key/value head."""
+
+    value: Annotated[float, Number(0, 1, "0.7")]
+    on: String  # architecture
+    source: SourceName
+    note: String = ""
+
+
+SERVER_FLAGS: tuple[str, ...] = ("chunked", "mixes", "prefix_cache", "asynchronous")
+SERVER_NUMBERS: tuple[str, ...] = (
+    *("tokens", "sequences", "block", "memory", "api_servers", "conservative"),
+)
+_SETS = Text((*SERVER_FLAGS, *(f"no {name}" for name in SERVER_FLAGS), *SERVER_NUMBERS))
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How a server fills its steps: prompts that arrive while others decode are computed in the
     next step, up to a budget of tokens."""
@@ -302,6 +356,19 @@ class Schedule:
     limits: tuple[StepLimit, ...]  # by rising memory; the last that applies counts
     chunked: Flag = False  # a prompt longer than the budget is computed in chunks
     decodes_count: Flag = False  # each decoding sequence takes one token of the budget
+    mixes: Flag = False  # a step computes prompts and decodes; else waiting prompts run first
+    prefix_cache: Flag = False  # prompts that begin alike are computed once
+    # tokens of a block of the cache
+    block: Annotated[int, Number(1, 65536, "16", whole=True)] = 16
+    reserve: Reserve | None = None  # None: a request needs room for the prompt of its step alone
+    front: FrontEnd | None = None
+    sampler: Sampler | None = None  # None: sampling takes no time
+    mixed_decodes: MixedDecodes | None = None  # None: as in a step of decodes alone
+    # what the share ``memory`` of a server holds: weights, activations and cache, as a part of the
+    # "device"; the cache alone, as a part of what is left "free"; or weights and cache ("static")
+    share_of: Annotated[str, Text(("device", "free", "static"))] = "device"
+    # option of the server -> the field of :class:`simulator.serving.server.Server` that it sets
+    options: Map[Annotated[str, _SETS]] = field(default_factory=dict)
     # prompts that arrive in neighbouring steps are computed in one step while they have at most
     # this many tokens
     clustered: Annotated[int, Number(0, _COUNT, "1024", whole=True)] = 0
@@ -333,6 +400,8 @@ class Behaviour:
     ] = field(default_factory=dict)
     # how a server fills its steps; None: a pass computes all prompts together
     schedule: Schedule | None = None
+    # whether a server plans the next step while one runs
+    asynchronous: Flag = False
     # how activations are converted by further kernels
     quantize: Quantisation = Quantisation(INPUTS, "")
     # time of a GEMM of one token over the time of its stack's kernel

@@ -12,6 +12,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import streamlit as st
 from simulator.display import markdown_text
 from simulator.engines.engine import list_engines, load_engine, split
 from simulator.errors import InputError, one_line, unknown
-from simulator.explore.content import Drawing, PageContent, commands, content
+from simulator.explore.content import Drawing, LoadContent, PageContent, commands, content
 from simulator.files.csv import csv_text
 from simulator.files.yaml import Problems
 from simulator.hardware.library import list_hardware, load_hardware
@@ -33,11 +34,12 @@ from simulator.pruning._methods import METHODS, Method
 from simulator.pruning._steps import PruningStep
 from simulator.pruning.described.description import Description
 from simulator.request import SETTINGS, Name, Request, Whole
-from simulator.units import parse_fraction
+from simulator.units import parse_fraction, parse_number, parse_quantity
 
 # Comments, because Streamlit shows strings: values of one field, and predictions of a request;
 # commands take more.
 MOST_VALUES, MOST_PREDICTIONS = 25, 1000
+MOST_LOADS = 8  # predictions at a rate: their figure takes some 2 s each
 MOST_LETTERS = 4000  # letters of a setting in the address
 FAMILY, TEXT, CHECKPOINT = "families", "text", "checkpoint"  # what states the pruning
 
@@ -96,6 +98,11 @@ def engine(text: str) -> str:
     return text
 
 
+def optional(label: str, parse: Callable[[str], float], text: str) -> Field:
+    """Return the field of a number that may be absent."""
+    return Field(label, "", (), lambda given: parse(given) if given.strip() else None, text)
+
+
 def of_setting(name: str) -> Field:
     """Return the field of a setting of the request; one of several values is a comma list."""
     setting = SETTINGS[name]
@@ -122,6 +129,10 @@ def of_setting(name: str) -> Field:
 # Settings of the request with one value; the first is shown in two phases, others are under
 # "Formats and devices".
 SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_s")
+
+# Settings of requests that arrive: the options of prunesim serve, and its arguments.
+ARRIVALS = {"rate": "rate", "ttft": "ttft_s", "tpot": "tpot_s"}
+SECONDS = partial(parse_quantity, unit="s")
 
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
@@ -151,6 +162,9 @@ FIELDS: dict[str, Field] = {
     ),
     "prune": Field("Prunings, one per line", "width mlp=0.3 heads=0.2\ndepth 0.25", (), prunings),
     **{name: of_setting(name) for name in ("phase", "batch", "seq", *SINGLE)},
+    "rate": optional("Requests per second", parse_number, "Simulates the schedule of a server."),
+    "ttft": optional("Limit of the time to the first token", SECONDS, "Such as 300ms."),
+    "tpot": optional("Limit of the time per further token", SECONDS, "Such as 30ms."),
     "model_path": Field("Model: config.json or folder", ""),
     "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
     "profile_path": Field("Hardware profile: YAML file", ""),
@@ -279,6 +293,9 @@ def form() -> None:
             st.caption("A file is read after a click on Open.")
         if state.problem:
             st.error(markdown_text(state.problem))
+    with st.expander("Requests that arrive", expanded=any(state[name] for name in ARRIVALS)):
+        for name in ARRIVALS:
+            draw(name)
     with st.expander("Formats and devices"):
         for name in SINGLE[1:]:
             draw(name)
@@ -355,11 +372,13 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     texts |= {
         SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default
     }
+    arrivals = {ARRIVALS[name]: parsed(name) for name in ARRIVALS if state[name].strip()}
+    asked, texts = asked | arrivals, texts | {name: state[name].strip() for name in ARRIVALS}
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
-    if many > MOST_PREDICTIONS:
+    most, other = (MOST_LOADS, "serve") if arrivals else (MOST_PREDICTIONS, "sweep")
+    if many > most:
         raise InputError(
-            f"request: expected at most {MOST_PREDICTIONS:,} predictions, got {many:,}; see"
-            " prunesim sweep"
+            f"request: expected at most {most:,} predictions, got {many:,}; see prunesim {other}"
         )
     return asked, texts
 
@@ -378,10 +397,11 @@ def with_methods(
     return out
 
 
-def show(found: PageContent, texts: dict[str, Any]) -> None:
+def show(found: PageContent | LoadContent, texts: dict[str, Any]) -> None:
     write(found.answer, "font-size: 1.15rem; font-weight: 600")
-    st.session_state.explained = found.detail.pruning
-    st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
+    if isinstance(found, PageContent):
+        st.session_state.explained = found.detail.pruning
+        st.selectbox("Explain", found.prunings, key="explained", on_change=choose)
     figures = st.empty()
     write([*found.losses, *found.parts])
     table = found.table

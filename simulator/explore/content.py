@@ -5,30 +5,38 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator._version import __version__
 from simulator.engines.engine import load_engine
+from simulator.errors import InputError
 from simulator.figures.gemms import rooflines_of
+from simulator.figures.load import loads_of
 from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.explain_sentences import conclusions
+from simulator.prediction.load import LoadService
+from simulator.prediction.load_sentences import load_columns, of_loads
 from simulator.prediction.notes import uncalibrated
-from simulator.prediction.requests import batch_name, profiles
+from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import runnables, runs_clause
+from simulator.prediction.service import serve
 from simulator.prediction.speedup_sentences import break_even, of_speedups
 from simulator.prediction.table import table
 from simulator.prediction.wording import parts_line
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
@@ -41,6 +49,14 @@ class Drawing(NamedTuple):
     title: str
     svg: str
     width: int
+
+
+def _drawn(figures: Callable[[], Mapping[str, Figure]]) -> tuple[Drawing, ...]:
+    with _DRAWING:
+        return tuple(
+            Drawing(title, svg_text(figure), round(96 * figure.get_figwidth()))
+            for title, figure in figures().items()
+        )
 
 
 @dataclass(frozen=True)
@@ -71,15 +87,13 @@ class PageContent:
             f" {self.detail.seq})"
         )
         name = f"{self.detail.pruning}{where if several else ''}"
-        with _DRAWING:
-            figures = {
+        return _drawn(
+            lambda: {
                 "Speedup": speedups_of([replace(r, family=r.name) for r in self.rows]),
                 f"Losses of {name}": waterfalls_of(self.details),
                 f"GEMMs of {name}": rooflines_of(self.details),
             }
-            return tuple(
-                Drawing(t, svg_text(f), round(96 * f.get_figwidth())) for t, f in figures.items()
-            )
+        )
 
     @property
     def prunings(self) -> tuple[str, ...]:
@@ -115,9 +129,73 @@ class PageContent:
         }
 
 
-def content(asked: Mapping[str, Any], detail: str = "") -> PageContent:
+@dataclass(frozen=True)
+class LoadContent:
+    """Models that serve requests which arrive at a rate, as ``prunesim serve --rate`` prints
+    them."""
+
+    answer: tuple[str, ...]
+    facts: Mapping[str, str]
+    loads: tuple[LoadService, ...]
+    records: tuple[dict[str, Any], ...]
+    table: Mapping[str, list[Any]]
+    parts: tuple[str, ...]
+    notes: tuple[str, ...]
+    losses: tuple[str, ...] = ()
+
+    @cached_property
+    def drawings(self) -> tuple[Drawing, ...]:
+        return _drawn(lambda: {"99th percentiles over the rate": loads_of(self.loads)})
+
+
+def content(asked: Mapping[str, Any], detail: str = "") -> PageContent | LoadContent:
     """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called
-    ``detail``. The fastest pruning is explained if none is called so."""
+    ``detail``, or the fastest. With a ``rate`` or limits the arguments are those of
+    :func:`simulator.serve`."""
+    if asked.keys() & {"rate", "ttft_s", "tpot_s"}:
+        return _load_content(**asked)
+    return _page_content(asked, detail)
+
+
+def _load_content(
+    models: Any, hardware: Any, phase: Any, batch: Any, rate: float = 0.0, **others: Any
+) -> LoadContent:
+    for name, stated in (
+        ("a rate", rate > 0.0),
+        ("phase serve", phase in ("serve", ["serve"])),
+        ("no concurrency", batch in (1, [1])),
+    ):
+        if not stated:
+            raise InputError(f"requests that arrive at a rate: expected {name}")
+    served = serve(models, hardware, rate=rate, **others)
+    groups = by_key(served.loads, lambda load: load.setting).values()
+    points = [point for load in served.loads for point in load.points]
+    shown = [point for point in points if not point.refused]
+    settings = {name: [getattr(p, name) for p in shown] for name in ("hardware", "engine", "seq")}
+    runs = [(p, run) for load in served.loads for p, run in zip(load.points[1:], load.runs)]
+    return LoadContent(
+        answer=tuple(sentence for loads in groups for sentence in of_loads(loads)),
+        facts={
+            "Model": model_title(points[0].model),
+            "Served": "; ".join(dict.fromkeys(load.title for load in served.loads)),
+            "Intervals": percent(points[0].level),
+        },
+        loads=served.loads,
+        records=tuple(point.to_dict() for point in points),
+        table={
+            **{name: values for name, values in settings.items() if len({*values}) > 1},
+            "model": [point.name for point in shown],
+            "replicas": [f"{point.replicas} x {point.devices}" for point in shown],
+            **load_columns(shown),
+        },
+        parts=tuple(
+            f"{p.name} in {p.engine}: will it run? {p.refused or run.sentence}" for p, run in runs
+        ),
+        notes=served.notes,
+    )
+
+
+def _page_content(asked: Mapping[str, Any], detail: str) -> PageContent:
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
@@ -208,7 +286,9 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def commands(model: str, options: Mapping[str, Any], found: PageContent) -> list[str]:
+def commands(model: str, options: Mapping[str, Any], found: PageContent | LoadContent) -> list[str]:
+    if isinstance(found, LoadContent):
+        return [command("serve", model, {**options, "phase": None, "batch": None})]
     alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail
     explained = {
@@ -227,9 +307,9 @@ MOST_BYTES = 1_000_000  # size of a report; figures that exceed it are omitted w
 MOST_ROWS = 500  # rows of the table
 
 
-def report_html(found: PageContent, commands: Sequence[str]) -> str:
+def report_html(found: PageContent | LoadContent, commands: Sequence[str]) -> str:
     notes = list(found.notes)
-    if (more := len(found.rows) - MOST_ROWS) > 0:
+    if (more := len(found.records) - MOST_ROWS) > 0:
         notes.append(
             f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more"
         )
@@ -249,7 +329,10 @@ def report_html(found: PageContent, commands: Sequence[str]) -> str:
 
 
 def _rendered(
-    found: PageContent, commands: Sequence[str], drawings: Sequence[Drawing], notes: Sequence[str]
+    found: PageContent | LoadContent,
+    commands: Sequence[str],
+    drawings: Sequence[Drawing],
+    notes: Sequence[str],
 ) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

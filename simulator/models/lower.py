@@ -181,7 +181,7 @@ def cached_tokens(request: Request) -> int:
 def _budget(request: Request, schedule: Schedule | None) -> int:
     budget = request.token_budget or (schedule.limits[-1].tokens if schedule else 0)
     if schedule is not None and schedule.decodes_count and request.phase == "serve":
-        return max(budget - request.batch, budget // LEAST_PROMPTS)
+        return max(budget - request.batch, budget // LEAST_PROMPTS, 1)
     return budget
 
 

@@ -27,6 +27,7 @@ from simulator.models.model import Model
 from simulator.prediction.batch import batch_of
 from simulator.prediction.budget import KernelBudget, kernel_budget
 from simulator.prediction.compare import compare, results_of
+from simulator.prediction.limits import check_probability
 from simulator.prediction.prunings import Pruning, dividing, families
 from simulator.prediction.requests import (
     batch_name,
@@ -38,7 +39,7 @@ from simulator.prediction.requests import (
 )
 from simulator.prediction.result import HasResult, Result, Results
 from simulator.prediction.runnable import runnable
-from simulator.prediction.service import check_probability, probability_of
+from simulator.prediction.service import probability_of
 from simulator.request import Request
 from simulator.units import ratio, seconds
 from simulator.workload import WorkloadBatch

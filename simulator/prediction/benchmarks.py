@@ -22,11 +22,15 @@ time of a phase (:func:`pass_seconds`):
 
 ``new_tokens`` decode steps are measured with ``new_tokens`` + 1 output tokens. Times over HTTP
 (``serve``, SGLang, genai-perf, AIPerf) include the network, tokenisation and the client.
+
+Requests that arrive at a rate, or all at once, have no time of a pass, because the batch varies
+from step to step: :attr:`BenchRun.arriving` has these requests.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +50,8 @@ from simulator.models.library import load_model, shipped_model
 from simulator.models.lower import number_formats
 from simulator.models.model import Model
 from simulator.models.quantization import QUANT_ALGOS
-from simulator.request import Request
+from simulator.request import MAX_TOKENS, Request
+from simulator.serving.arrivals import Requests
 
 TOOLS = (
     "vllm bench latency, throughput or serve, SGLang bench_serving, trtllm-bench, genai-perf or"
@@ -56,6 +61,8 @@ MAX_FILE_BYTES = 200_000_000  # detailed results of 10,000 requests have some 50
 # with so many requests per request in flight, ramp-up and ramp-down hardly change the mean time
 ENOUGH_ROUNDS = 10
 _TIMES = Range(1e-12, 1e9, "positive times in seconds, at most 1e9")
+_LENGTHS = Range(1.0, float(MAX_TOKENS), f"whole numbers from 1 to {MAX_TOKENS}", True)
+_RATE = Range(1e-6, 1e6, "a positive number of requests per second")
 _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
 """Engine by backend of ``vllm bench serve``; the other backends (openai) fit any server."""
@@ -68,8 +75,8 @@ class BenchRun:
     """One result of a serving benchmark; numbers that the file does not state are 0, texts ""."""
 
     source: str  # path of the file, with the line if it has several results
-    # "batch": requests that start together; "serve": a closed loop, a request starts when another
-    # finishes
+    # "batch": requests that start together; "serve": requests that arrive, or a closed loop, in
+    # which a request starts when another finishes
     kind: str
     # times of a whole batch (batch), or mean times of a request (serve)
     samples_s: tuple[float, ...]
@@ -97,6 +104,7 @@ class BenchRun:
     # as in the file: "50" (a batch), "p99_ttft"
     percentiles_s: Mapping[str, float] = field(default_factory=dict)
     note: str = ""  # limits of the samples
+    arriving: Requests | None = None  # at a rate, or all at once; None: a closed loop, or a batch
 
 
 @dataclass(frozen=True)
@@ -166,15 +174,16 @@ class Fields:
         """Return the average of a metric of genai-perf or AIPerf; 0 if it is absent."""
         return self.part(key).amount("avg") if self.has(key) else 0.0
 
-    def average_s(self, key: str) -> float:
-        """Return the average of a time of genai-perf or AIPerf, s; 0 if it is absent."""
-        if not self.has(key):
+    def average_s(self, key: str, part: str = "avg") -> float:
+        """Return the average or a percentile (``p99``) of a time of genai-perf or AIPerf, s; 0 if
+        it is absent."""
+        if not self.part(key).has(part):
             return 0.0
         if (unit := self.part(key).text("unit")) not in _UNITS:
             raise InputError(
                 f"{self.place(key)}.unit: expected one of {', '.join(_UNITS)}, got {unit or 'none'}"
             )
-        return self.average(key) * _UNITS[unit]
+        return self.part(key).amount(part) * _UNITS[unit]
 
     def text(self, key: str) -> str:
         """Return a text; "" if it is absent."""
@@ -184,10 +193,15 @@ class Fields:
         return one_line(value, 200)
 
     def times(self, key: str) -> Floats:
-        values = array(self.place(key), self.value(key), _TIMES)
-        if values.ndim != 1 or not len(values):
+        return self.numbers(key, _TIMES)
+
+    def numbers(self, key: str, right: Range, count: int = 0) -> Floats:
+        """Return a list of numbers, of which ``count`` are expected."""
+        values = array(self.place(key), self.value(key), right)
+        if values.ndim != 1 or not len(values) or count not in (0, len(values)):
+            many = f"{count} of" if count else "a list of"
             raise InputError(
-                f"{self.place(key)}: expected a list of times, got {shown(self.data[key])}"
+                f"{self.place(key)}: expected {many} {right.expected}, got {shown(self.data[key])}"
             )
         return values
 
@@ -216,6 +230,37 @@ def check_closed_loop(fields: Fields) -> None:
     if rate not in (None, "inf", float("inf")):
         closed = "expected inf, requests that start when others finish"
         raise InputError(f"{fields.place('request_rate')}: {closed}, got {shown(rate)}")
+
+
+def _arriving(fields: Fields, run: BenchRun) -> BenchRun:
+    """Return a result with the requests that arrive, if it is not a closed loop. Their times are
+    those of the file, else a Poisson process; their lengths those of the file, else the means."""
+    rate, count = fields.data.get("request_rate"), run.requests
+    if fields.has("max_concurrency"):
+        check_closed_loop(fields)
+        return run
+    prompt, output = (
+        fields.numbers(key, _LENGTHS, count) if fields.has(key) else np.full(count, mean)
+        for key, mean in (("input_lens", run.input_tokens), ("output_lens", run.output_tokens))
+    )
+    requests = _requests(np.zeros(count), prompt, output)
+    if rate in (None, "inf", math.inf):
+        return replace(run, arriving=requests)
+    if fields.has("start_times"):
+        start = fields.numbers("start_times", AMOUNT, count)
+        return replace(run, arriving=_requests(start, prompt, output))
+    for key, default in (("burstiness", 1.0), ("ramp_up_strategy", None)):
+        if fields.data.get(key, default) != default:
+            raise InputError(f"{fields.place(key)}: expected a Poisson process, or --save-detailed")
+    note = f"{fields.source}: times of arrival are drawn; --save-detailed states those of the run"
+    return replace(run, arriving=requests.at_rate(fields.amount("request_rate", _RATE)), note=note)
+
+
+def _requests(start: Floats, prompt: Floats, output: Floats) -> Requests:
+    """Return requests in the order of their starts."""
+    order = np.argsort(start, kind="stable")
+    prompt, output = (np.maximum(np.rint(one[order]), 1.0) for one in (prompt, output))
+    return Requests(start[order] - start.min(), prompt.astype(np.intp), output.astype(np.intp))
 
 
 def check_failed(fields: Fields, failed: int, key: str = "failed") -> None:
@@ -260,21 +305,21 @@ def vllm_throughput(fields: Fields) -> BenchRun:
     )
 
 
-def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
-    """Return what vLLM and SGLang write alike. With the times of all requests (``option``), samples
-    are means over as many requests in a row as are in flight, without ramp-up and ramp-down. Else
-    the only sample follows from the duration. The median time between chunks is that of a step only
-    if each chunk has one token, else the step is 0."""
+def _over_http(fields: Fields, failed: int, key: str, speculative: str, option: str) -> BenchRun:
+    """Return what vLLM and SGLang write alike. Of a closed loop with the times of all requests
+    (``option``), samples are means over as many requests in a row as are in flight, without ramp-up
+    and ramp-down. Else the only sample follows from the duration. The median time between chunks is
+    that of a step only if each chunk has one token, else the step is 0."""
     check_failed(fields, failed, key)
     if fields.has(speculative):
         raise InputError(f"{fields.place(speculative)}: speculative decoding is unsupported")
     many, completed, duration = (
-        fields.count("max_concurrency"),
+        fields.count("max_concurrency", default=0),
         fields.count("completed"),
         fields.seconds("duration"),
     )
     times, enough, note = request_times(fields), ENOUGH_ROUNDS * many, ""
-    if (blocks := len(times) // many - 2) >= 1:
+    if many and (blocks := len(times) // many - 2) >= 1:
         samples = times[many : many * (blocks + 1)].reshape(-1, many).mean(axis=1)
     else:
         samples = np.array([many * duration / completed])
@@ -285,7 +330,8 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
         note = "" if completed >= enough else short
     tpot, between = fields.time("mean_tpot_ms"), fields.time("mean_itl_ms")
     one_token = tpot > 0.0 and abs(between / tpot - 1.0) <= 0.1
-    return BenchRun(
+    names = (key for key in fields.data if key.endswith("_ms") and not key.startswith("std_"))
+    run = BenchRun(
         fields.source,
         "serve",
         tuple(samples.tolist()),
@@ -297,24 +343,26 @@ def _closed_loop(fields: Fields, failed: int, key: str, speculative: str, option
         ttft_s=fields.time("mean_ttft_ms"),
         tpot_s=tpot,
         step_s=fields.time("median_itl_ms") if one_token else 0.0,
+        percentiles_s={key.removesuffix("_ms"): fields.time(key) for key in names},
         note=note,
     )
+    return _arriving(fields, run)
 
 
 def vllm_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``vllm bench serve --save-result --max-concurrency C``, a closed loop over
-    HTTP (vllm/benchmarks/serve.py, def9ce8; keys were compared for releases 0.11.0 and 0.33.0). The
-    mean time of a request is C x ``duration`` / ``completed`` (Little's law). ``mean_tpot_ms`` is
-    the rest of a request per further token, ``median_itl_ms`` the median time between chunks of all
-    streams. ``--percentile-metrics`` omits ``mean_e2el_ms``, the time of a request, by default."""
-    check_closed_loop(fields)
+    """Return a result of ``vllm bench serve --save-result`` over HTTP, with ``--max-concurrency C``
+    a closed loop, else requests that arrive (vllm/benchmarks/serve.py, def9ce8; keys were compared
+    for releases 0.11.0 and 0.33.0). The mean time of a request of a closed loop is C x ``duration``
+    / ``completed`` (Little's law). ``mean_tpot_ms`` is the rest of a request per further token,
+    ``median_itl_ms`` the median time between chunks of all streams. ``--percentile-metrics`` omits
+    ``mean_e2el_ms``, the time of a request, by default."""
     missing = "failed" not in fields.data
     failed = (
         fields.count("num_prompts") - fields.count("completed")
         if missing
         else fields.count("failed", 0)
     )
-    run = _closed_loop(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
+    run = _over_http(fields, failed, "failed", "spec_decode_num_drafts", "--save-detailed")
     asked = fields.count("num_prompts", default=run.requests)
     short = (
         f"{fields.source}: num_prompts: {asked}, but {run.requests} completed and 0 failed; check"
@@ -325,10 +373,7 @@ def vllm_serve(fields: Fields) -> BenchRun:
         if run.ttft_s and run.tpot_s
         else 0.0
     )
-    request, names = (
-        fields.time("mean_e2el_ms") or whole,
-        (key for key in fields.data if key.endswith("_ms")),
-    )
+    request = fields.time("mean_e2el_ms") or whole
     return replace(
         run,
         tool="vllm bench serve",
@@ -336,26 +381,22 @@ def vllm_serve(fields: Fields) -> BenchRun:
         mean_concurrency=request * run.requests / run.duration_s,
         request_s=request,
         engine=_VLLM_SERVERS.get(fields.text("backend"), ""),
-        percentiles_s={
-            key.removesuffix("_ms"): fields.time(key) for key in names if not key.startswith("std_")
-        },
         note=short if run.requests < asked else run.note,
     )
 
 
 def sglang_serve(fields: Fields) -> BenchRun:
-    """Return a result of ``python -m sglang.bench_serving --max-concurrency C``, a closed loop over
-    HTTP (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as
-    in ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
+    """Return a result of ``python -m sglang.bench_serving`` over HTTP
+    (github.com/sgl-project/sglang, python/sglang/benchmark/serving.py, 00f9ec4). Keys are as in
+    ``vllm bench serve``, from which the script is derived; ``concurrency`` is the mean number of
     requests in flight. ``--output-details`` adds the time and the error of each request."""
-    check_closed_loop(fields)
     errors, backend, server = (
         fields.data.get("errors"),
         fields.text("backend"),
         fields.part("server_info"),
     )
     failed = sum(map(bool, errors)) if isinstance(errors, list) else 0
-    run = _closed_loop(fields, failed, "errors", "accept_length", "--output-details")
+    run = _over_http(fields, failed, "errors", "accept_length", "--output-details")
     note = run.note
     if fields.data.get("dataset_name") == "random" and fields.data.get(
         "random_range_ratio"
@@ -432,11 +473,11 @@ def trtllm_report(fields: Fields) -> BenchRun:
 
 
 def genai_perf(fields: Fields) -> BenchRun:
-    """Return an export of ``genai-perf profile --concurrency C`` or ``aiperf profile --concurrency
-    C``, over HTTP (github.com/triton-inference-server/perf_analyzer, json_exporter.py, 4cc7650 and
-    0f5cc07; github.com/ai-dynamo/aiperf, metrics_json_exporter.py, 047d59d). The mean time of a
-    request is C per ``request_throughput`` (Little's law). ``inter_token_latency`` is the rest of a
-    request per further token, a TPOT."""
+    """Return an export of ``genai-perf profile`` or ``aiperf profile`` with ``--concurrency C`` or
+    ``--request-rate R``, over HTTP (github.com/triton-inference-server/perf_analyzer,
+    json_exporter.py, 4cc7650 and 0f5cc07; github.com/ai-dynamo/aiperf, metrics_json_exporter.py,
+    047d59d). The mean time of a request of a closed loop is C per ``request_throughput`` (Little's
+    law). ``inter_token_latency`` is the rest of a request per further token, a TPOT."""
     tool = (
         "AIPerf"
         if "aiperf_version" in fields.data or "was_cancelled" in fields.data
@@ -450,7 +491,8 @@ def genai_perf(fields: Fields) -> BenchRun:
         sum(one.count("count", default=1) for one in fields.rows("error_summary")) if errors else 0
     )
     check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
-    many, requests = _in_flight(arguments), round(fields.average("request_count"))
+    many, sent, regular = _load(arguments)
+    requests = round(fields.average("request_count"))
     throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
     rate = throughput.seconds("avg")  # positive
     enough = ENOUGH_ROUNDS * many
@@ -458,7 +500,7 @@ def genai_perf(fields: Fields) -> BenchRun:
         f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count"
         f" {enough}"
     )
-    return BenchRun(
+    run = BenchRun(
         fields.source,
         "serve",
         (many / rate if many else request,),
@@ -469,40 +511,61 @@ def genai_perf(fields: Fields) -> BenchRun:
         requests=requests,
         input_tokens=fields.average("input_sequence_length"),
         output_tokens=fields.average("output_sequence_length"),
-        duration_s=fields.average_s("benchmark_duration"),
+        duration_s=fields.average_s("benchmark_duration") or requests / rate,
         request_s=request,
         ttft_s=fields.average_s("time_to_first_token"),
         tpot_s=fields.average_s("inter_token_latency"),
+        percentiles_s={
+            f"{name}_{time}": fields.average_s(key, part)
+            for time, key in (("ttft", "time_to_first_token"), ("tpot", "inter_token_latency"))
+            for name, part in (("median", "p50"), ("p99", "p99"))
+        },
         note=few if 0 < requests < enough else "",
     )
+    if not sent:
+        return run
+    for key in ("request_count", "input_sequence_length", "output_sequence_length"):
+        fields.value(key)
+    start = np.arange(requests) / sent * regular
+    lengths = (np.full(requests, mean) for mean in (run.input_tokens, run.output_tokens))
+    arriving = _requests(start, *lengths)
+    return replace(run, arriving=arriving if regular else arriving.at_rate(sent))
 
 
-def _in_flight(arguments: Fields) -> int:
-    """Return the requests in flight: of the phase (AIPerf), the load generator (before 0.8), the
-    stimulus or arguments (genai-perf); 0 if the export does not state them. InputError for any
+def _load(arguments: Fields) -> tuple[int, float, bool]:
+    """Return the requests in flight, the requests sent per second, and whether they are sent at
+    equal times, not as a Poisson process: of the phase (AIPerf), the load generator (before 0.8),
+    the stimulus or arguments (genai-perf); 0 if the export does not state them. InputError for any
     other load."""
     counted = (p for p in arguments.rows("phases") if not p.data.get("exclude_from_results"))
     phases = [p for p in counted if "warmup" not in (p.data.get("name"), p.data.get("kind"))]
     if phases:
-        types = [phase.text("type") for phase in phases]
+        types, phase = [phase.text("type") for phase in phases], phases[0]
+        if types in (["poisson"], ["constant"]) and not phase.has("concurrency"):
+            return 0, phase.amount("rate", _RATE), types == ["constant"]
         if types != ["concurrency"]:
             place = arguments.place("phases")
             raise InputError(
-                f"{place}: expected one phase of type concurrency, got {', '.join(types)}"
+                f"{place}: expected one phase of type concurrency, or poisson or constant without"
+                f" a concurrency, got {', '.join(types)}"
             )
         # the default of a phase
-        return phases[0].count("concurrency", default=1)
+        return phase.count("concurrency", default=1), 0.0, False
     stimulus = arguments.part("perf_analyzer").part("stimulus")
+    if set(stimulus.data) == {"request_rate"}:
+        # perf_analyzer's --request-distribution is constant by default
+        return 0, stimulus.amount("request_rate", _RATE), True
     if stimulus.data:
         if set(stimulus.data) != {"concurrency"}:
             name = arguments.place("perf_analyzer.stimulus")
             raise InputError(
-                f"{name}: expected concurrency, got {', '.join(map(str, stimulus.data))}"
+                f"{name}: expected concurrency or request_rate, got"
+                f" {', '.join(map(str, stimulus.data))}"
             )
-        return stimulus.count("concurrency")
+        return stimulus.count("concurrency"), 0.0, False
     load = arguments.part("loadgen") if arguments.has("loadgen") else arguments
     check_closed_loop(load)
-    return load.count("concurrency", default=0)
+    return load.count("concurrency", default=0), 0.0, False
 
 
 def _model(given: Fields) -> str:
@@ -616,6 +679,13 @@ def measured(path: str | os.PathLike[str], request: Request) -> MeasuredDense:
 def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
     """Return the time of a pass that one result measured, after comparing its conditions with those
     of a request."""
+    notes = checked(run, request)
+    return MeasuredDense(pass_seconds(run, request), run, notes)
+
+
+def checked(run: BenchRun, request: Request) -> tuple[str, ...]:
+    """Compare the model, devices and number formats of a result with those of a request; return
+    notes on what cannot be compared."""
     model = load_model(request.model)
     notes = [*_model_notes(run, model, request), *([run.note] if run.note else [])]
     if run.devices and run.devices != request.devices:
@@ -627,7 +697,6 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
     ):
         if stated and stated != expected:
             raise InputError(f"{run.source}: {what}: expected {expected}, got {stated}")
-    seconds = pass_seconds(run, request)
     if run.kind == "batch" and not run.concurrency:
         check = (
             f"--batch-size {request.batch} --input-len {request.seq} --output-len"
@@ -637,13 +706,14 @@ def measured_of(run: BenchRun, request: Request) -> MeasuredDense:
             f"{run.source}: {run.tool} states neither batch nor lengths; check that it ran with"
             f" {check}"
         )
-    return MeasuredDense(seconds, run, tuple(notes))
+    return tuple(notes)
 
 
 def pass_seconds(run: BenchRun, request: Request) -> float:
     """Return the time of the pass of a request that a result measured, s; InputError if the result
     has another phase, batch (in ``serve`` the requests in flight) or lengths. What the file does
     not state is not checked."""
+    _check_loop(run)
     phase, batch = request.phase, request.batch
     if run.kind == "batch":
         if phase not in ("prefill", "generate"):
@@ -684,6 +754,7 @@ def request_of(
     flight of serve), ``seq`` (prompt tokens) and ``output`` (output tokens) are what the user
     states: all three for ``vllm bench latency``, one length for ``throughput``, none where the file
     has them."""
+    _check_loop(run)
     in_flight = run.concurrency or (0 if batch else round(run.mean_concurrency))
     stated = {"batch": batch, "seq": seq, "output": output}
     measured = {
@@ -715,6 +786,14 @@ def request_of(
             f"{run.source}: total_output_tokens: expected at least 2 per request, got {out[2]}"
         )
     return phase, out[0], out[1], out[2] - 1
+
+
+def _check_loop(run: BenchRun) -> None:
+    if run.arriving is not None:
+        raise InputError(
+            f"{run.source}: request_rate: expected inf with --max-concurrency, as steps of requests"
+            " that arrive have many batches; use prunesim validate FOLDER for this file"
+        )
 
 
 def _output(request: Request) -> int:

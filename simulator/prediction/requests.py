@@ -43,9 +43,37 @@ def requests_of(models: Sequence[str | Model], settings: Mapping[str, Any]) -> l
             raise InputError(f"{name}: expected at least one")
     single = {name: value for name, value in settings.items() if name not in axes}
     load_engine(single.get("engine", Request.engine))
-    return [
+    requests = [
         Request(**single, **dict(zip(axes, values))) for values in itertools.product(*axes.values())
     ]
+    for request in requests:
+        _check_budget(request)
+    return requests
+
+
+def _check_budget(request: Request) -> None:
+    """Refuse a token budget that the engine does not have in this phase, or that its decode steps
+    exceed."""
+    budget, engine = request.token_budget, load_engine(request.engine)
+    schedule = engine.schedule
+    if budget is None:
+        return
+    if request.phase == "decode":
+        raise InputError("token_budget: expected in prefill, generate or serve, got phase decode")
+    if schedule is None and request.phase == "serve":
+        raise InputError(f"token_budget: expected an engine with a scheduler, got {engine.name}")
+    if schedule is None or request.phase == "prefill":
+        return
+    if schedule.decodes_count and request.batch > budget:
+        raise InputError(
+            f"token_budget: expected at least the {request.batch:,} tokens of a decode step, got"
+            f" {budget:,}"
+        )
+    if request.phase == "serve" and not schedule.chunked and request.seq > budget:
+        raise InputError(
+            f"token_budget: expected at least the prompt of {request.seq:,} tokens, as"
+            f" {engine.name} computes no chunks, got {budget:,}"
+        )
 
 
 def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:

@@ -23,12 +23,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from simulator.arguments import SECONDS, OneOrMore, Range, listed, number
+from simulator.arguments import OneOrMore, Range, listed, number
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import cache_parts, weights_bytes
 from simulator.display import Displayed, by_column
@@ -39,6 +40,8 @@ from simulator.models.library import load_model
 from simulator.models.model import Model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import request_results
+from simulator.prediction.limits import NO_LIMITS, Limits
+from simulator.prediction.load import Load, LoadPoint, LoadService, Simulation, load_service
 from simulator.prediction.notes import (
     dense_notes,
     differences,
@@ -53,7 +56,7 @@ from simulator.prediction.serving import memory_columns, serving
 from simulator.request import MAX_TOKENS, SETTINGS, Request
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
-from simulator.units import ratio, seconds
+from simulator.units import ratio
 from simulator.workload import WorkloadBatch
 
 EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limits", "curve"
@@ -62,6 +65,7 @@ EQUAL, MEMORY, LIMITS, CURVE = "equal concurrency", "equal memory", "within limi
 REFINED = 16  # concurrencies of the second grid, for each model
 # rounds in which the largest concurrencies are found; they hardly change after the second
 ROUNDS = 4
+_PRUNINGS = ("family", "method", "pruned", "prune")
 PRICE = Range(1e-9, 1e9, "a positive price per GPU-hour, such as 2.5")
 
 
@@ -73,35 +77,6 @@ def probability_of(
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
     deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
-
-
-def check_probability(probability: float) -> None:
-    if not 0.0 < probability < 1.0:
-        raise InputError(
-            f"confidence {probability:g}: expected a number between 0 and 1, such as 0.9"
-        )
-
-
-@dataclass(frozen=True)
-class Limits:
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_probability(self.probability)
-        for name, limit in self.named.items():
-            number(name, limit, SECONDS)
-
-    @property
-    def named(self) -> Mapping[str, float]:
-        both = {"ttft": self.ttft_s, "tpot": self.tpot_s}
-        return {name: limit for name, limit in both.items() if limit is not None}
-
-    @property
-    def text(self) -> str:
-        words = {"ttft": "to the first token", "tpot": "per output token"}
-        return " and ".join(f"{seconds(limit)} {words[name]}" for name, limit in self.named.items())
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -194,7 +169,6 @@ class Service(Displayed):
         return f"{first.model} on {first.setting}: {len(self.points)} operating points"
 
 
-NO_LIMITS = Limits()
 # values, and the lower and the upper ends of their intervals
 Triple = tuple[FloatArray, FloatArray, FloatArray]
 
@@ -446,6 +420,7 @@ class _Points:
         meta, i = passes.batch.rows.meta, passes.place(model, concurrency)
         engine, most = load_engine(meta.engine), self.largest[model]
         limit = engine.limit(self.hw.memory_bytes, self.hw.name)
+        engine_limits = (limit.sequences, meta.asked.token_budget) if limit else ()
         pruning = self.prunings[model - 1] if model else None
         return OperatingPoint(
             point=kind,
@@ -465,7 +440,7 @@ class _Points:
             **passes.kept(i, concurrency, fails=bool(kind == LIMITS and most)),
             **self.costs(passes, i, concurrency),
             largest_concurrency=most,
-            limited_by="engine" if limit is not None and most == limit.sequences else "memory",
+            limited_by="engine" if most in engine_limits else "memory",
             weights_bytes=float(passes.bytes_held[0][i]),
             cache_bytes=float(passes.bytes_held[1][i]),
             level=passes.level,
@@ -492,22 +467,23 @@ class Served(Displayed):
 
     services: tuple[Service, ...]
     notes: tuple[str, ...] = ()
+    loads: tuple[LoadService, ...] = ()  # instead of services, if requests arrive
 
     @property
-    def points(self) -> tuple[OperatingPoint, ...]:
-        return tuple(point for service in self.services for point in service.points)
+    def points(self) -> tuple[OperatingPoint | LoadPoint, ...]:
+        steady = (point for service in self.services for point in service.points)
+        return (*steady, *(point for load in self.loads for point in load.points))
 
     def to_dict(self) -> dict[str, Any]:
         return {"points": [point.to_dict() for point in self.points], "notes": list(self.notes)}
 
     def _title(self) -> str:
         first = self.points[0]
-        return (
-            f"{first.model} in {len(self.services)} services: {len(self.points)} operating points"
-        )
+        services = len(self.services) or len(self.loads)
+        return f"{first.model} in {services} services: {len(self.points)} operating points"
 
     def _columns(self) -> Mapping[str, Any]:
-        return by_column([vars(point) for point in self.points])
+        return by_column([point.to_dict() for point in self.points])
 
 
 def serve(
@@ -519,9 +495,20 @@ def serve(
     tpot_s: float | None = None,
     probability: float = 0.5,
     price: float | None = None,
+    rate: float | None = None,
+    requests: int | None = None,
+    trace: str | Path | None = None,
+    length_sd: float = 0.0,
+    goodput: float = 0.99,
+    replicas: int | None = None,
+    seed: int = 0,
+    server: str | Sequence[str] = (),
     **settings: Any,
 ) -> Served:
-    """Compare models in a server: at equal concurrency, at equal memory, and within limits.
+    """Compare models in a server: in a steady state, or for requests that arrive.
+
+    In the steady state they are compared at equal concurrency, at equal memory, and within limits.
+    With ``rate``, ``requests`` or ``trace``, the engine's schedule is simulated.
 
     Parameters
     ----------
@@ -538,11 +525,29 @@ def serve(
         Probability with which the limits must hold, in (0, 1).
     price : float, optional
         Price of a GPU-hour, in any currency.
+    rate : float, optional
+        Requests per second that arrive (Poisson); prompts have ``seq`` tokens, outputs
+        ``new_tokens``.
+    requests : int, optional
+        Number of requests: 1,000 at a rate. Without a rate they arrive at once, or ``concurrency``
+        clients send the next one when the last one ends.
+    trace : str or Path, optional
+        CSV file with the columns ``arrival`` (s), ``prompt`` and ``output`` (tokens).
+    length_sd : float
+        Deviation of the logs of log-normal lengths; 0: fixed lengths.
+    goodput : float
+        Share of the requests that must keep the limits.
+    replicas : int, optional
+        Replicas that a balanced router fills. Default: as many as the limits need at the rate.
+    seed : int
+        Seed of the arrivals and lengths.
+    server : str or list of str
+        Options of the engine's server, such as ``--max-num-seqs 64``.
     **settings
         Prunings as in :func:`simulator.table` (``family``, ``sparsity``, ``method``, ``pruned``,
-        ``prune``, ``options``), and fields of :class:`simulator.Request`, such as ``seq`` (tokens
-        of each prompt), ``new_tokens`` and ``engine`` (one or more), except ``phase``, ``batch``
-        and ``dense_s``.
+        ``prune``, ``options``; default under a load: none), and fields of
+        :class:`simulator.Request`, such as ``seq`` (tokens of each prompt), ``new_tokens`` and
+        ``engine`` (one or more), except ``phase``, ``batch`` and ``dense_s``.
 
     Returns
     -------
@@ -574,13 +579,27 @@ def serve(
         number("price", price, PRICE)
     if settings.get("dense_s") is not None:
         raise InputError("dense time: expected none, as a service has many concurrencies")
+    load = Load(
+        rate=rate,
+        requests=requests,
+        trace=trace,
+        concurrency=max(equal, default=None) if requests is not None else None,
+        length_sd=length_sd,
+        share=goodput,
+        replicas=replicas,
+        seed=seed,
+        options=server,
+    )
+    load.check(len(equal))
     limits, dense = Limits(ttft_s, tpot_s, probability), load_model(model)
     devices = profiles(hardware)
     settings |= {"phase": "serve", "batch": max(equal, default=1)}
-    prunings, requests, skipped = asked([dense], settings)
+    prunings, every, skipped = asked([dense], settings)
+    if load.given and not any(settings.get(name) for name in _PRUNINGS):
+        prunings = ()
     notes = dict.fromkeys((*skipped, *differences([dense], prunings)))
-    servers = _Servers(prunings, equal, limits, price, notes)
-    for request, hw in itertools.product(requests, devices):
+    servers = _Servers(prunings, equal, limits, price, notes, load)
+    for request, hw in itertools.product(every, devices):
         servers.add(request, hw)
     return servers.served()
 
@@ -594,7 +613,9 @@ class _Servers:
     limits: Limits
     price: float | None
     notes: dict[str, None]
+    load: Load
     services: list[Service] = field(default_factory=list)
+    loads: list[LoadService] = field(default_factory=list)
     excluded: Excluded = field(default_factory=Excluded)  # prunings
     without: dict[str, InputError] = field(default_factory=dict)  # engines and devices
 
@@ -607,17 +628,29 @@ class _Servers:
         """Add the service of the prunings that the device can run, or the reason why it cannot."""
         try:
             results = request_results([request], self.prunings, [hw], self.reject)
-            if not len(results):
+            if not len(results) and self.prunings:
                 return
-            service = self.service(request, hw, results)
+            notes = [*uncalibrated(results)]
+            if self.load.given:
+                self.loads.append(self.loaded(request, hw, results))
+            else:
+                service = self.service(request, hw, results)
+                self.services.append(service)
+                notes = [*dense_notes(results, request, [hw]), *_too_many(service), *notes]
         except InputError as error:
-            place = f"{hw.label} in {load_engine(request.engine).name}"
+            some = f" on {request.devices} devices" if request.devices > 1 else ""
+            place = f"{hw.label} in {load_engine(request.engine).name}{some}"
             self.without[f"{place} is excluded: {error}"] = error
             return
-        self.services.append(service)
-        notes = *dense_notes(results, request, [hw]), *_too_many(service), *uncalibrated(results)
         models = (request.model, *(pruning.model for pruning in self.prunings))
         self.notes.update(dict.fromkeys((*overridden(request, models), *notes)))
+
+    def loaded(self, request: Request, hw: HardwareProfile, results: Results) -> LoadService:
+        """Return the models under the load."""
+        prunings = [self.prunings[i] for i in results.pruning.tolist()] if self.prunings else []
+        simulation = Simulation.of(self.load, self.limits, request, hw, prunings)
+        names = [r.pruning for r in results]
+        return load_service(simulation, hw, prunings, names, self.price)
 
     def service(self, request: Request, hw: HardwareProfile, results: Results) -> Service:
         prunings = [self.prunings[i] for i in results.pruning.tolist()]
@@ -637,11 +670,12 @@ class _Servers:
 
     def served(self) -> Served:
         excluded = excluded_lines(self.excluded)
-        if not self.services:
+        if not self.services and not self.loads:
             for error in self.without.values():
                 raise error
             raise InputError(next(iter(excluded), "nothing to predict"))
-        return Served(tuple(self.services), (*self.notes, *self.without, *excluded))
+        notes = (*self.notes, *self.without, *excluded)
+        return Served(tuple(self.services), notes, tuple(self.loads))
 
 
 def _too_many(service: Service) -> list[str]:

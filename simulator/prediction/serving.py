@@ -62,6 +62,9 @@ def _admitted(meta: Lowered, hardware: Sequence[HardwareProfile]) -> IndexArray:
     for i, hw in enumerate(hardware if meta.phase != "prefill" else ()):
         if (limit := engine.limit(hw.memory_bytes, hw.name)) is not None:
             most[i] = limit.sequences
+            # each decoding sequence takes a token of the step
+            if meta.phase == "serve" and engine.schedule and engine.schedule.decodes_count:
+                most[i] = min(limit.sequences, meta.asked.token_budget or limit.tokens)
     return most
 
 

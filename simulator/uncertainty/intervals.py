@@ -125,7 +125,7 @@ class _Pairs:
     of_ratio: FloatArray  # (W,) of the ratio
 
     @classmethod
-    def of(cls, p: PredictedPass, other: IndexArray, relative: BoolArray | None) -> _Pairs:
+    def of(cls, p: PredictedPass, other: IndexArray, relative: BoolArray | None = None) -> _Pairs:
         groups, spent = p.workloads.groups, p.group_s
         each = spent / np.maximum(groups.count, 1e-300)
         equal = np.abs(each - each[other]) <= 1e-9 * each[other]
@@ -197,6 +197,17 @@ def prediction_intervals(
         ratio_upper=np.exp(ratio_upper),
         inferred=inferred,
     )
+
+
+def device_errors(p: PredictedPass, other: IndexArray) -> tuple[FloatArray, FloatArray]:
+    """Return the standard deviations (W,) of the logs of times on the device, and the correlation
+    (W,) of their errors with those of passes ``other``."""
+    pairs, (alike, apart) = _Pairs.of(p, other), _of_engine(p)
+    variance = pairs.variance + alike + apart
+    shared = 0.5 * (pairs.variance + pairs.variance[other] - pairs.of_ratio) + alike
+    same = other == np.arange(len(other))
+    together = np.where(same, 1.0, shared / np.sqrt(variance * variance[other]))
+    return np.sqrt(variance), np.clip(together, 0.0, 1.0)
 
 
 def _of_engine(p: PredictedPass) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def test_many_devices_have_one_row_each(cli: Any) -> None:
     rows = [
         row
         for row in out.splitlines()
-        if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|sglang) +depth at 25 % ", row)
+        if re.match(r"(h100_sxm|a100_sxm_80gb) +(vllm|sglang) +2,048 +depth at 25 % ", row)
     ]
     assert len(rows) == 4
     assert "within limits" in out
@@ -153,10 +153,74 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
     ("options", "says"),
     [
         ("--ttft 5", "the unit is missing"),
-        ("--seq 1k,2k", "--seq '1k,2k': expected one length"),
-        ("--phase decode", "No such option"),
+        ("--phase decode", "server option --phase: expected with a rate, requests or a trace"),
+        ("--token-budget 16 --concurrency 32", "expected at least the 32 tokens of a decode step"),
+        ("--token-budget 16 --engine hf", "token_budget: expected an engine with a scheduler"),
+        ("--rate 5 --max-num-sqs 4", "did you mean --max-num-seqs"),
+        ("--rate 5 --ttf 30ms", "option '--ttf' is unknown; did you mean --ttft?"),
+        ("--rate 5 --engine sglang --max-num-seqs 4", "option of sglang '--max-num-seqs'"),
+        ("--rate 5 --concurrency 4", "concurrency: expected one, with requests"),
+        ("--rate 5 --requests 10M", "requests: expected a whole number from 1 to 1,000,000"),
+        ("--trace missing.csv", "missing.csv: cannot be read: No such file"),
+        ("--rate 5 --token-budget 1", "tokens of a step: expected at least 2"),
+        ("--timeline out.png", "--timeline: expected with --rate"),
         ("--new-tokens 0", "new_tokens: expected at least 1"),
     ],
 )
 def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:
     assert says in cli.refused(f"{LINE} {options}")
+
+
+LOAD = "serve llama-3.1-8b --hardware h100 --seq 1024 --new-tokens 128 --requests 200"
+
+
+def test_how_many_gpus_a_rate_needs(cli: Any) -> None:
+    out = " ".join(
+        cli.out(
+            f"{LOAD} --rate 60 --ttft 300ms --tpot 30ms --tp 1,2 --prune 'depth 0.25' --price 2.5"
+        ).split()
+    )
+    assert re.match(
+        r"At 60 requests/s within 300 ms to the first token and 30.0 ms per output token for 99 %"
+        r" of the requests, the dense model needs \d+ h100_sxm",
+        out,
+    )
+    assert "With depth at 25 %, the 99th percentile is" in out
+    assert re.search(r"one replica serves 1\.\dx|one replica serves \d\.\d\dx", out)
+    assert re.search(r"dense \d+ x 1 .* dense \d+ x 2", out)
+
+
+def test_a_queue_that_cannot_drain_is_the_first_sentence(cli: Any) -> None:
+    out = cli.out(f"{LOAD} --rate 500 --max-num-seqs 16")
+    assert out.startswith("The queue of the dense model cannot drain: 500 requests/s arrive,")
+
+
+def test_the_records_of_a_load_have_equal_keys(cli: Any) -> None:
+    line = f"{LOAD} --rate 10 --prune 'depth 0.25'"
+    records = json.loads(cli.out(f"{line} --json"))
+    assert [record["pruning"] for record in records] == ["", "depth at 25 %"]
+    assert list(records[0]) == list(records[1])
+    assert records[0]["latency_ratio"] is None
+    assert records[1]["latency_ratio_lower"] < records[1]["latency_ratio"]
+    cli.out(f"{line} --csv out.csv --figure rate.png")
+    with open("out.csv", newline="") as file:
+        assert [float(row["ttft_p99"]) for row in csv.DictReader(file)] == [
+            record["ttft_p99"] for record in records
+        ]
+
+
+def test_a_trace_and_a_timeline(cli: Any, tmp_path: Any) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival,prompt,output\n" + "".join(f"{i / 4},512,64\n" for i in range(20)))
+    out = cli.out(f"serve llama-3.1-8b --hardware h100 --trace {trace} --timeline line.svg")
+    assert "20 requests at 4.21/s (trace.csv)" in out
+    with open("line.svg") as file:
+        assert "decodes" in file.read()
+
+
+def test_several_lengths_have_a_table_each(cli: Any) -> None:
+    out = cli.out(
+        "serve llama-3.1-8b --hardware h100 --seq 512,2048 --prune 'depth 0.25' --concurrency 4"
+    )
+    assert "(seq 512 + 128 new)" in out
+    assert "(seq 2048 + 128 new)" in out

@@ -17,6 +17,7 @@ from streamlit.testing.v1 import AppTest
 
 import simulator
 from simulator.explore import app
+from simulator.prediction.load_sentences import load_columns, of_loads
 from simulator.prediction.speedup_sentences import of_speedups
 
 PAGE = Path(app.__file__)
@@ -384,3 +385,28 @@ def test_a_typed_path_is_never_opened(opened: list[str], line: str) -> None:
     good(at.text_area(key="prune").set_value(line.replace("{}", path)).run())
     assert "expected no plan or method file" in at.error[0].value
     assert path not in opened
+
+
+def test_requests_that_arrive_at_a_rate() -> None:
+    asked = {"model": "llama-3.1-8b", "by": "text", "prune": "depth 0.25", "phase": "serve"}
+    at = page(**asked, rate="5", ttft="300ms", seq="1024")
+    (load,) = simulator.serve(
+        "llama-3.1-8b",
+        "h100",
+        rate=5.0,
+        ttft_s=0.3,
+        prune="depth 0.25",
+        seq=1024,
+        new_tokens=int(at.session_state.new_tokens),
+    ).loads
+    assert all(sentence in texts(at) for sentence in of_loads([load]))
+    shown = at.dataframe[0].value
+    assert shown["model"].tolist() == ["dense", "depth at 25 %"]
+    cells = load_columns(load.points)
+    assert {name: shown[name].tolist() for name in cells} == cells
+    assert texts(at).count("data:image/svg+xml") == 1
+    assert at.code[0].value.startswith("prunesim serve llama-3.1-8b --hardware h100_sxm")
+    assert "--rate 5" in at.code[0].value
+    assert "expected phase serve" in page(rate="5", sparsity="0.5", family=["depth"]).error[0].value
+    many = page(phase="serve", rate="5").error[0].value
+    assert "expected at most 8 predictions, got 28; see prunesim serve" in many

@@ -202,3 +202,40 @@ def test_a_model_named_with_markup_is_harmless_in_figures_too(
     assert page.harmless
     assert page.elements.count("svg") == 3
     assert hostile_model.name in page.text
+
+
+LOAD = "llama-3.1-8b --hardware h100 --rate 5 --ttft 300ms --tpot 30ms --prune 'depth 0.25'"
+
+
+def test_a_report_at_a_rate_has_the_answer_and_the_table_of_serve(tmp_path: Path, cli: Any) -> None:
+    html = written(tmp_path, f"{LOAD} --phase serve")
+    cli.capsys.readouterr()
+    page = Page(html)
+    assert page.harmless
+    assert page.elements.count("svg") == 1
+    header, dense, pruned = page.rows
+    assert dense[:2] == ["dense", "1 x 1"]
+    printed = " ".join(cli.out(f"serve {LOAD}").split())
+    assert (
+        " ".join(page.text[page.text.index("At 5 req") : page.text.index("Model")].split())
+        in printed
+    )
+    for row in (dense, pruned):
+        assert row[header.index("first token\n99 %")] in printed
+    lines = Page(html[html.index("<pre>") : html.index("</pre>")]).text.splitlines()
+    assert [line.split()[1] for line in lines] == ["serve", "report"]
+    assert cli.out(lines[0].removeprefix("prunesim ")) == cli.out(f"serve {LOAD}")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--rate 5", "expected phase serve"),
+        ("--phase serve --tpot 30ms", "expected a rate"),
+        ("--phase serve --rate 5 --concurrency 8", "expected no concurrency"),
+        ("--phase serve --rate 5 --dense-time 1s", "dense time: expected none"),
+        ("--phase serve --rate 5 --engine hf", "hf: expected an engine with a scheduler"),
+    ],
+)
+def test_what_a_rate_cannot_have_is_refused(cli: Any, words: str, reason: str) -> None:
+    assert reason in cli.refused(f"report llama-3.1-8b --hardware h100 {words} -o r.html")

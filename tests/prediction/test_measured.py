@@ -26,6 +26,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tables import rows_of
 
@@ -143,7 +144,11 @@ vllm_serve.json        | decode 16 1024                           | {} | half of
 vllm_serve.json        | decode 16 1088                           | {"mean_itl_ms": 40.0} | median time between tokens
 vllm_serve.json        | serve 16 1024                            | {"request_rate": 4.0} | request_rate: expected inf
 vllm_serve.json        | serve 16 1024                            | {"failed": 2} | failed: expected 0 requests, got 2
-vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null} | max_concurrency: expected a value, got null
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null} | request_rate: expected inf with --max-concurrency
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null, "request_rate": 5} | as steps of requests that arrive have many batches
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null, "request_rate": 5, "burstiness": 0.5} | burstiness: expected a Poisson process
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null, "request_rate": -1} | request_rate: expected a positive number of requests
+vllm_serve.json        | serve 16 1024                            | {"max_concurrency": null, "input_lens": [5, 6]} | input_lens: expected 160 of whole numbers
 vllm_serve.json        | serve 16 1024                            | {"spec_decode_num_drafts": 4} | speculative decoding is unsupported
 vllm_serve.json        | serve 16 1024                            | {"mean_tpot_ms": 2.0} | in flight on average: expected 11.2 to 16.8, got 4.7
 vllm_latency.json      | decode 8 1024                            | {} | phase: expected generate or prefill for vllm bench
@@ -157,9 +162,10 @@ aiperf.json            | serve 16 1024                            | {"was_cancel
 aiperf.json            | serve 16 1024                            | {"request_latency": {"unit": "min", "avg": 0.03}} | latency.unit: expected one of ns, us
 genai_perf.json        | serve 1 550 127                          | {"inter_token_latency": {"avg": 8.0}} | latency.unit: expected one of ns, us
 aiperf.json            | serve 16 1024                            | {"error_summary": [{"count": 3}]} | error_summary: expected 0 requests, got 3
-aiperf.json            | serve 16 1024                            | {"input_config": {"phases": [{"name": "a", "type": "poisson"}]}} | got poisson
+aiperf.json            | serve 16 1024                            | {"input_config": {"phases": [{"name": "a", "type": "gamma"}]}} | got gamma
 aiperf.json            | serve 16 1024                            | {"input_config": {"loadgen": {"request_rate": 5.0}}} | loadgen.request_rate: expected inf
-genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}} | perf_analyzer.stimulus: expected concurrency, got request
+genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}} | request_count: expected a value, got no such key
+genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"session": 2.0}}}} | stimulus: expected concurrency or request_rate, got session
 genai_perf.json        | prefill 1 550                            | {"time_to_first_token": null} | time to first token: expected
 """
 """Files, what is asked, changes of the file, and what does not match."""
@@ -185,7 +191,7 @@ def test_what_does_not_match_is_refused(
         ('{"results": []}', "expected a result of vllm bench latency, throughput or serve, SGLang"),
         ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
         ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
-        ('{"median_e2e_latency_ms": 5.0}', "max_concurrency: expected a value, got no such key"),
+        ('{"median_e2e_latency_ms": 5.0}', "completed: expected a value, got no such key"),
         (
             '{"elapsed_time": NaN, "num_requests": 4}',
             "elapsed_time: expected a positive time in seconds",
@@ -299,3 +305,56 @@ def test_a_file_instead_of_a_time_on_the_command_line(cli: Any) -> None:
     assert after["dense_s"] == pytest.approx(seconds, rel=0.02)
     width = [math.log(r["dense_upper"] / r["dense_lower"]) for r in (before, after)]
     assert width[1] < 0.2 * width[0]
+
+
+RATE = {"max_concurrency": None, "request_rate": 5.0}
+POISSON = {"name": "profiling", "type": "poisson", "rate": 8.0, "requests": 160}
+STIMULUS = {"stimulus": {"request_rate": 2.0}}
+
+
+def _arriving(tmp_path: Path, name: str, changes: dict[str, Any]) -> Any:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**_load(name), **changes}), encoding="utf-8")
+    return read_bench(file)
+
+
+def test_requests_that_arrive_are_those_of_the_file(tmp_path: Path) -> None:
+    listed = {"start_times": [7.5, 7.0, 9.0, 8.0] * 40, "input_lens": [5, 6, 7, 8] * 40}
+    run = _arriving(tmp_path, "vllm_serve.json", {**RATE, **listed})
+    sent = run.arriving
+    assert sent.arrival.tolist() == [0.0] * 40 + [0.5] * 40 + [1.0] * 40 + [2.0] * 40
+    assert (sent.prompt[0], sent.prompt[40], sent.output[0]) == (6, 5, 129)
+    assert (run.percentiles_s["median_ttft"], run.percentiles_s["p99_ttft"]) == (0.199, 0.212)
+    assert run.note == ""
+
+
+def test_times_of_arrival_that_a_file_lacks_are_drawn(tmp_path: Path) -> None:
+    run = _arriving(tmp_path, "vllm_serve.json", RATE)
+    assert run.arriving.arrival[-1] == pytest.approx(160 / 5)
+    assert "times of arrival are drawn; --save-detailed" in run.note
+    at_once = _arriving(tmp_path, "vllm_serve.json", {"max_concurrency": None})
+    assert set(at_once.arriving.arrival) == {0.0}
+    assert at_once.note == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "last", "equal"),
+    [
+        ("aiperf.json", {"input_config": {"phases": [POISSON]}}, 20.0, False),
+        ("aiperf.json", {"input_config": {"phases": [{**POISSON, "type": "constant"}]}}, 20.0, 1),
+        (
+            "genai_perf.json",
+            {"input_config": {"perf_analyzer": STIMULUS}, "request_count": {"avg": 20}},
+            10.0,
+            True,
+        ),
+    ],
+)
+def test_rates_of_genai_perf_and_aiperf(
+    tmp_path: Path, name: str, changes: dict[str, Any], last: float, equal: bool
+) -> None:
+    run = _arriving(tmp_path, name, changes)
+    waits = np.diff(run.arriving.arrival)
+    assert (waits.std() < 1e-9) == equal
+    assert run.arriving.arrival[-1] == pytest.approx(last - equal * waits[0])
+    assert 0.0 < run.percentiles_s["median_tpot"] < run.percentiles_s["p99_tpot"]

@@ -273,6 +273,8 @@ def test_a_budget_and_a_cached_prefix_reach_the_service() -> None:
     assert at(cached, MEMORY, 0).tokens_per_s > 1.2 * at(plain, MEMORY, 0).tokens_per_s
     small = one(seq=4096, token_budget=512)
     assert at(small, MEMORY, 0).tokens_per_s < at(plain, MEMORY, 0).tokens_per_s
+    tiny = at(one(seq=512, token_budget=3), MEMORY, 0)
+    assert (tiny.concurrency, tiny.limited_by) == (3, "engine")
 
 
 def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -> None:

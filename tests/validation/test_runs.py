@@ -10,12 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import simulator
 from calibration.validation.runs import evaluate
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
+VLLM = Path(__file__).parents[2] / "docs" / "cpu" / "vllm"
 H100 = {"hardware": "h100", "batch": 8, "seq": 1024, "new_tokens": 128}
 
 
@@ -99,6 +101,31 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) ->
     rows = cli.json(line)
     assert len(rows) == 12
     assert {bool(row["reason"]) == (row["predicted_s"] is None) for row in rows} == {True}
+
+
+def test_requests_that_arrive_at_a_rate_are_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    """Runs of vLLM on a CPU, whose front end is faster than that of the engine's file."""
+    lines = (VLLM / "rates.json").read_text().splitlines()
+    dense = [line for line in lines if '"dense"' in line and '"max_concurrency": null' in line]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "dense.json").write_text("\n".join(dense))
+    monkeypatch.chdir(tmp_path)
+    words = f"validate runs --model smollm2-135m --hardware {VLLM / 'rates.yaml'}"
+    rows = cli.json(words)
+    names = ["run", "ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99"]
+    assert [(row["source"], row["time"]) for row in rows] == [
+        (f"dense.json:{line}", name) for line in range(1, len(dense) + 1) for name in names
+    ]
+    assert {(row["phase"], row["batch"], row["seq"], row["new_tokens"]) for row in rows} == {
+        ("serve", 200, 128, 33)
+    }
+    assert sum(row["inside"] for row in rows) >= 0.9 * len(rows)
+    assert np.median([abs(row["error"]) for row in rows]) < 0.1
+    out, err = cli(words)
+    assert out.startswith(f"Predicted times of {len(dense)} runs in runs (vllm on cpu): median")
+    assert "the server is assumed to have default options" in err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ PUBLISHED: Mapping[str, Path] = {
     "speedups": FOLDER / "published_speedups.csv",
     "collectives": FOLDER / "published_collectives.csv",
     "serving": FOLDER / "serving.csv",
+    "at_once": FOLDER / "at_once.csv",
+    "steady": FOLDER / "steady.csv",
 }
 
 

@@ -1,0 +1,352 @@
+"""Published runs of servers next to simulated schedules: requests that are sent at once
+(``vllm bench serve``), servers whose queue is never empty (ML.ENERGY), and a fixed number of
+requests in flight, which the steady-state law predicts too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from calibration.evidence.measurements import published
+from calibration.evidence.published import serving_workload
+from calibration.validation.scoring import Comparison, score_of, table
+from simulator.arrays import FloatArray
+from simulator.hardware.library import load_hardware
+from simulator.models.library import load_model
+from simulator.prediction.table import speedups
+from simulator.request import MAX_TOKENS, Request
+from simulator.serving.arrivals import Lengths, Requests, Traffic
+from simulator.serving.schedule import simulate
+from simulator.serving.served import Served, weighted_quantile
+from simulator.serving.server import Server
+from simulator.serving.steps import TYPICAL, Errors, StepTables, step_tables
+
+Row = Mapping[str, str]
+Quantities = Mapping[str, float]
+
+PROMPT_LOG_SD, OUTPUT_LOG_SD = 1.0, 0.7
+"""Standard deviations of the logs of ShareGPT's lengths, chosen on the runs of an A100."""
+MOST_PROMPT, MOST_TOTAL, FEWEST = 1024, 2048, 4
+"""Range of the tokens of ShareGPT's requests (vLLM, vllm/benchmarks/datasets.py)."""
+PROMPTS: Mapping[str, int] = {"lm-arena-chat": 150, "gpqa": 300, "sourcegraph-fim": 400}
+"""Assumed mean tokens of ML.ENERGY's prompts, whose lengths are not published."""
+ROUNDS = 4  # requests per sequence of a steady state; the first and the last round do not count
+CLOSED_ROUNDS = 10  # requests per client with a fixed number in flight (assumed)
+ENDS = tuple(
+    Errors(**{name: side}) for name in ("kernels", "passes", "work") for side in (1.0, -1.0)
+)
+"""Ends of the errors of kernels, and of the host per pass and per sequence."""
+WORST = 10
+_SYSTEM = ("engine", "version", "model", "hardware", "devices", "parallel", "weight_dtype")
+QUANTITIES: Mapping[str, str] = {
+    "tokens_per_s": "tokens/s",
+    "ttft_s": "first token",
+    "tpot_s": "per token",
+}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model on a server, and the requests that it runs."""
+
+    request: Request
+    hardware: str
+    server: Server
+    requests: Requests
+
+    @property
+    def tables(self) -> StepTables:
+        longest = int((self.requests.prompt + self.requests.output).max())
+        # powers of two, so that runs share tables
+        sizes = [
+            2 ** math.ceil(math.log2(size)) for size in (longest, max(len(self.requests), 1024))
+        ]
+        return _tables(self.request, self.hardware, self.server, *sizes)
+
+    def run(self, errors: Errors = TYPICAL) -> Served:
+        return simulate(self.requests, self.tables.at(0, errors), self.server)
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    request: Request, hardware: str, server: Server, longest: int, requests: int
+) -> StepTables:
+    return step_tables(request, load_hardware(hardware), server, longest, requests)
+
+
+def request_of(row: Row, engine: str) -> Request:
+    """Return the model and the number formats of a run. A GPU without fp8 arithmetic computes in 16
+    bits with narrow weights."""
+    weight = row.get("weight_dtype", "bf16")
+    return Request(
+        model=row["model"],
+        engine=engine,
+        devices=int(row["devices"]),
+        parallel=row["parallel"] or "tensor",
+        dtype="fp8" if weight == "fp8_block" else "bf16",
+        weight_dtype=weight,
+        kv_dtype="bf16",
+    )
+
+
+def at_once(row: Row) -> Scenario:
+    prompt, output = (Lengths(float(row[name])) for name in ("seq", "new_tokens"))
+    most = MAX_TOKENS
+    if row["lengths"] == "sharegpt":
+        prompt = Lengths(prompt.mean, PROMPT_LOG_SD, FEWEST, MOST_PROMPT)
+        output, most = Lengths(output.mean, OUTPUT_LOG_SD, FEWEST, MOST_TOTAL), MOST_TOTAL
+    clients = int(row["concurrency"]) if row["concurrency"] else None
+    traffic = Traffic(prompt, output, int(row["requests"]), concurrency=clients, most_total=most)
+    engine, options = row["engine"], row["options"]
+    if engine == "vllm" and row["version"]:
+        # with this option, the host is that of the releases that have it by default
+        engine = "vllm@async" if "--async-scheduling" in options else f"vllm@{row['version']}"
+    server = Server.of(engine, load_hardware(row["hardware"]), options)
+    return Scenario(request_of(row, engine), row["hardware"], server, traffic.draw())
+
+
+def steady(row: Row, prompts: float = 1.0) -> Scenario:
+    """Return a server that runs the average number of sequences of a run all the time, with
+    sampled requests; ``prompts`` scales the assumed lengths."""
+    sequences = round(float(row["batch"]))
+    prompt = Lengths(prompts * PROMPTS[row["task"]], PROMPT_LOG_SD, FEWEST)
+    output = Lengths(float(row["new_tokens"]), OUTPUT_LOG_SD, FEWEST)
+    requests = Traffic(prompt, output, ROUNDS * sequences).draw()
+    options = f"--max-num-seqs {sequences} --max-num-batched-tokens 8192 --api-server-count 3"
+    server = Server.of("vllm@async", load_hardware(row["hardware"]), options, sampled=True)
+    return Scenario(request_of(row, "vllm@async"), row["hardware"], server, requests)
+
+
+def compare_at_once(left_out: bool = False) -> list[Comparison]:
+    """Return tokens/s, and medians of the time to the first token and per further token, s, of
+    requests that are sent at once. Equal commands are one case, whose median counts.
+    ``left_out``: the runs that no score counts."""
+    rows = [row for row in published("at_once") if bool(row["left_out"]) == left_out]
+    return [c for case in cases(rows) for c in _compare(case, at_once(case[0]), _at_once)]
+
+
+def compare_steady() -> list[Comparison]:
+    """Return median times between tokens, s, of servers whose queue is never empty."""
+    return [c for row in published("steady") for c in _compare([row], steady(row), _steady)]
+
+
+def cases(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return runs of equal commands and lengths together."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        names = ("engine", "model", "hardware", "weight_dtype", "command", "requests", "seq")
+        return tuple(row[name] for name in names)
+
+    return [list(case) for _, case in groupby(sorted(rows, key=key), key)]
+
+
+def _at_once(run: Served) -> Quantities:
+    values = run.tokens_per_s, float(np.median(run.ttft)), float(np.nanmedian(run.tpot))
+    return dict(zip(QUANTITIES, values, strict=True))
+
+
+def _steady(run: Served) -> Quantities:
+    """Return the median time between tokens while all sequences run and requests wait."""
+    first, steps = np.sort(run.first), run.steps[0]
+    sequences = len(first) // ROUNDS
+    start, seconds, count, decodes = (
+        np.array(column) for column in (steps.start, steps.seconds, steps.count, steps.sequences)
+    )
+    inside = (start >= first[sequences]) & (start <= first[-sequences])
+    tokens = (decodes * count)[inside]
+    return {"between_tokens_s": weighted_quantile(seconds[inside], tokens, 0.5)}
+
+
+def _compare(
+    case: Sequence[Row], scenario: Scenario, quantities: Callable[[Served], Quantities]
+) -> list[Comparison]:
+    """Return the comparisons of a case; the interval combines the errors of kernels and of the host
+    as a root of sum of squares of logs."""
+    row = case[0]
+    typical, *ends = (quantities(scenario.run(errors)) for errors in (TYPICAL, *ENDS))
+    lengths = f"{row.get('task') or row.get('lengths')} {row.get('batch') or row.get('seq')}"
+    out = []
+    for name, value in typical.items():
+        logs = np.log([end[name] / value for end in ends])
+        below, above = (np.sqrt(np.square(np.maximum(side * logs, 0)).sum()) for side in (-1, 1))
+        out.append(
+            Comparison(
+                what=f"{row['model']} {row.get('weight_dtype', '')}".rstrip(),
+                where=", ".join(filter(None, [lengths, row.get("command"), row["parallel"]])),
+                measured=float(np.median([float(one[name] or "nan") for one in case])),
+                predicted=value,
+                lower=float(value * np.exp(-below)),
+                upper=float(value * np.exp(above)),
+                source=name,
+                reason=row.get("left_out") or row.get("reason", ""),
+                engine=row.get("engine", "vllm"),
+                gpu=row["hardware"],
+            )
+        )
+    return out
+
+
+class Closed(NamedTuple):
+    """Measured times of a run with a fixed number of requests in flight, s, and those of the
+    steady-state law and of the simulation."""
+
+    engine: str
+    model: str
+    tpot: tuple[float, float, float]
+    ttft: tuple[float, float, float]
+
+
+def compare_closed() -> list[Closed]:
+    """Return the serving runs of the steady-state law, also simulated: all clients start at once
+    and send their next request when the last one ends."""
+    out = []
+    for row in sorted(published("serving"), key=itemgetter(*_SYSTEM)):
+        served = None if row["left_out"] else serving_workload(row)
+        if served is None:
+            continue
+        workload, hw = served
+        (law,) = speedups(workload, [workload], hw)
+        assert law.dense_tpot_s is not None
+        assert law.dense_ttft_s is not None
+        prompt, output = (Lengths(float(row[name])) for name in ("seq", "new_tokens"))
+        clients = int(row["concurrency"])
+        traffic = Traffic(prompt, output, CLOSED_ROUNDS * clients, concurrency=clients)
+        request = replace(workload.meta.asked, phase="decode", token_budget=None)
+        server = Server.of(request.engine, hw)
+        longest = int(row["seq"]) + int(row["new_tokens"])
+        if not server.chunked:
+            server = replace(server, tokens=max(server.tokens, longest))
+        run = Scenario(request, row["hardware"], server, traffic.draw()).run()
+        tpot = float(row["tpot_s"]), law.dense_tpot_s, float(np.nanmean(run.tpot))
+        ttft = float(row["ttft_s"]), law.dense_ttft_s, float(run.ttft.mean())
+        out.append(Closed(row["engine"], row["model"], tpot, ttft))
+    return out
+
+
+def sampler_line() -> str:
+    """Return the time of vLLM's sampler, fitted to the expert-parallel runs, which no score
+    counts."""
+    without, words, measured = [], [], []
+    for row in published("steady"):
+        if row["parallel"]:
+            scenario, batch = steady(row), round(float(row["batch"]))
+            tables = replace(scenario.tables, sampler=(0.0, 0.0))
+            context = PROMPTS[row["task"]] + 0.5 * float(row["new_tokens"])
+            without.append(tables.at().decode(batch, context))
+            words.append(batch * load_model(row["model"]).vocab)
+            measured.append(float(row["between_tokens_s"]))
+    steps, entries, times = (np.array(column) for column in (without, words, measured))
+
+    def error(value: float) -> float:
+        return float(np.square(np.log((steps + value * entries) / times)).sum())
+
+    value = minimize_scalar(error, bounds=(0.0, 1e-8), method="bounded", options={"xatol": 1e-13})
+    return f"vllm: sampler {1e9 * value.x:.2f} ns per entry of the vocabulary"
+
+
+def schedule_tables() -> list[str]:
+    """Return the tables of ``docs/generated/serving.md`` in their order."""
+    counted, excluded, steadily = compare_at_once(), compare_at_once(True), compare_steady()
+    names = [(), ("engine",), ("engine", "gpu"), ("gpu",)]
+    lines = [line for name in names for line in _at_once_lines(counted, name)]
+    worst = sorted(counted, key=lambda c: -abs(np.log(c.predicted / c.measured)))
+    cells = [
+        [
+            *(c.engine, c.gpu, c.what, c.where, QUANTITIES[c.source]),
+            f"{c.predicted / c.measured:.2f}",
+            c.reason or "not known",
+        ]
+        for c in {(c.engine, c.gpu, c.what, c.where): c for c in reversed(worst)}.values()
+    ]
+    apart = [
+        [reason, *line]
+        for reason in dict.fromkeys(c.reason for c in excluded)
+        for line in _at_once_lines([c for c in excluded if c.reason == reason], ("engine",))
+    ]
+    headers = [f"{text}: {part}" for text in QUANTITIES.values() for part in ("error", "inside")]
+    where = ["engine", "GPU", "model", "requests"]
+    return [
+        table(["rows", "cases", *headers], lines),
+        table(
+            [*where, "what", "predicted / measured", "cause"],
+            cells[::-1][:WORST],
+            (0, 1, 2, 3, 4, 6),
+        ),
+        table(["why", "engine", "cases", *headers], apart, left=(0, 1)),
+        _steady_table(steadily),
+        _closed_table(compare_closed()),
+    ]
+
+
+def _at_once_lines(rows: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
+    """Return a line per group: its cases, median errors and coverage of each quantity."""
+    groups: dict[str, list[Comparison]] = {}
+    for c in rows:
+        groups.setdefault(", ".join(getattr(c, name) for name in names) or "all", []).append(c)
+    out = []
+    for name, some in groups.items():
+        scores = [score_of([c for c in some if c.source == quantity]) for quantity in QUANTITIES]
+        cells = [
+            _percent(s[key] + 0 * s["median"]) for s in scores for key in ("median", "coverage")
+        ]
+        out.append([name, str(len(some) // len(QUANTITIES)), *cells])
+    return out
+
+
+def _steady_table(rows: Sequence[Comparison]) -> str:
+    doubled = [_steady(steady(row, 2.0).run())["between_tokens_s"] for row in published("steady")]
+    longer = [replace(c, predicted=value) for c, value in zip(rows, doubled, strict=True)]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, (c, row) in enumerate(zip(rows, published("steady"), strict=True)):
+        for task in ("all", row["task"]):
+            groups.setdefault((c.gpu, row["parallel"] or "one or tensor", task), []).append(i)
+    cells = []
+    for key, members in sorted(groups.items()):
+        s, twice = (score_of([some[i] for i in members]) for some in (rows, longer))
+        errors = [s["median"], s["median bias"], s["coverage"], twice["median"]]
+        cells.append([*key, str(len(members)), *map(_percent, errors)])
+    header = [
+        "GPU",
+        "parallel",
+        "task",
+        "runs",
+        "error",
+        "bias",
+        "inside",
+        "error, prompts doubled",
+    ]
+    return table(header, cells, left=(0, 1, 2))
+
+
+def _closed_table(rows: Sequence[Closed]) -> str:
+    cells = []
+    for names in (("engine",), ("engine", "model")):
+        groups: dict[tuple[str, ...], list[Closed]] = {}
+        for r in rows:
+            groups.setdefault(tuple(getattr(r, name) for name in names), []).append(r)
+        for key, some in sorted(groups.items()):
+            errors = [
+                _percent(float(np.median(np.abs(_ratios(some, what)[:, i] - 1.0))))
+                for what in ("tpot", "ttft")
+                for i in (1, 2)
+            ]
+            cells.append([*key, *[""] * (2 - len(key)), str(len(some)), *errors])
+    per, first = ("per token: law", "simulation"), ("first token: law", "simulation")
+    return table(["engine", "model", "runs", *per, *first], cells, left=(0, 1))
+
+
+def _ratios(rows: Sequence[Closed], what: str) -> FloatArray:
+    times = np.array([getattr(row, what) for row in rows])
+    return np.asarray(times / times[:, :1])
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.1f} %"
