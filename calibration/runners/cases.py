@@ -42,6 +42,7 @@ from simulator.prediction.result import Result
 from simulator.prediction.table import speedup
 from simulator.pruning import FamilyStep, Pruner
 from simulator.pruning._steps import in_order
+from simulator.pruning.described.description import Description
 from simulator.request import SETTINGS, Name, Request
 from simulator.units import percent
 from simulator.workload import Workload
@@ -178,6 +179,11 @@ class Case:
             "predicted_lower": s.lower,
             "predicted_upper": s.upper,
         }
+
+
+def description_of(step: FamilyStep) -> Description | None:
+    """Return the description of what a method of a file changes per token; None for a family."""
+    return getattr(step.family.function, "description", None)
 
 
 def _digest(content: object) -> str:

@@ -33,7 +33,15 @@ from calibration.measure.run import (
 from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.records.timing_table import Row
-from calibration.runners.cases import ENOUGH, Case, CaseRow, ModelRun, Runner, predicted_speedup
+from calibration.runners.cases import (
+    ENOUGH,
+    Case,
+    CaseRow,
+    ModelRun,
+    Runner,
+    description_of,
+    predicted_speedup,
+)
 from calibration.runners.runs import begin
 from calibration.validation.scoring import errors, spearman
 from calibration.validation.validate import verdict_of
@@ -45,9 +53,11 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.prediction.benchmarks import BenchRun, pass_seconds
 from simulator.units import ratio, seconds
 
-# engine files of our decoder in plain PyTorch, and of Transformers under torch.compile
-EXECUTED, COMPILED = (
-    str(resources.files(__package__) / name) for name in ("executed.yaml", "compiled.yaml")
+# engine files of our decoder in plain PyTorch (with families, and with methods of files) and of
+# Transformers under torch.compile
+EXECUTED, STATED, COMPILED = (
+    str(resources.files(__package__) / f"{name}.yaml")
+    for name in ("executed", "stated", "compiled")
 )
 
 
@@ -405,12 +415,14 @@ def _measured(record: Mapping[str, Any]) -> Row:
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
     """Return a case with the launches of the library's version. Our decoder has those of eager
-    Transformers in a decode step without a CUDA graph on a GPU, else the sum of its operators."""
+    Transformers in a decode step without a CUDA graph on a GPU, else the sum of its operators. A
+    method of a file states each kernel that it adds, so none of them consists of several."""
     if not case.dense.meta.engine:
         host_bound = (
             record["runtime"] == "eager" and case.phase == "decode" and hw.architecture != "cpu"
         )
-        return case.run_in("hf" if host_bound else EXECUTED)
+        ours = STATED if any(map(description_of, case.steps)) else EXECUTED
+        return case.run_in("hf" if host_bound else ours)
     engine = load_engine(case.dense.meta.engine)
     version = str(record.get("versions", {}).get(engine.name, ""))
     return (

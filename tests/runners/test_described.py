@@ -4,6 +4,8 @@ products against the predicted rows, refusals, and the recorded runs."""
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,9 @@ def test_recorded_runs_agree_with_predictions() -> None:
         (case,), _ = cases_of(record["model"], {**settings, "engine": "", "prune": [text]})
         rows += rows_of([case], [{**record, "key": name_of(case, "fp32")}], hw, dtype="fp32")
     found = summary(rows)
-    assert len(rows) == len(store.rows) >= 16
+    half_widths = [math.sqrt(row.predicted_upper / row.predicted_lower) - 1.0 for row in rows]
+    assert len(rows) == len(store.rows) == 33
     assert {row.family for row in rows} == {"skip-mlp", "share-channels"}
-    assert found["median"] < 0.08
-    assert 0.85 <= found["inside"] <= 0.95
+    assert found["median"] < 0.05
+    assert found["inside"] > 0.85
+    assert statistics.median(half_widths) < 0.15

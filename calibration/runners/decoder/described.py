@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from calibration.runners.decoder.families import best, scattered
 from calibration.runners.decoder.model import Decoder, Mlp, PassState, Projection, Rule
 from simulator.errors import InputError
-from simulator.pruning import Family
 from simulator.pruning.described.description import Addition, Change, Description
 from simulator.pruning.described.expressions import Expression
 
@@ -74,11 +73,6 @@ _RULES = {
     ),
 }
 _NAMES = ("hidden", "inner", "s")  # sizes that a share and the outputs of a router may name
-
-
-def description_of(family: Family) -> Description | None:
-    """Return the description of a family that a file describes; None for others."""
-    return getattr(family.function, "description", None)
 
 
 def check_method(about: Description) -> None:

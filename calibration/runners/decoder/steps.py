@@ -7,7 +7,8 @@ from inspect import signature
 
 import numpy as np
 
-from calibration.runners.decoder.described import check_method, description_of, with_method
+from calibration.runners.cases import description_of
+from calibration.runners.decoder.described import check_method, with_method
 from calibration.runners.decoder.families import DYNAMIC, STATIC, different, prune_decoder
 from calibration.runners.decoder.model import Decoder
 from simulator.errors import InputError, unknown
@@ -16,7 +17,7 @@ from simulator.pruning import FamilyStep
 
 def prune_by_steps(decoder: Decoder, steps: Sequence[FamilyStep]) -> Decoder:
     for step in steps:
-        if (about := description_of(step.family)) is not None:
+        if (about := description_of(step)) is not None:
             decoder = with_method(decoder, about, step.sparsity)
         else:
             decoder = prune_decoder(
@@ -35,7 +36,7 @@ def check_steps(steps: Sequence[FamilyStep]) -> None:
                 " before"
             )
         dynamic = name if step.family.dynamic else dynamic
-        if (about := description_of(step.family)) is not None:
+        if (about := description_of(step)) is not None:
             check_method(about)
         elif reason := _lacking(step):
             raise InputError(f"{name}: {reason}" if len(steps) > 1 else reason)

@@ -531,6 +531,8 @@ _NAME = Text(pattern="[A-Za-z0-9][A-Za-z0-9.:-]{0,59}", right="letters, digits, 
 
 def _description(found: dict[str, Any]) -> Description:
     name, by_layer = found.pop("method"), _by_layer(found)
+    if {*found.get("phases", ())} >= {*PASSES}:  # generate and serve consist of both passes
+        found["phases"] = PHASES
     made = Description(name, by_layer=by_layer, **found)
     if not (made.prune or made.dynamic or made.adds):
         raise InputError("expected prune, dynamic or adds, got none of them")

@@ -327,3 +327,9 @@ def test_mutated_files_have_an_answer_or_one_line(many: int, tmp_path: Path) -> 
             answers += pruned is not None and bool(np.isfinite(pruned.flops).all())
     assert 0 < answers < many
     assert longest < 0.3  # measured: 0.03 s with the imports
+
+
+def test_a_method_of_both_passes_is_one_of_every_phase() -> None:
+    both = {"method": "m", "phases": ["decode", "prefill"], "dynamic": {"mlp": {"m": 0.5}}}
+    assert Description.of(both).phases == PHASES
+    assert Description.of({**both, "phases": ["decode"]}).phases == ("decode",)
