@@ -38,9 +38,9 @@ from simulator.models.lower import lower
 from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.requests import dense_seconds
-from simulator.prediction.serving import prefill_passes
 from simulator.prediction.table import speedups
 from simulator.pruning import prune
+from simulator.serving.steady import prefill_passes
 from simulator.uncertainty.forward import forward_passes, ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted

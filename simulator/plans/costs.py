@@ -31,8 +31,8 @@ from simulator.plans.variants import SUBLAYERS, joined, part_of, text_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import compare
 from simulator.prediction.requests import check_measured, on, profiles, requests_of, setting
-from simulator.prediction.serving import memory_columns
 from simulator.request import Request
+from simulator.serving.steady import memory_columns
 from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import intervals

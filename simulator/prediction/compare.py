@@ -25,8 +25,8 @@ from simulator.prediction.batch import Reject, batch_of, rejecting
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.requests import by_budget
 from simulator.prediction.result import COLUMNS, Results, texts
-from simulator.prediction.serving import memory_columns, serving
 from simulator.request import Request
+from simulator.serving.steady import memory_columns, serving
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import Inferred, prediction_intervals
 from simulator.workload import WorkloadBatch, sums

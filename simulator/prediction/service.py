@@ -52,8 +52,8 @@ from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, exc
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.result import Results
 from simulator.prediction.runnable import Runnable, runnable
-from simulator.prediction.serving import memory_columns, serving
 from simulator.request import MAX_TOKENS, SETTINGS, Request
+from simulator.serving.steady import memory_columns, serving
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import PredictionIntervals, prediction_intervals
 from simulator.units import ratio
