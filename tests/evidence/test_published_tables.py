@@ -57,7 +57,8 @@ def test_every_row_is_whole_and_names_its_source(name: str) -> None:
     assert rows
     assert all(None not in r and None not in r.values() and r["source"] for r in rows)
     assert all(value == value.strip() and value.isascii() for r in rows for value in r.values())
-    assert len({tuple(r.values()) for r in rows}) == len(rows)
+    # runs of one command can have the same numbers
+    assert name == "at_once" or len({tuple(r.values()) for r in rows}) == len(rows)
 
 
 def test_unknown_tables_are_refused() -> None:

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "cpu" / "vllm"
 RUNS: list[dict[str, Any]] = [
     json.loads(line) for line in (FOLDER / "rates.json").read_text().splitlines()
 ]
-FRONT = FrontEnd(0.0065, 0.0, 0.0, "")  # as in test_recorded.py
+FRONT = FrontEnd(0.0065, 0.0, 0.0, "")  # as in test_recorded_servers.py
 MODELS = {"dense": "", "depth": "depth 0.3", "mlp": "width mlp=0.5"}
 NUMBERS = {
     "tokens_per_s": ("output_throughput", 1.0),
