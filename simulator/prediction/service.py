@@ -564,7 +564,7 @@ def serve(
     --------
     >>> import simulator
     >>> found = simulator.serve("llama-3.1-8b", "h100", prune="depth 0.25", tpot_s=0.02)
-    >>> for point in found.points:
+    >>> for point in found.services[0].points:
     ...     print(f"{point.point}: {point.name} at {point.concurrency}")
     equal concurrency: dense at 214
     equal concurrency: depth at 25 % at 214

@@ -80,7 +80,7 @@ def test_every_key_is_read(of_text: Any) -> None:
         what="channels of the MLP, by a router",
         arxiv="2310.17157",
         sparsities=(0.5, 0.75),
-        phases=("prefill", "decode"),
+        phases=PHASES,
         layers=layers("4:-2"),
         by_layer=ByLayer((e("s * layer / layers"),)),
         prune=(
