@@ -31,6 +31,7 @@ MAX_TOKENS = 2**31 - 1
 
 # at 2 the busiest expert has 40,000 times the load of the least busy
 SKEW = Range(0.0, 2.0, "a number from 0 (equal use of experts) to 2")
+WATTS = Range(1.0, 1e5, "a power in watts from 1 to 1e5")
 PREFIX = Range(0.0, float(MAX_TOKENS), "tokens, or a share of the prompt below 1")
 
 
@@ -168,6 +169,10 @@ def _seconds(given: str) -> float:
     return parse_quantity(given, "s")
 
 
+def _watts(given: str) -> float:
+    return parse_number(given.strip().removesuffix("W"))
+
+
 _TOKENS, _FORMAT = Whole(MAX_TOKENS, "64"), Name(DTYPES)
 
 
@@ -224,6 +229,9 @@ class Request:
         Level of the intervals, in (0, 1).
     dense_s : float, optional
         Measured time of the dense model's pass, s.
+    power_limit : float, optional
+        Power limit of each device, W, at most that of the datasheet, the default. Clocks fall, and
+        memory keeps its speed.
     positions : int
         Tokens of each sequence that a decode step computes together; more than 1 when it checks
         drafted tokens.
@@ -375,6 +383,14 @@ class Request:
             "Measured time of the dense model in this request, such as 18.6ms.",
             "--dense-time",
             "Measured dense time",
+        ),
+    ] = None
+    power_limit: Annotated[
+        float | None,
+        Setting(
+            Real(WATTS, "450", _watts),
+            "WATTS",
+            "Power limit of each device, such as 450. Default: the datasheet's.",
         ),
     ] = None
     positions: Annotated[int, None] = 1

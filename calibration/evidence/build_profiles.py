@@ -214,13 +214,16 @@ def make(
         rows = section.provenance.rows if section.provenance else 0
         lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{error}")
     lines += [f"{name}: {note}" for note in fit.notes]
-    if (wheel is None or operators) and recipe.tables:
+    if recipe.tables:
+        every = wheel is None or bool(operators)
         try:
             before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
             kept = {
-                key: section for key, section in before.items() if key not in fit.profile.sections
+                key: section
+                for key, section in before.items()
+                if key not in fit.profile.sections and (every or key[0] == "power")
             }
-            why = "not selected" if operators else "its rows are in the wheel"
+            why = "not selected" if operators else "its rows are not in these tables"
             lines += [f"{name} {' '.join(key)}: kept, {why}" for key in kept]
         except InputError as error:  # the file may have constants that no model has now
             lines.append(

@@ -27,6 +27,7 @@ from calibration.evidence.pages import (
     engine_tables,
     filled,
 )
+from calibration.evidence.power import write_sections
 from calibration.evidence.published import host_lines
 from calibration.evidence.schedules import sampler_line, schedule_tables
 from calibration.evidence.sets import SETS, Row, evaluate_sets
@@ -45,6 +46,8 @@ def printed(options: argparse.Namespace) -> str:
         return table(["set", "held out"], sets, left=(0, 1))
     if options.names == ["hosts"]:
         return "\n".join([*host_lines(), sampler_line()])
+    if options.names == ["power"]:
+        return "\n".join(write_sections())
     rows = scored(options, options.names)
     return accuracy_text(rows, rows).rstrip()
 
@@ -99,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m calibration.evidence", description=(__doc__ or "").split("\n\n")[1]
     )
     parser.add_argument(
-        "names", nargs="*", help="sets (default: all), list, hosts, pages PAGE or models NAME"
+        "names",
+        nargs="*",
+        help="sets (default: all), list, hosts, power, pages PAGE or models NAME",
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")

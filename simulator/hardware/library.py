@@ -186,7 +186,7 @@ def inheriting(profile: HardwareProfile, related: HardwareProfile) -> HardwarePr
     sibling = alike and abs(math.log(profile.sm_count / related.sm_count)) < NEARLY
     same = [(hw.link.kind, hw.link.connection) for hw in (profile, related) if hw.link]
     linked = len(same) == 2 and same[0] == same[1]
-    known = (*labels(profile.rates), "runtime", *(["collective"] if linked else []))
+    known = (*labels(profile.rates), "runtime", "power", *(["collective"] if linked else []))
     stacks = {name: dict(own) for name, own in profile.stacks.items()}
     for name, sections in related.stacks.items():
         keys = [key for key in sections if (key[0] if key[0] in ANY_DTYPE else key[1]) in known]

@@ -27,7 +27,7 @@ from simulator.operators.attention import DECODE_KERNELS
 from simulator.operators.base import ENGINE_STACK, OTHER_STACK, SAME_STACK, FittedValues, Link, Rate
 from simulator.units import rate, size
 
-ANY_DTYPE: tuple[str, ...] = ("runtime", "collective")
+ANY_DTYPE: tuple[str, ...] = ("runtime", "power", "collective")
 """Operators whose section is the same for all number formats; its dtype is "*"."""
 
 SECTION_OF: Mapping[tuple[str, str], str] = MappingProxyType(

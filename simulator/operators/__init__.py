@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simulator.operators.attention import DecodeAttention, PrefillAttention
-from simulator.operators.base import RUNTIME_CONSTANTS, Constants, Operator
+from simulator.operators.base import POWER_CONSTANTS, RUNTIME_CONSTANTS, Constants, Operator
 from simulator.operators.collective import Collective
 from simulator.operators.delta_net import DeltaNet
 from simulator.operators.elementwise import Elementwise
@@ -48,7 +48,7 @@ _WRITTEN_FIRST = (
 )
 CONSTANTS: Mapping[str, Constants] = (
     {section: _BY_SECTION[section] for section in _WRITTEN_FIRST}
-    | {"runtime": RUNTIME_CONSTANTS}
+    | {"runtime": RUNTIME_CONSTANTS, "power": POWER_CONSTANTS}
     | _BY_SECTION
 )
 """Constants of each section of a profile, in the order of a file."""

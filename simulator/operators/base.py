@@ -583,6 +583,10 @@ def read_constants(operator: str) -> tuple[Mapping[str, Constants], Mapping[str,
 RUNTIME_CONSTANTS = read_constants("runtime")[0]["runtime"]
 """Constants of launches, gaps and clocks of a device and its software, section "runtime"."""
 
+_POWER = read_constants("power")
+POWER_CONSTANTS, POWER_ERRORS = _POWER[0]["power"], _POWER[1]["power"]
+"""Shares of the power limit that a device draws, section "power", and their errors."""
+
 
 class Formats(NamedTuple):
     """Number formats of some rows, and the choice of 2:4 kernels by their engine."""
@@ -624,6 +628,10 @@ class Operator(ABC):
     def flops(self, w: Rows) -> Any:
         """FLOPs, those on zeros included."""
         return 0.0
+
+    def executed_flops(self, w: Rows) -> Any:
+        """FLOPs that the device executes, those of empty rows of tiles included."""
+        return self.flops(w)
 
     @abstractmethod
     def bytes(self, w: Rows) -> Any:

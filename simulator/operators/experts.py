@@ -419,6 +419,13 @@ class Experts(Operator):
         """6NK per token and expert in use; 4NK without a gate projection."""
         return (4.0 + 2.0 * w.gated) * w.m * w.n * w.k * w.active
 
+    def executed_flops(self, w: Rows) -> Any:
+        """Those of whole tiles: a Hopper tensor core multiplies at least 64 rows."""
+        m, experts, active = (np.asarray(c, np.float64) for c in (w.m, w.experts, w.active))
+        tiles = drawn_load(m, experts, active, w.skew).tiles[1]
+        rows = np.maximum(tiles * TILES[1], m * active)
+        return (4.0 + 2.0 * w.gated) * rows * w.n * w.k
+
     def bytes(self, w: Rows) -> Any:
         """Weights in use, input and output."""
         return self.weight_bytes(w) + 2.0 * DTYPE_BYTES[w.dtype] * w.m * w.k

@@ -22,6 +22,7 @@ from simulator.models.lower import NumberFormats, cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
 from simulator.prediction.batch import Reject, batch_of, rejecting
+from simulator.prediction.energy import energy_columns
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.requests import by_budget
 from simulator.prediction.result import COLUMNS, Results, texts
@@ -78,6 +79,7 @@ def compare(
         "uncalibrated_share": default_share,
         **served,
         **{f"dense_{name}": column[dense] for name, column in served.items()},
+        **energy_columns(p, times, level, dense),
     }, times.inferred
 
 

@@ -74,6 +74,14 @@ class Result(Displayed):
         Time to first token of the dense model, s.
     dense_tpot_s, dense_tpot_lower, dense_tpot_upper : float or None
         Time per further token of the dense model, s.
+    dense_watts, pruned_watts : float
+        Mean power of one device during a pass, W; host and cooling are excluded.
+    dense_joules, dense_joules_lower, dense_joules_upper : float
+        Energy of a pass of the dense model on all devices, J, with the ends of its interval.
+    pruned_joules, pruned_joules_lower, pruned_joules_upper : float
+        Energy of a pass of the pruned model on all devices, J, with the ends of its interval.
+    energy_saved, energy_saved_lower, energy_saved_upper : float
+        Share of the dense model's energy that the pruning saves, with the ends of its interval.
     pruned : str
         Name of the existing pruned model, else "".
     measured_bound : float or None
@@ -173,6 +181,17 @@ class Result(Displayed):
     dense_tpot_s: float | None
     dense_tpot_lower: float | None
     dense_tpot_upper: float | None
+    dense_watts: float
+    dense_joules: float
+    dense_joules_lower: float
+    dense_joules_upper: float
+    pruned_watts: float
+    pruned_joules: float
+    pruned_joules_lower: float
+    pruned_joules_upper: float
+    energy_saved: float
+    energy_saved_lower: float
+    energy_saved_upper: float
     pruned: str
     measured_bound: float | None
     efficiency: float

@@ -32,6 +32,7 @@ from simulator.passes import (
     refusal,
     streams,
 )
+from simulator.power import CAP_LOG_SD, Power, Work
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -51,7 +52,7 @@ from simulator.uncertainty.operators import (
 )
 from simulator.workload import Workload, WorkloadBatch, sums
 
-_HOST, _LAUNCH = map(BOTTLENECKS.index, ("host", "launch"))
+_HOST, _LAUNCH, _COMPUTE = map(BOTTLENECKS.index, ("host", "launch", "compute"))
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
 _CHUNK = 64  # few enough for the second-level cache
 
@@ -95,6 +96,8 @@ class PredictedPass:
     host: Host
     errors: Errors  # errors of one execution of the main kernel of each distinct shape of the batch
     level: float  # level of the intervals of :attr:`time`
+    # (W,) log of the time under a power limit over the time without; None without a limit
+    slower: FloatArray | None = None
 
     @property
     def gap_s(self) -> FloatArray:
@@ -137,6 +140,22 @@ class PredictedPass:
     def device_share(self) -> FloatArray:
         """Share (W,) of the time that follows the device."""
         return np.asarray(self._typical[1].sum(axis=1) / np.maximum(self.total_s, 1e-300))
+
+    @cached_property
+    def work(self) -> Work:
+        """What the passes do on one device, by phase."""
+        return Work.of(self.workloads, self.hw, self.row_s, self.bottleneck_of_row, self.phase_s)
+
+    def cap_variances(self, other: IndexArray) -> tuple[FloatArray, FloatArray]:
+        """Return the variances (W,) that a power limit adds to the logs of times, and of their
+        ratios to the times of passes ``other``: half of what the limit changes, and where it binds
+        at least 15 % at 90 % (assumed)."""
+        if self.slower is None:
+            none = np.zeros(len(self.workloads))
+            return none, none
+        least = np.where(self.slower > 0.0, CAP_LOG_SD, 0.0)
+        change = self.slower - self.slower[other]
+        return np.maximum(least, 0.5 * self.slower) ** 2, (0.5 * change) ** 2
 
     @property
     def ideal_s(self) -> FloatArray:
@@ -291,7 +310,7 @@ def forward_passes(
     streamed = streams(workloads, engine, hw)
     gap = gaps(workloads, engine, hw, launched)
     row_s = each["seconds"][which] * workloads.rows.count * streamed
-    return PredictedPass(
+    p = PredictedPass(
         workloads=workloads,
         hw=hw,
         engine=engine,
@@ -304,6 +323,20 @@ def forward_passes(
         errors=errors,
         level=level,
     )
+    limit = workloads.rows.meta.asked.power_limit
+    return p if limit is None else _under(p, limit)
+
+
+def _under(p: PredictedPass, limit: float) -> PredictedPass:
+    """Return passes on devices with a lower power limit."""
+    rows = p.workloads.rows
+    bound, every = Power.of(p.hw, limit).slowed(p.work, p.hw.power_w)
+    place = p.workloads.owner, rows.phase
+    factor = np.where(p.bottleneck_of_row == _COMPUTE, bound[place], every[place])
+    row_s = p.row_s * factor
+    group_s = p.workloads.groups.sums(row_s) + p.group_gap_s
+    slowed = replace(p, row_s=row_s, group_s=group_s)
+    return replace(slowed, slower=np.log(slowed.total_s / p.total_s))
 
 
 def _shape_times(

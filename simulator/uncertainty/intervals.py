@@ -136,7 +136,9 @@ class _Pairs:
         mixed = ~(groups.count == groups.count[other]).all(axis=1)
         mix = 2.0 * MEASURED_LOG_SD**2 + np.where(mixed, MIXED_LOG_SD**2, 0.0)
         mix = np.where((same == 1.0).all(axis=1), 0.0, mix)
-        return cls(p, other, same, mix, *p.uncertainty.variances(other, same))
+        variances = p.uncertainty.variances(other, same)
+        capped = p.cap_variances(other)
+        return cls(p, other, same, mix, *(a + b for a, b in zip(variances, capped)))
 
     def variances(self, hosts: _Hosts) -> tuple[FloatArray, FloatArray]:
         """Return the variances (h, W) of the logs of times and of ratios at each host."""

@@ -1,0 +1,68 @@
+"""Fit the power of a device to measured powers and the work that took them."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from simulator.arrays import FloatArray
+from simulator.hardware.profile import (
+    Fitted,
+    HardwareProfile,
+    Provenance,
+    Section,
+    default_section,
+)
+from simulator.power import PARTS, Work
+
+NOISE_LOG_SD = 0.06
+"""Log standard deviation of one measured power around the four parts."""
+PRIOR_LOG_SD = {"idle": 0.3, "active": 1.0, "memory": 1.0, "compute": 1.0}
+"""Log standard deviations of the defaults as a prior; no measured row is idle, so only the prior
+knows the idle power well."""
+FURTHER = 0.5
+"""Prior of the power, as a share of the limit, of kernels outside the model."""
+NEAR_LIMIT = 0.93
+"""Share of the power limit from which a device may have lowered its clocks; such rows are left
+out."""
+
+
+def fit_power(
+    hw: HardwareProfile,
+    work: Work,
+    watts: FloatArray,
+    provenance: Provenance,
+    further: FloatArray | None = None,
+) -> tuple[Section, float]:
+    """Return the section ``power`` fitted to mean powers (W,), and the power, as a share of the
+    limit, of kernels outside the model that run for the shares ``further`` (W,) of the time."""
+    section = default_section("power", hw.architecture)
+    # all phases of a pass together draw its mean power
+    time = np.maximum(work.time.sum(axis=1), 1e-300)
+    parts = [time, *(part.sum(axis=1) for part in (work.busy, work.memory, work.compute))]
+    share = np.stack([part / time for part in parts], axis=1)
+    beside = np.zeros(len(watts)) if further is None else further
+    used = watts < NEAR_LIMIT * hw.power_w
+    start = np.array([section[name] for name in PARTS])
+    wide = np.array([PRIOR_LOG_SD[name] for name in PARTS])
+
+    def residuals(logs: FloatArray) -> FloatArray:
+        predicted = share @ np.exp(logs[:-1]) + beside * np.exp(logs[-1])
+        error = np.log(predicted * hw.power_w / watts)[used] / NOISE_LOG_SD
+        prior = (logs - np.log([*start, FURTHER])) / [*wide, 1.0]
+        # heavy tails: a host that stalls is no error of the power
+        return np.concatenate([np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1)), prior])
+
+    found = least_squares(residuals, np.log([*start, FURTHER]))
+    values = np.exp(found.x)
+    deviation = np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
+    constants = {
+        name: Fitted(float(value), float(value * sd), "fitted")
+        for name, value, sd in zip(PARTS, values, deviation)
+    }
+    fitted = Section(
+        MappingProxyType(constants), status="calibrated", provenance=provenance, stack=""
+    )
+    return fitted, float(values[-1])
