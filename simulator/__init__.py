@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from simulator.prediction.table import speedup as speedup
     from simulator.prediction.table import speedups as speedups
     from simulator.prediction.table import table as table
+    from simulator.prediction.tariff import Energy as Energy
+    from simulator.prediction.tariff import Tariff as Tariff
     from simulator.pruning import FAMILIES as FAMILIES
     from simulator.pruning import prune as prune
     from simulator.pruning._family import Choice as Choice
@@ -80,6 +82,7 @@ else:
         "prediction.draft": "draft",
         "prediction.explain": "Step waterfall",
         "prediction.sweep": "sweep",
+        "prediction.tariff": "Energy Tariff",
         "models.model": "Model",
         "models.library": "list_models load_model",
         "models.lower": "lower",

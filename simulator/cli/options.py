@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cached_property, wraps
 from importlib import import_module
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
@@ -20,6 +20,9 @@ from simulator.cli.parsing import checked, fractions, integers, names, settings
 from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 from simulator.request import SETTINGS, Flag, Setting, Whole
+
+if TYPE_CHECKING:
+    from simulator.prediction.tariff import Tariff
 
 # option or argument -> place of the names for shell completion
 NAMES: Mapping[str, str] = {
@@ -198,6 +201,34 @@ class Prunings:
 
 
 @dataclass(frozen=True)
+class Metered:
+    energy: Annotated[
+        bool, opt("--energy", None, "Also show energy: joules per token, energy saved, watts.")
+    ] = False
+    electricity: Annotated[
+        float | None, opt("--electricity", "X", "Price of a kWh, for the cost; implies --energy.")
+    ] = None
+    carbon: Annotated[
+        float | None, opt("--carbon", "X", "CO2 per kWh, g, for carbon; implies --energy.")
+    ] = None
+    pue: Annotated[
+        float | None,
+        opt("--pue", "X", "Energy with cooling over energy of servers; implies --energy."),
+    ] = None
+    host_watts: Annotated[
+        float | None, opt("--host-watts", "X", "Power of the host per GPU, W; implies --energy.")
+    ] = None
+
+    @property
+    def tariff(self) -> Tariff | None:
+        """What energy costs, if energy is requested."""
+        from simulator.prediction.tariff import PRICES, Tariff
+
+        given = {name: value for name in PRICES if (value := getattr(self, name)) is not None}
+        return Tariff(**given) if given or self.energy else None
+
+
+@dataclass(frozen=True)
 class Output:
     json: Json = False
     csv: Annotated[
@@ -346,7 +377,7 @@ def run_options(*chosen: str, others: bool = False, **defaults: str | None) -> A
 
 
 RUN: Run = run_options(*SETTINGS, others=True)  # the options of every request, with their defaults
-DEVICES, PRUNINGS, OUTPUT = Devices(), Prunings(), Output()
+DEVICES, PRUNINGS, METERED, OUTPUT = Devices(), Prunings(), Metered(), Output()
 
 
 def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

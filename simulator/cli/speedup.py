@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from simulator.prediction.result import Result, Results
     from simulator.prediction.runnable import Runnable
     from simulator.prediction.speedup_sentences import BreakEven
+    from simulator.prediction.tariff import Tariff
 
 # most sentences on break-even; of more prunings only the fastest is stated
 MOST_SENTENCES = 8
@@ -41,6 +42,7 @@ def speedup(
     memory: Annotated[
         bool, opt("--memory", None, "Also show memory against the device's capacity.")
     ] = False,
+    metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Predict how much faster a pruned model is.
@@ -51,9 +53,11 @@ def speedup(
     --pruned, existing models are compared with the dense one.
     """
     output = render.Output(out.json, out.csv, [out.figure])
+    from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
     from simulator.prediction.table import table
 
+    tariff = metered.tariff
     asked, profiles = run.asked(model, devices, prunings), devices.profiles
     found = table(model, profiles, **prunings.parsed(), **asked.settings)
     # --family prints no "will it run" lines; --json has them
@@ -62,19 +66,38 @@ def speedup(
         from simulator.prediction.runnable import runnables
 
         answers = runnables(found, profiles if prunings.named else ())
-    if output.write([{**r.to_dict(), **answer.to_dict()} for r, answer in zip(found, answers)]):
-        _print(found, answers if prunings.named else (), memory, out.verbose)
+    rows = [
+        {**r.to_dict(), **answer.to_dict(), **_energy(r, tariff)}
+        for r, answer in zip(found, answers)
+    ]
+    if output.write(rows):
+        _print(found, answers if prunings.named else (), memory, tariff, out.verbose)
     if out.figure:
+        from simulator.figures.energy import energies_of
         from simulator.figures.speedup import speedups_of
         from simulator.figures.style import save_figure
 
-        save_figure(speedups_of([replace(r, family=r.name) for r in found]), out.figure)
+        named = [replace(r, family=r.name) for r in found]
+        save_figure(energies_of(named, tariff) if tariff else speedups_of(named), out.figure)
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
-    render.notes((*asked.notes, *defaults, *found.notes), out.verbose)
+    render.notes((*asked.notes, *energy_notes(tariff), *defaults, *found.notes), out.verbose)
 
 
-def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: bool) -> None:
+def _energy(r: Result, tariff: Tariff | None) -> dict[str, Any]:
+    from simulator.prediction.tariff import Energy
+
+    return {} if tariff is None else Energy.of(r, tariff).to_dict()
+
+
+def _print(
+    found: Results,
+    answers: Sequence[Runnable],
+    memory: bool,
+    tariff: Tariff | None,
+    verbose: bool,
+) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
+    from simulator.prediction.energy_sentences import of_energy
     from simulator.prediction.runnable import runs_clause
     from simulator.prediction.speedup_sentences import break_even, of_speedups
 
@@ -88,10 +111,11 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
         # the longest: a budget of tokens may keep all of the first
         last = [runs.get(b.results[-1]) for b in even]
         stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
-        render.conclude(*(f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)))
+        answer = [f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)]
     else:
         clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
-        render.conclude(*of_speedups(found.rows, clauses))
+        answer = of_speedups(found.rows, clauses)
+    render.conclude(*answer, *(of_energy(found.rows, tariff) if tariff else ()))
     if over:
         _print_over(even)
     if not over or verbose or memory or found[0].new_tokens:
@@ -100,6 +124,8 @@ def _print(found: Results, answers: Sequence[Runnable], memory: bool, verbose: b
         _print_tables([replace(r, family=r.name) for r in found], memory)
         level = render.percent(found[0].level)
         print(f"\ntimes and speedups with {level} intervals; bounds exclude work that pruning adds")
+    if tariff:
+        _print_energy(found.rows, tariff)
     if answers:
         _print_parts(found, answers)
 
@@ -360,6 +386,26 @@ def _serving_columns(results: Sequence[Result]) -> list[render.Column]:
             ("largest batch\nthat fits", lambda row: f"{row[3]:,}"),
         ),
     ]
+
+
+def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
+    from simulator.prediction.energy_sentences import energy_table
+    from simulator.prediction.requests import batch_name
+
+    fields = ("model", "hardware", "engine", "phase", "batch", "seq")
+    names = [
+        render.Column(batch_name(results[0].phase) if name == "batch" else name, cells)
+        for name in fields
+        if len({*(cells := [str(getattr(r, name)) for r in results])}) > 1
+    ]
+    names.append(render.Column("pruning", [r.pruning for r in results], right=False))
+    left = [render.Column(*column) for column in energy_table(results, tariff).items()]
+    title = f"energy per {'prompt token' if results[0].phase == 'prefill' else 'new token'}"
+    while left:  # a table holds as many columns as fit
+        shown = render.narrowed([*names, *left], len(names) + 1)
+        print()
+        render.show(shown, title)
+        left, title = left[len(shown) - len(names) :], ""
 
 
 def _print_memory(results: Sequence[Result]) -> None:

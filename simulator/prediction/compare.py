@@ -22,7 +22,7 @@ from simulator.models.lower import NumberFormats, cached_tokens
 from simulator.operators import TITLES
 from simulator.operators.base import BOTTLENECKS
 from simulator.prediction.batch import Reject, batch_of, rejecting
-from simulator.prediction.energy import energy_columns
+from simulator.prediction.energy import REASONS, energy_columns
 from simulator.prediction.prunings import Pruning, removed_parts, sizes
 from simulator.prediction.requests import by_budget
 from simulator.prediction.result import COLUMNS, Results, texts
@@ -46,10 +46,10 @@ def compare(
     batch: WorkloadBatch, hw: HardwareProfile, level: float = 0.9, dense_s: float | None = None
 ) -> tuple[dict[str, Array], Inferred | None]:
     """Return the columns of a result that follow from times, one entry per workload of a batch
-    (``bottleneck`` is an index into ``BOTTLENECKS``, ``uncalibrated`` has one bit per entry of
-    ``TITLES``), on one device; and what is inferred from a measured time. ``level`` is the level of
-    the intervals, ``dense_s`` a measured time of the first workload. Raises InputError for a
-    workload that cannot run."""
+    (``bottleneck`` and ``energy_reason`` are indices into ``BOTTLENECKS`` and ``REASONS``,
+    ``uncalibrated`` has one bit per entry of ``TITLES``), on one device; and what is inferred from
+    a measured time. ``level`` is the level of the intervals, ``dense_s`` a measured time of the
+    first workload. Raises InputError for a workload that cannot run."""
     p, dense = forward_passes(batch, hw, level), batch.dense
     times = prediction_intervals(p, level, dense, dense_s)
     served = serving(p, times, level)
@@ -106,6 +106,7 @@ def results_of(
         name: np.concatenate([part[name] for _, _, part in timed])[order] for name in timed[0][2]
     }
     columns["bottleneck"] = texts(BOTTLENECKS, columns["bottleneck"])
+    columns["energy_reason"] = texts(REASONS, columns["energy_reason"])
     columns["uncalibrated"] = _names(columns["uncalibrated"])
     columns |= _identity(batch, prunings, rows, requests)
     columns |= memory_columns(batch, rows, hardware, device)
@@ -212,6 +213,7 @@ def _identity(
         "parallel": meta.parallel,
         "new_tokens": meta.new_tokens,
         "devices": meta.devices,
+        "power_limit": np.nan if (limit := requests[0].power_limit) is None else limit,
         "ideal": requests[0].ideal,
         "level": requests[0].level,
         "measured_bound": np.nan,

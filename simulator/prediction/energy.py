@@ -10,13 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simulator.arrays import FloatArray, IndexArray
-from simulator.power import Power
+from simulator.arrays import Array, FloatArray, IndexArray
+from simulator.power import PARTS, Power
 from simulator.uncertainty.factors import level_scale
 from simulator.uncertainty.forward import PredictedPass
 from simulator.uncertainty.intervals import PredictionIntervals
 
-_NORMAL_90 = 1.645  # half-width of a 90 % interval over the standard deviation
+REASONS = (*PARTS, "limit", "equal")
+"""Why the share of energy that a pruning saves differs from that of the time: the part of the
+energy with the largest effect, the power limit, or no difference."""
+
+NORMAL_90 = 1.645  # half-width of a 90 % interval over the standard deviation
+EQUAL = 0.005  # difference of two shares that counts as none
 _WITH_TIME = 2  # of PARTS, the first are paid while time passes
 
 
@@ -71,11 +76,11 @@ class PassEnergy:
 
 def energy_columns(
     p: PredictedPass, times: PredictionIntervals, level: float, dense: IndexArray
-) -> dict[str, FloatArray]:
+) -> dict[str, Array]:
     """Return the columns of a result about the energy of a pass on all devices."""
     found = PassEnergy.of(p, times.seconds)
     joules, loadings = found.joules, found.loadings
-    half = _NORMAL_90 * level_scale(level)
+    half = NORMAL_90 * level_scale(level)
     of_power = half * np.sqrt(np.square(loadings).sum(axis=0))
     lower, upper = (
         joules * np.exp(side * np.hypot(of_power, found.with_time * np.log(end / times.seconds)))
@@ -104,4 +109,18 @@ def energy_columns(
         "energy_saved": 1.0 - ratio,
         "energy_saved_lower": least,
         "energy_saved_upper": most_saved,
+        "energy_reason": _reason(found, dense),
     }
+
+
+def _reason(found: PassEnergy, dense: IndexArray) -> IndexArray:
+    """Return the indices in :data:`REASONS`. The parts that remain, less what remains of the time,
+    sum to the difference of the two savings."""
+    time = found.seconds / found.seconds[dense]
+    more = (found.parts - time * found.parts[:, dense]) / found.joules[dense]
+    total = more.sum(axis=0)
+    part = 1 + (more[1:] * np.sign(total)).argmax(axis=0)
+    equal, change = np.abs(total) < EQUAL, np.abs(found.sure - found.sure[dense])
+    part = np.where(equal, REASONS.index("equal"), part)
+    capped = np.where(equal, found.sure, change) > 0.5
+    return np.where(capped, REASONS.index("limit"), part)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from simulator.prediction.load import Interval, LoadPoint, LoadService
 from simulator.prediction.runnable import runs_clause
 from simulator.prediction.service_sentences import money
-from simulator.prediction.wording import interval_text
+from simulator.prediction.wording import interval_text, number_text
 from simulator.units import percent, seconds, seconds_between
 
 COLUMNS = {
@@ -42,8 +42,7 @@ def cell(name: str, value: float, lower: float, upper: float) -> str:
         return seconds_between(value, lower, upper, short=True)
     if name == "within":
         return percent(value)
-    middle, low, high = (f"{x:.3g}" if x < 100.0 else f"{x:,.0f}" for x in (value, lower, upper))
-    return middle if low == high else f"{middle} ({low}-{high})"
+    return number_text(value, lower, upper)
 
 
 def of_loads(services: Sequence[LoadService]) -> list[str]:

@@ -153,8 +153,9 @@ def setting(r: Predicted) -> str:
 
 
 def device_text(r: Any) -> str:
-    """Return the device with its number, if the prediction is of several."""
-    return f"{r.devices} x {r.hardware}" if r.devices > 1 else r.hardware
+    """Return the device with its number, if the prediction is of several, and its power limit."""
+    limit = f" under {r.power_limit:g} W (assumed)" if getattr(r, "power_limit", None) else ""
+    return f"{f'{r.devices} x ' if r.devices > 1 else ''}{r.hardware}{limit}"
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.tariff import Energy
 from simulator.pruning._family import SUFFIXES
 from simulator.request import Request
 from simulator.units import percent, ratio, seconds
@@ -82,6 +83,9 @@ class Result(Displayed):
         Energy of a pass of the pruned model on all devices, J, with the ends of its interval.
     energy_saved, energy_saved_lower, energy_saved_upper : float
         Share of the dense model's energy that the pruning saves, with the ends of its interval.
+    energy_reason : str
+        Part of the energy that makes this share differ from that of the time, one of
+        :data:`simulator.prediction.energy.REASONS`.
     pruned : str
         Name of the existing pruned model, else "".
     measured_bound : float or None
@@ -110,6 +114,8 @@ class Result(Displayed):
         Number of devices.
     parallel : str
         How the model is divided among the devices.
+    power_limit : float or None
+        Power limit of each device, W; None for that of the datasheet.
     ideal : bool
         Whether the work that pruning adds is excluded.
     dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
@@ -192,6 +198,7 @@ class Result(Displayed):
     energy_saved: float
     energy_saved_lower: float
     energy_saved_upper: float
+    energy_reason: str
     pruned: str
     measured_bound: float | None
     efficiency: float
@@ -206,6 +213,7 @@ class Result(Displayed):
     kv_dtype: str
     devices: int
     parallel: str
+    power_limit: float | None
     ideal: bool
     dense_memory_bytes: float
     pruned_memory_bytes: float
@@ -229,6 +237,12 @@ class Result(Displayed):
     def upper(self) -> float:
         """Upper end of the speedup's interval."""
         return self.speedup_upper
+
+    @property
+    def energy(self) -> Energy:
+        """Energy per token and per request without hosts, cooling and prices, which
+        :meth:`simulator.Energy.of` adds."""
+        return Energy.of(self)
 
     @property
     def name(self) -> str:
@@ -267,6 +281,8 @@ class Result(Displayed):
         parts.append(self.engine)
         if self.devices > 1:
             parts.append(f"{self.devices} devices ({self.parallel})")
+        if self.power_limit is not None:
+            parts.append(f"under {self.power_limit:g} W (assumed)")
         if self.ideal:
             parts.append("pruning overheads excluded")
         return ", ".join(parts)

@@ -25,6 +25,12 @@ def interval_text(value: float, low: float, high: float) -> str:
     return f"{ratio(value)}x ({ratio(low)}-{ratio(high)})"
 
 
+def number_text(value: float, lower: float, upper: float) -> str:
+    """Return a positive number with its interval, if it has one."""
+    middle, low, high = (f"{x:.3g}" if x < 100.0 else f"{x:,.0f}" for x in (value, lower, upper))
+    return middle if low == high else f"{middle} ({low}-{high})"
+
+
 def speedup_text(r: HasSpeedup) -> str:
     return interval_text(r.speedup, r.speedup_lower, r.speedup_upper)
 
