@@ -44,6 +44,15 @@ _BISECTIONS = 30
 _COMPUTE = BOTTLENECKS.index("compute")
 
 
+def datasheet_times(workloads: WorkloadBatch, hw: HardwareProfile) -> tuple[FloatArray, FloatArray]:
+    """Return the times of each row's bytes and executed FLOPs at the datasheet rates, s."""
+    rows = workloads.rows
+    moved = np.where(rows.kind == COLLECTIVE, 0.0, workloads.bytes)
+    executed = workloads.each(lambda operator, rows: operator.executed_flops(rows))
+    flop_s = rows.density * rows.count * hw.flop_s[rows.dtype]
+    return moved / hw.bandwidth_bytes_per_s, executed * flop_s
+
+
 class Work(NamedTuple):
     """What W passes do in both phases (W, 2) on one device, s."""
 
@@ -63,16 +72,9 @@ class Work(NamedTuple):
         time: FloatArray,
     ) -> Work:
         """Return the work of passes whose rows take ``row_s`` and whose phases take ``time``."""
-        rows = workloads.rows
-        cell = workloads.owner * 2 + rows.phase
-        moved = np.where(rows.kind == COLLECTIVE, 0.0, workloads.bytes)
-        executed = workloads.each(lambda operator, rows: operator.executed_flops(rows))
-        parts = (
-            row_s,
-            np.where(bottleneck == _COMPUTE, row_s, 0.0),
-            moved / hw.bandwidth_bytes_per_s,
-            executed * rows.density * rows.count * hw.flop_s[rows.dtype],
-        )
+        cell = workloads.owner * 2 + workloads.rows.phase
+        bound = np.where(bottleneck == _COMPUTE, row_s, 0.0)
+        parts = row_s, bound, *datasheet_times(workloads, hw)
         return cls(time, *(sums(cell, part, time.shape) for part in parts))
 
 

@@ -112,6 +112,7 @@ def command(
     server: Server = Server(),
     arrivals: Arrivals = Arrivals(),
     run: options.Run = LOAD,
+    metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Compare dense and pruned models in a server.
@@ -129,6 +130,7 @@ def command(
     options are those of the engine's server, such as --max-num-seqs 64.
     """
     output = render.Output(out.json, out.csv, [out.figure, arrivals.timeline])
+    from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.service import serve
 
     asked = run.asked(model, devices, prunings)
@@ -144,6 +146,7 @@ def command(
         **limits(server.ttft, server.tpot),
         probability=server.confidence,
         price=server.price,
+        tariff=metered.tariff,
         rate=arrivals.rate,
         requests=(
             None
@@ -182,7 +185,7 @@ def command(
         from simulator.figures.style import save_figure
 
         save_figure(timeline_of(found.loads[0]), arrivals.timeline)
-    render.notes((*asked.notes, *found.notes), out.verbose)
+    render.notes((*asked.notes, *energy_notes(metered.tariff), *found.notes), out.verbose)
 
 
 def limits(ttft: str | None, tpot: str | None) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _print_loads(loads: Sequence[LoadService], verbose: bool) -> None:
     """Print the conclusion and a table for services that differ only in the devices that share a
     model; with ``verbose`` also all numbers."""
     from simulator.prediction.load import NUMBERS
-    from simulator.prediction.load_sentences import load_columns, of_loads
+    from simulator.prediction.load_sentences import ENERGY, load_columns, of_loads
     from simulator.prediction.requests import by_key
 
     for group in render.between(by_key(loads, lambda load: load.setting).values()):
@@ -218,6 +221,9 @@ def _print_loads(loads: Sequence[LoadService], verbose: bool) -> None:
         shown = [point for point in points if not point.refused]
         columns = [render.Column(*column) for column in load_columns(shown).items()]
         render.show(render.narrowed([*_names(shown), *columns], 4), group[0].title)
+        if energy := [render.Column(*column) for column in load_columns(shown, ENERGY).items()]:
+            print()
+            render.show([*_names(shown), *energy], "energy per output token")
         print(f"\nintervals of {render.percent(points[0].level)}")
         for point in points:
             if point.refused:
@@ -267,6 +273,9 @@ def _print_one(service: Service, verbose: bool) -> None:
     layouts = _layouts(_rows(service, shown), verbose)
     title = f"{first.model} on {first.setting}{more}"
     render.show(render.first_fitting(layouts, render.width()), title)
+    if not math.isnan(first.watts):
+        print()
+        render.show(_energy_columns(_rows(service, shown)), "energy per output token")
     print(
         f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense"
         " model"
@@ -375,6 +384,27 @@ def _layouts(
 
     for request, detail in ((True, 2), (True, 1), (False, 2), (False, 1), (True, 0), (False, 0)):
         yield list(layout(request, detail))
+
+
+def _energy_columns(rows: Sequence[OperatingPoint | str]) -> list[render.Column]:
+    from simulator.prediction.energy_sentences import ends_of, saved_text
+    from simulator.prediction.wording import number_text
+
+    cells: dict[str, Callable[[OperatingPoint], str]] = {
+        "in\nflight": lambda p: f"{p.concurrency:,}",
+        "J per\ntoken": lambda p: number_text(*ends_of(p, "joules_per_token")),
+        "energy\nsaved": lambda p: saved_text(*ends_of(p, "energy_saved")) if p.pruning else "",
+        "W per\nGPU": lambda p: f"{p.watts:.0f}",
+        "electricity\n/M tokens": lambda p: f"{p.electricity:.3g}",
+        "g CO2\n/M tokens": lambda p: f"{p.carbon_g:.3g}",
+    }
+    columns = [
+        render.Column("model", [r if isinstance(r, str) else f"  {r.name}" for r in rows], False)
+    ]
+    for title, cell in cells.items():
+        texts = ["" if isinstance(row, str) else cell(row).replace("nan", "-") for row in rows]
+        columns += [render.Column(title, texts)] if {*texts} - {"", "-"} else []
+    return columns
 
 
 def _rate(p: OperatingPoint) -> str:

@@ -389,7 +389,7 @@ def _serving_columns(results: Sequence[Result]) -> list[render.Column]:
 
 
 def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
-    from simulator.prediction.energy_sentences import energy_table
+    from simulator.prediction.energy_sentences import energy_table, token_name
     from simulator.prediction.requests import batch_name
 
     fields = ("model", "hardware", "engine", "phase", "batch", "seq")
@@ -400,7 +400,7 @@ def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
     ]
     names.append(render.Column("pruning", [r.pruning for r in results], right=False))
     left = [render.Column(*column) for column in energy_table(results, tariff).items()]
-    title = f"energy per {'prompt token' if results[0].phase == 'prefill' else 'new token'}"
+    title = f"energy per {token_name(results[0])}"
     while left:  # a table holds as many columns as fit
         shown = render.narrowed([*names, *left], len(names) + 1)
         print()

@@ -12,36 +12,31 @@ from matplotlib.figure import Figure
 from simulator.figures import layout
 from simulator.figures.speedup import AXES, varying
 from simulator.figures.style import DENSE, GREY, INK, Style, label, paper_style, styles_of
-from simulator.prediction.energy_sentences import ends_of
+from simulator.prediction.energy_sentences import ends_of, token_name
 from simulator.prediction.requests import by_key
 from simulator.prediction.result import Result
 from simulator.prediction.tariff import Energy, Tariff
 
-_TICKS = 9  # most values that an axis names
-
 
 def energies_of(results: Sequence[Result], tariff: Tariff) -> Figure:
     """Draw two panels per device and setting: energy per token, and energy saved against time
-    saved; below the diagonal, a pruning saves less energy than time."""
+    saved; above the diagonal, a pruning saves more energy than time."""
     axis = varying(results)
     names = {r: label(r.name) if axis == "sparsity" else r.pruning for r in results}
     looks = styles_of({names[r]: r.family for r in results})
     groups = by_key(results, lambda r: _title(r, axis))
     handles = [
-        layout.entry(name, **style.marks(markersize=3.5))
-        for name, style in {"dense": DENSE, **looks}.items()
+        *(layout.entry(n, **style.marks()) for n, style in {"dense": DENSE, **looks}.items()),
+        layout.entry(layout.interval(results[0].level), color=INK, linewidth=0.6),
+        layout.entry("as much energy as time", color=GREY, linestyle=":"),
     ]
-    handles.append(layout.entry(layout.interval(results[0].level), color=INK, linewidth=0.6))
-    handles.append(layout.entry("as much energy as time", color=GREY, linestyle=":"))
     with paper_style():
         figure, axes, _ = layout.panel_list(2 * len(groups), 2.2, 0.4, 2, handles=handles)
         for (title, group), left, right in zip(groups.items(), axes[::2], axes[1::2]):
             left.set_title(title, pad=5)
             for name, some in by_key(group, names.__getitem__).items():
-                energies = [Energy.of(r, tariff) for r in some]
-                _draw_use(left, looks[name], some, energies, axis)
-                _draw_saved(right, looks[name], some, energies)
-            _finish(left, right, axis, group)
+                _draw((left, right), looks[name], some, tariff, axis)
+            _finish(left, right, axis, group[0])
         return layout.laid_out(figure)
 
 
@@ -50,39 +45,28 @@ def _title(r: Result, axis: str) -> str:
     return f"{r.model} on {layout.device(r)}\n{', '.join([r.phase, *sizes])}"
 
 
-def _draw_use(
-    ax: Axes, style: Style, some: Sequence[Result], energies: Sequence[Energy], axis: str
+def _draw(
+    axes: tuple[Axes, Axes], style: Style, some: Sequence[Result], tariff: Tariff, axis: str
 ) -> None:
-    at = [getattr(r, axis) * (100.0 if axis == "sparsity" else 1.0) for r in some]
-    ax.plot(at, [e.pruned_joules_per_token for e in energies], **style.marks(markersize=3))
-    where = [0.0] if axis == "sparsity" else at
-    dense = [e.dense_joules_per_token for e in energies][: len(where)]
-    ax.plot(where, dense, **DENSE.marks(markersize=3))
+    energies, sparsity = [Energy.of(r, tariff) for r in some], axis == "sparsity"
+    at = [getattr(r, axis) * (100.0 if sparsity else 1.0) for r in some]
+    dense = [e.dense_joules_per_token for e in energies]
+    axes[0].plot(at, [e.pruned_joules_per_token for e in energies], **style.marks())
+    axes[0].plot([0.0] if sparsity else at, dense[:1] if sparsity else dense, **DENSE.marks())
+    of_time = 1.0 - 1.0 / np.array([ends_of(r, "speedup") for r in some])
+    of_energy = np.array([ends_of(e, "energy_saved") for e in energies])
+    (x, *across), (y, *along) = 100.0 * of_time.T, 100.0 * of_energy.T
+    errors = {"xerr": np.abs(np.array(across) - x), "yerr": np.abs(np.array(along) - y)}
+    axes[1].errorbar(x, y, **errors, elinewidth=0.6, **style.marks(linestyle="none"))
 
 
-def _draw_saved(ax: Axes, style: Style, some: Sequence[Result], energies: Sequence[Energy]) -> None:
-    of_time = 100.0 * (1.0 - 1.0 / np.array([ends_of(r, "speedup") for r in some]))
-    of_energy = 100.0 * np.array([ends_of(e, "energy_saved") for e in energies])
-    (x, *across), (y, *along) = of_time.T, of_energy.T
-    for pair, ends in zip(zip(x, y), zip(*across, *along)):
-        ax.hlines(pair[1], *ends[:2], color=style.color, linewidth=0.6, alpha=0.6)
-        ax.vlines(pair[0], *ends[2:], color=style.color, linewidth=0.6, alpha=0.6)
-    ax.plot(x, y, **style.marks(markersize=4, linestyle="none"))
-
-
-def _finish(left: Axes, right: Axes, axis: str, group: Sequence[Result]) -> None:
-    per = "prompt token" if group[0].phase == "prefill" else "new token"
-    left.set(xlabel=AXES[axis], ylabel=f"energy per {per} (J)", yscale="log")
+def _finish(left: Axes, right: Axes, axis: str, first: Result) -> None:
+    left.set(xlabel=AXES[axis], ylabel=f"energy per {token_name(first)} (J)", yscale="log")
     layout.log_axis(left.yaxis, *left.get_ylim(), 6)
     if axis != "sparsity":
         left.set_xscale("log")
-        values = sorted({getattr(r, axis) for r in group})
-        layout.fixed_ticks(
-            left.xaxis, values[:: -(-len(values) // _TICKS)], lambda x, _: f"{x:,.0f}"
-        )
-    ends = [
-        min(right.get_xlim()[0], right.get_ylim()[0]),
-        max(right.get_xlim()[1], right.get_ylim()[1]),
-    ]
-    right.plot(ends, ends, color=GREY, linestyle=":", linewidth=0.9, zorder=1)
+        layout.log_axis(left.xaxis, *left.get_xlim(), 6)
+    both = [*right.get_xlim(), *right.get_ylim()]
+    ends = [min(both), max(both)]
+    right.plot(ends, ends, color=GREY, linestyle=":", zorder=1)
     right.set(xlabel="time saved (%)", ylabel="energy saved (%)", xlim=ends, ylim=ends)

@@ -55,6 +55,11 @@ def _reason(r: Result, against: str) -> str:
     return f"{_FALLS[r.energy_reason]} {against} its time{waits}"
 
 
+def token_name(r: Result) -> str:
+    """Return the token that the energy of a prediction is divided by."""
+    return "prompt token" if r.phase == "prefill" else "new token"
+
+
 def saved_text(value: float, lower: float, upper: float) -> str:
     """Return a share that is saved with its interval; it is negative where energy is lost."""
     to = "-" if lower >= 0.0 else " to "

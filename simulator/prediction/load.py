@@ -27,15 +27,19 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.lower import cached_tokens
 from simulator.prediction.batch import batch_of, rejecting
+from simulator.prediction.energy import NORMAL_90
 from simulator.prediction.limits import Limits
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.requests import kind_text
 from simulator.prediction.runnable import Runnable, runnable
+from simulator.prediction.tariff import NO_TARIFF, Tariff
 from simulator.request import Request
 from simulator.serving.arrivals import Lengths, Requests, Traffic, read_trace
 from simulator.serving.schedule import simulate, simulate_replicas
 from simulator.serving.served import QUANTILES, Served
 from simulator.serving.server import Server
 from simulator.serving.steps import TYPICAL, Errors, Grid, StepTables, StepTimes
+from simulator.uncertainty.factors import level_scale
 from simulator.units import finite
 
 T = TypeVar("T")
@@ -56,6 +60,7 @@ NUMBERS = (
     *("tokens_per_s", "requests_per_s", "drains"),
     *(f"{time}_{part}" for time in ("ttft", "tpot", "request") for part in PARTS),
     *("within", "goodput", "largest_rate", "gpus", "cost", "latency_ratio", "rate_ratio"),
+    *("joules_per_token", "energy_saved", "watts", "electricity", "carbon_g"),
 )
 """Numbers of a model under a load."""
 
@@ -149,12 +154,15 @@ class LoadPoint(Displayed):
     that keep the limits), ``goodput``
     (requests/s that keep them), ``largest_rate`` of one replica, ``gpus`` that the rate needs,
     ``cost`` of a million output tokens, and ratios of dense to pruned ``latency`` and of pruned to
-    dense ``largest_rate``."""
+    dense ``largest_rate``. With a tariff: ``joules_per_token`` of output, the share of the dense
+    model's ``energy_saved``, ``watts`` of a device, and ``electricity`` (its price) and
+    ``carbon_g`` of a million output tokens."""
 
     model: str
     hardware: str
     engine: str
     devices: int  # that share the model
+    power_limit: float | None  # of each device, W
     replicas: int  # that share the requests
     rate: float  # requests/s; infinite at once
     requests: int
@@ -213,7 +221,7 @@ class LoadService(Displayed):
         lengths = f"{first.seq:,} + {first.new_tokens:,} tokens"
         of = Path(load.trace).name if load.trace is not None else lengths
         return (
-            f"{first.model} on {first.hardware} in {first.engine}: {first.requests:,} requests"
+            f"{first.model} on {kind_text(first)} in {first.engine}: {first.requests:,} requests"
             f" {arrive} ({of})"
         )
 
@@ -231,6 +239,7 @@ class Simulation:
     requests: Requests
     server: Server
     tables: StepTables
+    tariff: Tariff | None = None  # None: no energy
 
     @classmethod
     def of(
@@ -325,10 +334,15 @@ class SimulatedModel:
         return self.simulation.run(self.times[TYPICAL], self.replicas)
 
     @cached_property
+    def runs(self) -> list[Served]:
+        """The runs with each error."""
+        return self.each(lambda times: self.simulation.run(times, self.replicas))
+
+    @cached_property
     def numbers(self) -> dict[str, list[float]]:
         """Numbers of the service with each error."""
-        limits, run = self.simulation.limits, self.simulation.run
-        rows = self.each(lambda times: _numbers(run(times, self.replicas), limits))
+        limits = self.simulation.limits
+        rows = [_numbers(run, limits) for run in self.runs]
         out = {name: [row[name] for row in rows] for name in rows[0]}
         if limits.named:
             out["largest_rate"] = self.largest_rates
@@ -352,6 +366,32 @@ class SimulatedModel:
         value, lower, upper = Interval.of(self.largest_rates)
         most = value, upper, lower
         return Interval(*(devices * math.ceil(load.rate / m) if m else math.inf for m in most))
+
+    @cached_property
+    def energy(self) -> dict[str, list[float]]:
+        """Watts of a device and energy per output token, with each error of times and then both
+        ends of each part of the power. Idle power is drawn from the first arrival to the last
+        token."""
+        tables, tariff = self.simulation.tables, self.simulation.tariff or NO_TARIFF
+        power, each = tables.power, self.replicas
+        works = [tables.work(self.index, errors) for errors in self.errors]
+        seconds = np.array([run.duration for run in self.runs])
+        of_steps = [
+            np.sum([work.joules(steps, power) for steps in run.steps], axis=0)
+            for run, work in zip(self.runs, works)
+        ]
+        parts = np.column_stack([power.watts[0] * each * seconds, of_steps])
+        half = NORMAL_90 * level_scale(tables.level)
+        ends = np.exp(half * np.kron(np.diag(power.log_sd), [[-1.0], [1.0]]))
+        parts = np.concatenate([parts, parts[0] * ends])
+        seconds = np.concatenate([seconds, np.full(len(ends), seconds[0])])
+        devices = self.simulation.request.devices
+        joules = devices * np.minimum(parts.sum(axis=1), power.limit * each * seconds)
+        total = tariff.total(joules, seconds, devices * each)
+        return {
+            "watts": (joules / (devices * each * seconds)).tolist(),
+            "joules_per_token": (total / self.typical.requests.output.sum()).tolist(),
+        }
 
     def cost(self, price: float) -> Interval:
         """Return the cost of a million output tokens."""
@@ -424,6 +464,7 @@ def _point(
         hardware=hw.label,
         engine=simulation.server.engine,
         devices=request.devices,
+        power_limit=request.power_limit,
         replicas=0 if refused else model.replicas,
         rate=simulation.load.rate or simulation.requests.rate,
         requests=len(simulation.requests),
@@ -447,6 +488,17 @@ def _intervals(
     out["gpus"] = model.gpus
     if price is not None:
         out["cost"] = model.cost(price)
+    if (tariff := model.simulation.tariff) is not None:
+        out |= {name: Interval.of(values) for name, values in model.energy.items()}
+        most = model.simulation.tables.power.limit
+        out["watts"] = Interval(*(min(watts, most) for watts in out["watts"]))
+        costs = [tariff.per_million(joules) for joules in out["joules_per_token"]]
+        for name, column in (("electricity", "cost"), ("carbon_g", "carbon_g")):
+            if not math.isnan(costs[0][f"{column}_per_million_tokens"]):
+                out[name] = Interval(*(cost[f"{column}_per_million_tokens"] for cost in costs))
+        if dense is not None:
+            kept = _ratio(model.energy["joules_per_token"], dense.energy["joules_per_token"])
+            out["energy_saved"] = Interval(1.0 - kept.value, 1.0 - kept.upper, 1.0 - kept.lower)
     if dense is not None:
         ours, theirs = model.numbers, dense.numbers
         out["latency_ratio"] = _ratio(theirs["request_mean"], ours["request_mean"])

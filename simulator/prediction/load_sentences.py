@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from simulator.prediction.energy_sentences import saved_text
 from simulator.prediction.load import Interval, LoadPoint, LoadService
 from simulator.prediction.runnable import runs_clause
 from simulator.prediction.service_sentences import money
@@ -24,6 +25,15 @@ COLUMNS = {
 }
 """Numbers of a table, the most important first, and the titles of their columns."""
 
+ENERGY = {
+    "joules_per_token": "J per\ntoken",
+    "energy_saved": "energy\nsaved",
+    "watts": "W per\nGPU",
+    "electricity": "electricity\n/M tokens",
+    "carbon_g": "g CO2\n/M tokens",
+}
+"""Numbers of a table of energy."""
+
 
 def load_columns(
     points: Sequence[LoadPoint], names: Mapping[str, str] = COLUMNS
@@ -42,6 +52,8 @@ def cell(name: str, value: float, lower: float, upper: float) -> str:
         return seconds_between(value, lower, upper, short=True)
     if name == "within":
         return percent(value)
+    if name == "energy_saved":
+        return saved_text(value, lower, upper)
     return number_text(value, lower, upper)
 
 
@@ -131,6 +143,8 @@ def _percentiles(point: LoadPoint, first: bool) -> str:
         more = f"; one replica serves {interval_text(*ratio)} the rate"
     if "cost" in point.numbers:
         more += f"; a million output tokens cost {money(point.numbers['cost'].value)}"
+    if "energy_saved" in point.numbers:
+        more += f"; it saves {saved_text(*point.numbers['energy_saved'])} of the energy"
     return f"{text}{more}."
 
 

@@ -154,8 +154,13 @@ def setting(r: Predicted) -> str:
 
 def device_text(r: Any) -> str:
     """Return the device with its number, if the prediction is of several, and its power limit."""
-    limit = f" under {r.power_limit:g} W (assumed)" if getattr(r, "power_limit", None) else ""
-    return f"{f'{r.devices} x ' if r.devices > 1 else ''}{r.hardware}{limit}"
+    return f"{r.devices} x {kind_text(r)}" if r.devices > 1 else kind_text(r)
+
+
+def kind_text(r: Any) -> str:
+    """Return the device with its power limit."""
+    limit = getattr(r, "power_limit", None)
+    return r.hardware if limit is None else f"{r.hardware} under {limit:g} W (assumed)"
 
 
 def once(values: Iterable[T]) -> tuple[T, ...]:

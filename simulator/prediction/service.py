@@ -40,6 +40,7 @@ from simulator.models.library import load_model
 from simulator.models.model import Model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import request_results
+from simulator.prediction.energy import energy_columns
 from simulator.prediction.limits import NO_LIMITS, Limits
 from simulator.prediction.load import Load, LoadPoint, LoadService, Simulation, load_service
 from simulator.prediction.notes import (
@@ -52,6 +53,7 @@ from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, exc
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.result import Results
 from simulator.prediction.runnable import Runnable, runnable
+from simulator.prediction.tariff import ENDS, Tariff, energy_of
 from simulator.request import MAX_TOKENS, SETTINGS, Request
 from simulator.serving.steady import memory_columns, serving
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -90,6 +92,7 @@ class OperatingPoint(Displayed):
     hardware: str
     engine: str
     devices: int  # devices that share the model
+    power_limit: float | None  # of each device, W
     seq: int  # tokens of a prompt
     cached_prefix: int  # tokens of a prompt in the prefix cache
     new_tokens: int  # tokens that each request decodes
@@ -121,6 +124,17 @@ class OperatingPoint(Displayed):
     cost_all: float = math.nan
     cost_prompt: float = math.nan
     cost_new: float = math.nan
+    # with a tariff, per output token on all devices; watts of one
+    joules_per_token: float = math.nan
+    joules_per_token_lower: float = math.nan
+    joules_per_token_upper: float = math.nan
+    # share of the dense model's energy per token at its operating point of this kind
+    energy_saved: float = math.nan
+    energy_saved_lower: float = math.nan
+    energy_saved_upper: float = math.nan
+    watts: float = math.nan
+    electricity: float = math.nan  # price of the energy of a million tokens
+    carbon_g: float = math.nan  # of a million tokens
     largest_concurrency: int  # most requests in flight of this model
     limited_by: str  # "memory" or "engine", which sets the largest concurrency
     weights_bytes: float  # weights on the fullest device
@@ -168,6 +182,14 @@ class Service(Displayed):
         first = self.points[0]
         return f"{first.model} on {first.setting}: {len(self.points)} operating points"
 
+
+# fields of operating points: columns of a pruned model's energy
+_ENERGY = {
+    **{f"joules_per_token{end}": f"joules_per_token{end}" for end in ENDS},
+    "watts": "watts",
+    "electricity": "cost_per_million_tokens",
+    "carbon_g": "carbon_g_per_million_tokens",
+}
 
 # values, and the lower and the upper ends of their intervals
 Triple = tuple[FloatArray, FloatArray, FloatArray]
@@ -279,6 +301,35 @@ class ServePasses:
             "excess": excess.get(unmet, math.nan),
         }
 
+    def energy(
+        self, tariff: Tariff | None, other: IndexArray | None = None
+    ) -> dict[str, FloatArray]:
+        """Return the fields of operating points (W,) about energy, against workloads ``other``."""
+        if tariff is None:
+            return {}
+        batch, meta = self.batch, self.batch.rows.meta
+        dense = np.arange(len(batch)) if other is None else other
+        times = self.ratios(dense)
+        columns = {
+            **energy_columns(self.p, times, self.level, dense),
+            **{name: getattr(meta, name) for name in ("devices", "phase", "seq", "new_tokens")},
+            "batch": batch.sequences,
+        }
+        for end, middle in zip(ENDS, ("seconds", "lower", "upper")):
+            of_time = getattr(times, middle)
+            columns[f"pruned{end or '_s'}"], columns[f"dense{end or '_s'}"] = (
+                of_time,
+                of_time[dense],
+            )
+            columns[f"speedup{end}"] = getattr(times, f"ratio{end}")
+        found = energy_of(columns, tariff)
+        out = {name: found[f"pruned_{column}"] for name, column in _ENERGY.items()}
+        if other is not None:
+            share = batch.sequences[other] / batch.sequences
+            for end in ENDS:
+                out[f"energy_saved{end}"] = 1.0 - (1.0 - found[f"energy_saved{end}"]) * share
+        return out
+
     @cached_property
     def bytes_held(self) -> tuple[FloatArray, FloatArray]:
         """Bytes of the weights, and of the cache of one request, on the fullest device."""
@@ -303,6 +354,7 @@ def operating_points(
     concurrency: Sequence[int] = (),
     limits: Limits = NO_LIMITS,
     price: float | None = None,
+    tariff: Tariff | None = None,
 ) -> tuple[OperatingPoint, ...]:
     """Return the operating points of the dense and the pruned models: by kind, each kind by model;
     then the curves. The batch of the request is ignored; ``prunings`` run on the device, and
@@ -314,7 +366,7 @@ def operating_points(
     equal = [*(concurrency or [largest[0] or min(filter(None, largest))])]
     grids = _grids(largest, equal)
     curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), *equal})
-    points = _Points(hw, names, prunings, largest, price)
+    points = _Points(hw, names, prunings, largest, price, tariff)
     passes = curve
     kinds = [*((EQUAL, [c] * len(models)) for c in equal), (MEMORY, largest)]
     if limits.named:
@@ -390,23 +442,28 @@ class _Points:
     prunings: Sequence[Pruning]
     largest: Sequence[int]
     price: float | None
+    tariff: Tariff | None
 
     def of_kind(self, passes: ServePasses, kind: str, each: Sequence[int]) -> list[OperatingPoint]:
         """Return the points of a kind, of all models, each at its concurrency."""
         ratios: Triple | None = None
+        other: IndexArray | None = None
         if each[0]:
-            times = passes.ratios(np.full(len(passes.batch), passes.place(0, each[0])))
+            other = np.full(len(passes.batch), passes.place(0, each[0]))
+            times = passes.ratios(other)
             rate, low, high = (
                 ratio * passes.batch.sequences / each[0]
                 for ratio in (times.ratio, times.ratio_lower, times.ratio_upper)
             )
             ratios = rate, low, high
-        return [self.one(passes, kind, m, c, ratios) for m, c in enumerate(each)]
+        energy = passes.energy(self.tariff, other)
+        return [self.one(passes, kind, m, c, energy, ratios) for m, c in enumerate(each)]
 
     def of_curve(
         self, passes: ServePasses, model: int, grid: Sequence[int]
     ) -> list[OperatingPoint]:
-        return [self.one(passes, CURVE, model, c) for c in grid if c]
+        energy = passes.energy(self.tariff)
+        return [self.one(passes, CURVE, model, c, energy) for c in grid if c]
 
     def one(
         self,
@@ -414,10 +471,12 @@ class _Points:
         kind: str,
         model: int,
         concurrency: int,
+        energy: Mapping[str, FloatArray],
         ratios: Triple | None = None,
     ) -> OperatingPoint:
         """Return the point of a model (0: dense) at a concurrency."""
         meta, i = passes.batch.rows.meta, passes.place(model, concurrency)
+        of_energy: Any = {n: float(column[i]) for n, column in energy.items() if concurrency}
         engine, most = load_engine(meta.engine), self.largest[model]
         limit = engine.limit(self.hw.memory_bytes, self.hw.name)
         engine_limits = (limit.sequences, meta.asked.token_budget) if limit else ()
@@ -428,6 +487,7 @@ class _Points:
             hardware=self.hw.label,
             engine=engine.name,
             devices=meta.devices,
+            power_limit=meta.asked.power_limit,
             seq=meta.seq,
             cached_prefix=int(meta.cached_prefix),
             new_tokens=meta.new_tokens,
@@ -439,6 +499,7 @@ class _Points:
             **passes.numbers(i, concurrency, ratios),
             **passes.kept(i, concurrency, fails=bool(kind == LIMITS and most)),
             **self.costs(passes, i, concurrency),
+            **of_energy,
             largest_concurrency=most,
             limited_by="engine" if most in engine_limits else "memory",
             weights_bytes=float(passes.bytes_held[0][i]),
@@ -495,6 +556,7 @@ def serve(
     tpot_s: float | None = None,
     probability: float = 0.5,
     price: float | None = None,
+    tariff: Tariff | None = None,
     rate: float | None = None,
     requests: int | None = None,
     trace: str | Path | None = None,
@@ -525,6 +587,8 @@ def serve(
         Probability with which the limits must hold, in (0, 1).
     price : float, optional
         Price of a GPU-hour, in any currency.
+    tariff : Tariff, optional
+        What energy costs; with it, energy is predicted.
     rate : float, optional
         Requests per second that arrive (Poisson); prompts have ``seq`` tokens, outputs
         ``new_tokens``.
@@ -598,7 +662,7 @@ def serve(
     if load.given and not any(settings.get(name) for name in _PRUNINGS):
         prunings = ()
     notes = dict.fromkeys((*skipped, *differences([dense], prunings)))
-    servers = _Servers(prunings, equal, limits, price, notes, load)
+    servers = _Servers(prunings, equal, limits, price, tariff, notes, load)
     for request, hw in itertools.product(every, devices):
         servers.add(request, hw)
     return servers.served()
@@ -612,6 +676,7 @@ class _Servers:
     equal: Sequence[int]
     limits: Limits
     price: float | None
+    tariff: Tariff | None
     notes: dict[str, None]
     load: Load
     services: list[Service] = field(default_factory=list)
@@ -649,6 +714,7 @@ class _Servers:
         """Return the models under the load."""
         prunings = [self.prunings[i] for i in results.pruning.tolist()] if self.prunings else []
         simulation = Simulation.of(self.load, self.limits, request, hw, prunings)
+        simulation = replace(simulation, tariff=self.tariff)
         names = [r.pruning for r in results]
         return load_service(simulation, hw, prunings, names, self.price)
 
@@ -662,6 +728,7 @@ class _Servers:
             concurrency=self.equal,
             limits=self.limits,
             price=self.price,
+            tariff=self.tariff,
         )
         compared = tuple(point for point in points if point.point != CURVE)
         curve = tuple(point for point in points if point.point == CURVE)

@@ -191,8 +191,9 @@ class Energy(Displayed):
         >>> Energy.of(r, Tariff(pue=2.0)).dense_joules_per_token == 2.0 * r.dense_joules
         True
         """
-        values = {name: float(value) for name, value in energy_of(vars(result), tariff).items()}
-        return cls(**{name: value if value == value else None for name, value in values.items()})
+        found = energy_of(vars(result), tariff)
+        values: dict[str, Any] = {n: None if v != v else float(v) for n, v in found.items()}
+        return cls(**values)
 
     def _title(self) -> str:
         dense, pruned = self.dense_joules_per_token, self.pruned_joules_per_token

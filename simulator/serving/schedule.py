@@ -281,14 +281,21 @@ class _Replica:
         context = self.context / sequences if sequences else 0.0
         past = prompts.pairs / prompts.tokens
         seconds = self.times.step(prompts.tokens, past, len(prompts.ends), sequences, context)
-        self._pass(seconds, 1, sequences, prompts.tokens)
+        self._pass(seconds, 1, sequences, prompts.tokens, (context, past, len(prompts.ends)))
         if sequences:
             self._advance(1)
         for request in prompts.ends:
             self._join(request)
 
-    def _pass(self, seconds: float, steps: int, sequences: int, tokens: int) -> None:
-        self.steps.add(self.time, seconds, steps, sequences, tokens)
+    def _pass(
+        self,
+        seconds: float,
+        steps: int,
+        sequences: int,
+        tokens: int,
+        about: tuple[float, float, int],
+    ) -> None:
+        self.steps.add(self.time, seconds, steps, sequences, tokens, about)
         self.time += steps * seconds
         self.seen = self.time - seconds if self.server.asynchronous else self.time
 
@@ -341,7 +348,8 @@ class _Replica:
             wait = math.ceil((self.arriving[0][0] - self.time) / seconds)
             steps = min(steps, max(wait + self.server.asynchronous, 1))
         middle = self.context / sequences + 0.5 * (steps - 1)
-        self._pass(self.times.decode(sequences, middle), steps, sequences, 0)
+        seconds = self.times.decode(sequences, middle)
+        self._pass(seconds, steps, sequences, 0, (middle, 0.0, 0))
         self._advance(steps)
 
     def _steps_to_end(self) -> int:

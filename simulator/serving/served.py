@@ -26,13 +26,24 @@ class Steps:
     count: list[int] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)  # that decode
     tokens: list[int] = field(default_factory=list)  # of prompts
+    # mean positions of decoding sequences, and to which prompt tokens attend; prompts that end
+    about: list[tuple[float, float, int]] = field(default_factory=list)
 
-    def add(self, start: float, seconds: float, count: int, sequences: int, tokens: int) -> None:
+    def add(
+        self,
+        start: float,
+        seconds: float,
+        count: int,
+        sequences: int,
+        tokens: int,
+        about: tuple[float, float, int],
+    ) -> None:
         self.start.append(start)
         self.seconds.append(seconds)
         self.count.append(count)
         self.sequences.append(sequences)
         self.tokens.append(tokens)
+        self.about.append(about)
 
     @property
     def busy_s(self) -> float:
