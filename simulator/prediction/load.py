@@ -36,7 +36,7 @@ from simulator.prediction.tariff import NO_TARIFF, Tariff
 from simulator.request import Request
 from simulator.serving.arrivals import Lengths, Requests, Traffic, read_trace
 from simulator.serving.schedule import simulate, simulate_replicas
-from simulator.serving.served import QUANTILES, Served
+from simulator.serving.served import QUANTILES, Served, Steps
 from simulator.serving.server import Server
 from simulator.serving.steps import TYPICAL, Errors, Grid, StepTables, StepTimes
 from simulator.uncertainty.factors import level_scale
@@ -373,25 +373,20 @@ class SimulatedModel:
         ends of each part of the power. Idle power is drawn from the first arrival to the last
         token."""
         tables, tariff = self.simulation.tables, self.simulation.tariff or NO_TARIFF
-        power, each = tables.power, self.replicas
-        works = [tables.work(self.index, errors) for errors in self.errors]
-        seconds = np.array([run.duration for run in self.runs])
-        of_steps = [
-            np.sum([work.joules(steps, power) for steps in run.steps], axis=0)
-            for run, work in zip(self.runs, works)
-        ]
-        parts = np.column_stack([power.watts[0] * each * seconds, of_steps])
+        power, devices = tables.power, self.simulation.request.devices * self.replicas
         half = NORMAL_90 * level_scale(tables.level)
         ends = np.exp(half * np.kron(np.diag(power.log_sd), [[-1.0], [1.0]]))
-        parts = np.concatenate([parts, parts[0] * ends])
-        seconds = np.concatenate([seconds, np.full(len(ends), seconds[0])])
-        devices = self.simulation.request.devices
-        joules = devices * np.minimum(parts.sum(axis=1), power.limit * each * seconds)
-        total = tariff.total(joules, seconds, devices * each)
-        return {
-            "watts": (joules / (devices * each * seconds)).tolist(),
-            "joules_per_token": (total / self.typical.requests.output.sum()).tolist(),
-        }
+        cases = [(errors, run, power.watts) for errors, run in zip(self.errors, self.runs)]
+        cases += [(TYPICAL, self.typical, power.watts * end) for end in ends]
+        out: dict[str, list[float]] = {"watts": [], "joules_per_token": []}
+        for errors, run, watts in cases:
+            work = tables.work(watts).at(self.index, errors)
+            of_steps = sum(_joules(steps, work, power.limit - watts[0]) for steps in run.steps)
+            mean = watts[0] + of_steps / (self.replicas * run.duration)
+            joules = tariff.total(mean * devices * run.duration, run.duration, devices)
+            out["watts"].append(mean)
+            out["joules_per_token"].append(joules / run.requests.output.sum())
+        return out
 
     def cost(self, price: float) -> Interval:
         """Return the cost of a million output tokens."""
@@ -400,6 +395,12 @@ class SimulatedModel:
             # the end of a run, in which few requests are left, is not typical of a service
             tokens = load.rate * float(self.simulation.requests.output.mean())
         return Interval(*(1e6 * price / 3600.0 * gpus / tokens for gpus in self.gpus))
+
+
+def _joules(steps: Steps, work: StepTimes, most: float) -> float:
+    """Return the energy of the work of a replica's steps on a device, J, at most W ``most``."""
+    each = np.minimum(work.each(steps), most * np.array(steps.seconds))
+    return float(np.dot(steps.count, each))
 
 
 def _numbers(run: Served, limits: Limits) -> dict[str, float]:

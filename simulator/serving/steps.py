@@ -16,9 +16,9 @@ Errors of kernels and of the host are the same for all steps of a run (:class:`E
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from simulator.codes import COLLECTIVE, ELEMENTWISE, EXPERTS, GEMM
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
-from simulator.power import PARTS, Power, datasheet_times
+from simulator.power import Power, datasheet_times
 from simulator.request import Request
 from simulator.serving.served import Steps
 from simulator.serving.server import Server
@@ -42,7 +42,6 @@ _TOKENWISE = (GEMM, EXPERTS, ELEMENTWISE, COLLECTIVE)
 """Kinds of operators that compute tokens without regard to their sequences."""
 _FIRST_CONTEXT = 64  # positions
 _HEAD_SEGMENT = 2
-_ACTIVE = PARTS.index("active") - 1
 
 
 class Errors(NamedTuple):
@@ -181,45 +180,17 @@ class StepTimes:
             _place(self.grid.contexts, context),
         )
 
-
-@dataclass(frozen=True)
-class StepWork:
-    """Energy of the work of one model's steps on a device, J, by the last axis: the parts of
-    :data:`simulator.power.PARTS` without the power that is always drawn."""
-
-    grid: Grid
-    # as in :class:`StepTimes`
-    shared: FloatArray
-    head: FloatArray
-    decodes: FloatArray
-    prompts: FloatArray
-
-    def joules(self, steps: Steps, power: Power) -> FloatArray:
-        """Return the energy (3,) of steps; the power limit may shrink that of a step."""
-        tokens, sequences = np.array(steps.tokens), np.array(steps.sequences)
-        context, past, ends = np.array(steps.about).T
-        grid = self.grid
-        each = sum(
-            _interpolated(axes, table, at)
-            for axes, table, at in (
-                ((grid.tokens,), self.shared, (tokens + sequences,)),
-                ((grid.tokens,), self.head, (ends + sequences,)),
-                ((grid.prompts, grid.contexts), self.prompts, (tokens, past)),
-                ((grid.sequences, grid.contexts), self.decodes, (sequences, context)),
+    def each(self, steps: Steps) -> FloatArray:
+        """Return the time of one step of each entry."""
+        times = [
+            self.step(tokens, past, ends, sequences, context)
+            if tokens
+            else self.decode(sequences, context)
+            for tokens, sequences, (context, past, ends) in zip(
+                steps.tokens, steps.sequences, steps.about
             )
-        )
-        most = (power.limit - power.watts[0]) * np.array(steps.seconds)
-        within = np.minimum(most / np.maximum(each.sum(axis=1), 1e-300), 1.0)
-        return np.asarray((steps.count * within) @ each)
-
-
-def _interpolated(axes: Any, table: FloatArray, at: Any) -> Any:
-    """Return the values of a table at some places; where the first coordinate is 0, they are 0."""
-    from scipy.interpolate import RegularGridInterpolator
-
-    inside = tuple(np.maximum(place, axis[0]) for place, axis in zip(at, axes))
-    found = RegularGridInterpolator(axes, table, bounds_error=False, fill_value=None)
-    return np.where(at[0] > 0, found(inside).T, 0.0).T
+        ]
+        return np.array(times)
 
 
 def _between(table: list[list[float]], row: tuple[int, float], column: tuple[int, float]) -> float:
@@ -262,33 +233,40 @@ class _Passes:
 
     def times(self, errors: Errors, scale: float, which: BoolArray) -> FloatArray:
         """Return the time of some groups of operators of all passes on the device."""
-        return np.asarray(self.p.group_s[:, which].sum(axis=1) * self._slower(errors, scale))
+        return np.asarray(self.p.group_s[:, which].sum(axis=1) * self.slower(errors, scale))
 
-    def joules(self, which: BoolArray, errors: Errors, scale: float, part: int) -> FloatArray:
-        """Return the energy of the work of some groups of operators, without that of the time."""
-        slower = self._slower(errors, scale) if part == _ACTIVE else 1.0
-        return np.asarray(self._group_j[part][:, which].sum(axis=1) * slower)
-
-    def _slower(self, errors: Errors, scale: float) -> FloatArray:
+    def slower(self, errors: Errors, scale: float) -> FloatArray:
+        """Return the factor of errors on the times of all passes."""
         own = np.sqrt(1.0 - self.shared**2)
         error = scale * self.log_sd * (errors.kernels * self.shared + errors.own * own)
         return np.asarray(np.exp(error))
 
     @cached_property
-    def _group_j(self) -> list[FloatArray]:
-        """Energy (W, G) of the work of all groups, J, by part of :data:`simulator.power.PARTS`
-        without the first."""
-        p = self.p
-        rows = p.row_s, *datasheet_times(p.workloads, p.hw)
-        return [
-            watts * p.workloads.groups.sums(row)
-            for watts, row in zip(Power.of(p.hw).watts[1:], rows)
-        ]
+    def work_s(self) -> tuple[FloatArray, ...]:
+        """Times (W, G) of the work of groups, by part of :data:`simulator.power.PARTS` without the
+        first."""
+        workloads = self.p.workloads
+        rows = self.p.row_s, *datasheet_times(workloads, self.p.hw)
+        return tuple(map(workloads.groups.sums, rows))
 
     def host(self, errors: Errors, scale: float) -> FloatArray:
         """Return the host's part of all passes."""
         speeds = self.p.host.speeds(scale * errors.passes, scale * errors.work)
         return np.maximum(self.p.at(*speeds)[0] - self.p.device_s, 0.0)
+
+
+@dataclass(frozen=True)
+class _Work(_Passes):
+    """The passes with the energy of their work, J, in place of times."""
+
+    parts: Sequence[FloatArray]  # W, times of the work
+
+    def times(self, errors: Errors, scale: float, which: BoolArray) -> FloatArray:
+        active, *others = (part[:, which].sum(axis=1) for part in self.parts)
+        return np.asarray(active * self.slower(errors, scale) + sum(others))
+
+    def host(self, errors: Errors, scale: float) -> FloatArray:
+        return np.zeros(len(self.log_sd))
 
 
 @dataclass(frozen=True)
@@ -320,17 +298,42 @@ class StepTables:
             level=level,
         )
 
+    @property
+    def power(self) -> Power:
+        """The power of each device."""
+        p = self.decodes.p
+        return Power.of(p.hw, p.workloads.rows.meta.asked.power_limit)
+
+    def work(self, watts: FloatArray) -> StepTables:
+        """Return tables of the energy of the steps' work on a device, J, in place of times;
+        ``watts`` are those of :data:`simulator.power.PARTS`. The idle power is excluded."""
+        decodes, prefills = (
+            _Work(one.p, one.log_sd, one.shared, [w * s for w, s in zip(watts[1:], one.work_s)])
+            for one in (self.decodes, self.prefills)
+        )
+        return replace(self, decodes=decodes, prefills=prefills, sampler=(0.0, 0.0))
+
     def at(self, model: int = 0, errors: Errors = TYPICAL) -> StepTimes:
         """Return the times of one model with some errors."""
-        decodes, prefills, grid, scale = self.decodes, self.prefills, self.grid, self._scale
+        decodes, prefills, grid = self.decodes, self.prefills, self.grid
+        groups, scale = decodes.p.workloads.groups, self._scale
+        after = groups.segment % 3 == _HEAD_SEGMENT
+        common = np.isin(groups.role, prefills.p.workloads.groups.role)
+        common &= np.isin(groups.kind, _TOKENWISE) & ~after
         of_decodes, of_prefills = decodes.of_model(model), prefills.of_model(model)
         cells = len(grid.sequences) * len(grid.contexts)
-        shared, head, rest, prompts = self._pieces(
-            model, lambda passes, which: passes.times(errors, scale, which)
+        shared, head = (
+            decodes.times(errors, scale, which)[of_decodes[cells:]] for which in (common, after)
         )
         sampler_s, log_sd = self.sampler
         head = head + sampler_s * np.exp(scale * log_sd * errors.work) * np.array(grid.tokens)
-        rest = rest + decodes.host(errors, scale)[of_decodes[:cells]].reshape(rest.shape)
+        every = np.ones(len(groups.segment), dtype=bool)
+        rest = decodes.times(errors, scale, every & ~after)[of_decodes[:cells]]
+        rest = rest.reshape(len(grid.sequences), -1)
+        of_host = decodes.host(errors, scale)[of_decodes[:cells]].reshape(rest.shape)
+        rest = rest - np.interp(grid.sequences, grid.tokens, shared)[:, None] + of_host
+        prompts = prefills.times(errors, scale, self._inside)[of_prefills]
+        prompts -= np.interp(self._tokens[of_prefills], grid.tokens, shared)
         host = prefills.host(errors, scale)[of_prefills].reshape(len(grid.prompts), -1)
         return StepTimes(
             grid=grid,
@@ -339,43 +342,11 @@ class StepTables:
             shared=self._each(grid.tokens, shared),
             head=self._each(grid.tokens, head),
             host=self._each(grid.prompts, host[:, 0]),
-            prompts=prompts.tolist(),
+            prompts=prompts.reshape(len(grid.prompts), -1).tolist(),
             decodes=rest.tolist(),
             mixed=(rest + self._again(errors, of_decodes[:cells])).tolist(),
             cache=self._cache(of_decodes, of_prefills),
         )
-
-    def work(self, model: int = 0, errors: Errors = TYPICAL) -> StepWork:
-        """Return the energy of the work of one model's steps with some errors."""
-        of = [partial(_Passes.joules, errors=errors, scale=self._scale, part=i) for i in range(3)]
-        pieces = zip(*(self._pieces(model, one) for one in of))
-        return StepWork(self.grid, *(np.stack(parts, axis=-1) for parts in pieces))
-
-    @property
-    def power(self) -> Power:
-        """The power of each device."""
-        p = self.decodes.p
-        return Power.of(p.hw, p.workloads.rows.meta.asked.power_limit)
-
-    def _pieces(
-        self, model: int, of: Callable[[_Passes, BoolArray], FloatArray]
-    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Return the pieces of a quantity of passes, which ``of`` gives of some groups of
-        operators: that of shared operators and of the head by tokens, and the others of decodes
-        and of prompts on the grid."""
-        decodes, prefills, grid = self.decodes, self.prefills, self.grid
-        groups = decodes.p.workloads.groups
-        after = groups.segment % 3 == _HEAD_SEGMENT
-        common = np.isin(groups.role, prefills.p.workloads.groups.role)
-        common &= np.isin(groups.kind, _TOKENWISE) & ~after
-        of_decodes, of_prefills = decodes.of_model(model), prefills.of_model(model)
-        cells = len(grid.sequences) * len(grid.contexts)
-        shared, head = (of(decodes, which)[of_decodes[cells:]] for which in (common, after))
-        rest = of(decodes, ~after)[of_decodes[:cells]].reshape(len(grid.sequences), -1)
-        rest = rest - np.interp(grid.sequences, grid.tokens, shared)[:, None]
-        prompts = of(prefills, self._inside)[of_prefills]
-        prompts = prompts - np.interp(self._tokens[of_prefills], grid.tokens, shared)
-        return shared, head, rest, prompts.reshape(len(grid.prompts), -1)
 
     def _each(self, places: list[int], values: FloatArray) -> list[float]:
         """Return values at every number of tokens; none take no time."""
