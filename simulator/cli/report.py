@@ -94,6 +94,7 @@ def report(
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
     arrivals: Arrivals = Arrivals(),
+    metered: options.Metered = options.METERED,
     as_json: options.Json = False,
 ) -> None:
     """Write predictions as one HTML file.
@@ -118,11 +119,13 @@ def report(
             "hardware": devices.profiles,
             **({"rate": arrivals.rate} if arrivals.rate is not None else {}),
             **limits(arrivals.ttft, arrivals.tpot),
+            **({"tariff": metered.tariff} if metered.tariff else {}),
             **prunings.parsed(),
             **asked.settings,
         }
     )
     given = {**asdict(devices), **asdict(prunings), **run.given, **asdict(arrivals)}
+    given |= asdict(metered)
     lines = [*commands(model, given, found), line("report", model, {**given, "output": output})]
     text = report_html(found, lines).encode()
     write_whole(output, text)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
@@ -56,6 +56,7 @@ def speedup(
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
     from simulator.prediction.table import table
+    from simulator.prediction.tariff import energy_fields
 
     tariff = metered.tariff
     asked, profiles = run.asked(model, devices, prunings), devices.profiles
@@ -67,7 +68,7 @@ def speedup(
 
         answers = runnables(found, profiles if prunings.named else ())
     rows = [
-        {**r.to_dict(), **answer.to_dict(), **_energy(r, tariff)}
+        {**r.to_dict(), **answer.to_dict(), **energy_fields(r, tariff)}
         for r, answer in zip(found, answers)
     ]
     if output.write(rows):
@@ -81,12 +82,6 @@ def speedup(
         save_figure(energies_of(named, tariff) if tariff else speedups_of(named), out.figure)
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
     render.notes((*asked.notes, *energy_notes(tariff), *defaults, *found.notes), out.verbose)
-
-
-def _energy(r: Result, tariff: Tariff | None) -> dict[str, Any]:
-    from simulator.prediction.tariff import Energy
-
-    return {} if tariff is None else Energy.of(r, tariff).to_dict()
 
 
 def _print(
@@ -457,6 +452,7 @@ def explain(
         str | None,
         opt("--target", "X", "Speedup of the kernel budget, such as 1.2. Default: 1."),
     ] = None,
+    metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Explain where a nominal speedup is lost.
@@ -472,12 +468,15 @@ def explain(
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.advise import Target
+    from simulator.prediction.energy_sentences import energy_notes, of_energy
     from simulator.prediction.explain import explanations
     from simulator.prediction.explain_sentences import budget_text, conclusion, conclusions
     from simulator.prediction.prunings import readable
     from simulator.prediction.requests import by_key
+    from simulator.prediction.tariff import energy_fields
     from simulator.prediction.wording import MOST_SENTENCES
 
+    tariff = metered.tariff
     asked, given = run.asked(model, devices, prunings), prunings.parsed()
     given["pruned"], skipped = readable(given.get("pruned", ()))
     excluded: dict[str, InputError] = {}
@@ -490,11 +489,14 @@ def explain(
             "waterfall": [asdict(step) for step in e.steps],
             "conclusion": conclusion(e),
             "budget": as_plain(e.budget),
+            **energy_fields(e.result, tariff),
+            **({"energy_parts": e.energy_parts} if tariff else {}),
         }
         for e in (found if out.json else ())
     ]
     if output.write(rows):
-        render.conclude(*conclusions(found))
+        energy = of_energy([e.result for e in found], tariff) if tariff else ()
+        render.conclude(*conclusions(found), *energy)
         many = len(found) > MOST_SENTENCES
         if many:
             for e in found:
@@ -506,7 +508,11 @@ def explain(
         groups = by_key(found if out.verbose or not many else (), same)
         for together in render.between(groups.values()):
             _print_waterfalls(together)
-        render.notes([*asked.notes, *skipped, *excluded, *_notes(found)], out.verbose)
+            if tariff:
+                _print_energy([e.result for e in together], tariff)
+                _print_energy_parts(together)
+        lines = [*asked.notes, *energy_notes(tariff), *skipped, *excluded, *_notes(found)]
+        render.notes(lines, out.verbose)
     if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
         from simulator.figures.style import save_figure
@@ -567,6 +573,21 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
     print(
         f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
     )
+
+
+def _print_energy_parts(together: Sequence[Explanation]) -> None:
+    """Print what draws the power of a pass."""
+    for e in together:
+        parts = [*e.energy_parts.items(), ("sum", [e.result.dense_joules, e.result.pruned_joules])]
+        columns = render.columns(
+            parts,
+            ("<part", lambda row: row[0]),
+            ("dense (J)", lambda row: f"{row[1][0]:.3g}"),
+            ("pruned (J)", lambda row: f"{row[1][1]:.3g}"),
+            ("saved", lambda row: render.percent(1.0 - row[1][1] / row[1][0])),
+        )
+        print()
+        render.show(columns, f"{e.result.engine}: energy of a pass on all devices")
 
 
 def _step_columns(together: Sequence[Explanation]) -> list[render.Column]:

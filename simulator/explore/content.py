@@ -20,10 +20,11 @@ from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
+from simulator.prediction.energy_sentences import energy_notes, energy_table, of_energy
 from simulator.prediction.explain import Explanation, explanations
 from simulator.prediction.explain_sentences import conclusions
 from simulator.prediction.load import LoadService
-from simulator.prediction.load_sentences import load_columns, of_loads
+from simulator.prediction.load_sentences import COLUMNS, ENERGY, load_columns, of_loads
 from simulator.prediction.notes import uncalibrated
 from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
@@ -31,6 +32,7 @@ from simulator.prediction.runnable import runnables, runs_clause
 from simulator.prediction.service import serve
 from simulator.prediction.speedup_sentences import break_even, of_speedups
 from simulator.prediction.table import table
+from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import parts_line
 from simulator.request import SETTINGS
 from simulator.units import percent, ratio
@@ -68,6 +70,7 @@ class PageContent:
     details: tuple[Explanation, ...]  # explanations of one pruning
     parts: tuple[str, ...]  # what each named pruning removes, and whether each engine runs it
     notes: tuple[str, ...]
+    tariff: Tariff | None = None  # None: no energy
 
     @property
     def detail(self) -> Result:
@@ -126,6 +129,7 @@ class PageContent:
             "bottleneck": [r.bottleneck for r in self.rows],
             "memory (GiB)": [r.pruned_memory_bytes / 2**30 for r in self.rows],
             "most sequences": [r.pruned_largest_batch for r in self.rows],
+            **(energy_table(self.rows, self.tariff) if self.tariff else {}),
         }
 
 
@@ -154,7 +158,7 @@ def content(asked: Mapping[str, Any], detail: str = "") -> PageContent | LoadCon
     :func:`simulator.serve`."""
     if asked.keys() & {"rate", "ttft_s", "tpot_s"}:
         return _load_content(**asked)
-    return _page_content(asked, detail)
+    return _page_content(dict(asked), detail)
 
 
 def _load_content(
@@ -186,16 +190,17 @@ def _load_content(
             **{name: values for name, values in settings.items() if len({*values}) > 1},
             "model": [point.name for point in shown],
             "replicas": [f"{point.replicas} x {point.devices}" for point in shown],
-            **load_columns(shown),
+            **load_columns(shown, {**COLUMNS, **ENERGY}),
         },
         parts=tuple(
             f"{p.name} in {p.engine}: will it run? {p.refused or run.sentence}" for p, run in runs
         ),
-        notes=served.notes,
+        notes=(*energy_notes(others.get("tariff")), *served.notes),
     )
 
 
-def _page_content(asked: Mapping[str, Any], detail: str) -> PageContent:
+def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
+    tariff = asked.pop("tariff", None)
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
@@ -204,6 +209,8 @@ def _page_content(asked: Mapping[str, Any], detail: str) -> PageContent:
         answer = [b.sentence for b in even]
     else:
         answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
+    if tariff:
+        answer += of_energy(found.rows, tariff)
     parts: dict[str, str] = {}
     if named:
         parts |= {f"{r.pruning}: removes {parts_line(r)}.": "" for r in found if r.parts}
@@ -215,10 +222,18 @@ def _page_content(asked: Mapping[str, Any], detail: str) -> PageContent:
         answer=tuple(answer),
         facts=_facts(found.rows),
         rows=found.rows,
-        records=tuple({**r.to_dict(), **a.to_dict()} for r, a in zip(found, answers)),
+        records=tuple(
+            {**r.to_dict(), **a.to_dict(), **energy_fields(r, tariff)}
+            for r, a in zip(found, answers)
+        ),
         details=_explained(found, asked, detail),
         parts=tuple(parts),
-        notes=(*uncalibrated(found, asked.get("dense_s") is not None), *found.notes),
+        notes=(
+            *energy_notes(tariff),
+            *uncalibrated(found, asked.get("dense_s") is not None),
+            *found.notes,
+        ),
+        tariff=tariff,
     )
 
 

@@ -21,9 +21,11 @@ from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.base import Estimate
+from simulator.power import PARTS
 from simulator.prediction.batch import batch_with
 from simulator.prediction.budget import KernelBudget, kernel_budget, reaching
 from simulator.prediction.compare import compare, request_results
+from simulator.prediction.energy import PassEnergy
 from simulator.prediction.notes import better_than_bound, inferred_by
 from simulator.prediction.prunings import Pruning, applied, asked
 from simulator.prediction.requests import check_measured, on, profiles
@@ -249,6 +251,13 @@ class Explanation(HasResult):
         return (budget := kernel_budget(*asked, targets)) and replace(
             budget, reached=tuple(one for target in targets for one in reaching(*asked, target))
         )
+
+    @cached_property
+    def energy_parts(self) -> dict[str, list[float]]:
+        """Energy of a dense and of a pruned pass on all devices, J, by what draws the power."""
+        p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
+        seconds = np.array([self.result.dense_s, self.result.pruned_s])
+        return dict(zip(PARTS, PassEnergy.of(p, seconds).parts.tolist()))
 
     @cached_property
     def reason(self) -> str:

@@ -37,6 +37,7 @@ from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.fields import (
     BAD,
     Checked,
+    Flag,
     Inline,
     Keyed,
     Keys,
@@ -65,7 +66,8 @@ from simulator.prediction.prunings import (
     named_apart,
 )
 from simulator.prediction.requests import engines_of, models_of, once, profiles
-from simulator.prediction.result import COLUMNS, Results
+from simulator.prediction.result import COLUMNS, Columns, Results
+from simulator.prediction.tariff import NO_TARIFF, PRICES, Tariff, energy_of
 from simulator.pruning import FAMILIES, check_fraction, general_families, prune
 from simulator.pruning._family import SUFFIXES
 from simulator.pruning._methods import Method, load_method
@@ -262,8 +264,8 @@ def _loads(load: Callable[[str], Any]) -> Checked:
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 REQUESTS = 64  # (batch, seq) pruned together
 
-# requests and their prunings, which are timed together
-Piece = tuple[list[Request], tuple[Pruning, ...]]
+# requests and their prunings, which are timed together, and what energy costs, if it is requested
+Piece = tuple[list[Request], tuple[Pruning, ...], Tariff | None]
 
 
 def _even(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -301,6 +303,8 @@ class Grid:
     prune: Annotated[tuple[str | Method, ...], _Axis(_loads(Pruning.read))] = ()
     # settings of the whole grid
     request: Annotated[Request, Inline(WHOLE)] = field(default_factory=Request)
+    energy: Flag = False  # whether rows have the fields of Energy, which any price implies
+    tariff: Annotated[Tariff, Inline(tuple(PRICES))] = NO_TARIFF
 
     def __post_init__(self) -> None:
         families = self.families or (
@@ -351,7 +355,13 @@ class Grid:
             for some, chosen in itertools.product(
                 _even(shapes, many), _even(self.prunings, of_prunings)
             ):
-                yield [replace(one, batch=b, seq=s) for b, s in some], tuple(chosen)
+                requests = [replace(one, batch=b, seq=s) for b, s in some]
+                yield requests, tuple(chosen), self.priced
+
+    @property
+    def priced(self) -> Tariff | None:
+        """What energy costs, if energy is requested."""
+        return self.tariff if self.energy or self.tariff != NO_TARIFF else None
 
     def _piece_size(self, phase: str, shapes: int) -> tuple[int, int]:
         """Return the numbers of requests, of ``shapes``, and of prunings in a piece."""
@@ -522,8 +532,10 @@ def sweep(
     except ImportError:
         raise needs_extra("a data frame", "tables", "pandas") from None
     if out is None:
-        results = sweep_results(grid if isinstance(grid, Grid) else read_grid(grid))
+        grid = grid if isinstance(grid, Grid) else read_grid(grid)
+        results = sweep_results(grid)
         frame, notes = results.to_pandas(), results.notes
+        frame = frame.assign(**_energy(results.columns, grid.priced))
     else:
         done = write_sweep(grid, out, jobs=jobs, scheduler=scheduler)
         frame, notes = pandas.read_parquet(done.folder), done.notes
@@ -569,7 +581,7 @@ def write_sweep(
         hardware = tuple(map(load_hardware, hardware))
         grid = replace(grid, models=tuple(map(load_model, grid.models)))
     every = list(grid.pieces())
-    sizes = [len(requests) * len(prunings) * len(hardware) for requests, prunings in every]
+    sizes = [len(requests) * len(prunings) * len(hardware) for requests, prunings, _ in every]
     paths = [folder / f"part-{index:08d}.parquet" for index in range(len(every))]
     folder.mkdir(exist_ok=True)
     try:
@@ -643,13 +655,18 @@ def _read(path: Path, grid: str, index: int) -> tuple[int, Excluded] | None:
 
 def piece_results(piece: Piece, hardware: Sequence[Any], excluded: Excluded) -> Results:
     """Return the rows of a piece; exclusions go to ``excluded``."""
-    requests, prunings = piece
+    requests, prunings, _ = piece
 
     def reject(pruning: int | None, reason: str, device: str) -> None:
         if pruning is not None:
             exclude(excluded, prunings[pruning], reason, device)
 
     return request_results(requests, prunings, [load_hardware(h) for h in hardware], reject)
+
+
+def _energy(columns: Columns, tariff: Tariff | None) -> dict[str, Any]:
+    """Return the columns of energy, if it is requested."""
+    return {} if tariff is None else energy_of(columns, tariff)
 
 
 def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -> bytes:
@@ -660,6 +677,8 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
     columns = piece_results(piece, hardware, excluded).columns
+    energy = _energy(columns, piece[-1])
+    columns, kinds = {**columns, **energy}, {**COLUMNS, **dict.fromkeys(energy, float)}
     types = {
         str: pyarrow.string(),
         float: pyarrow.float64(),
@@ -667,11 +686,10 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
         bool: pyarrow.bool_(),
     }
     metadata = {STAMP_KEY: f"{grid} {index}".encode(), NOTES_KEY: json.dumps(excluded)}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in COLUMNS.items()], metadata)
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()], metadata)
     # NaN becomes null
     arrays = [
-        pyarrow.array(columns[name], types[kind], from_pandas=True)
-        for name, kind in COLUMNS.items()
+        pyarrow.array(columns[name], types[kind], from_pandas=True) for name, kind in kinds.items()
     ]
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.Table.from_arrays(arrays, schema=schema)

@@ -200,6 +200,11 @@ class Energy(Displayed):
         return f"{dense:.3g} to {pruned:.3g} J per token, {100.0 * self.energy_saved:.1f} % saved"
 
 
+def energy_fields(result: Result, tariff: Tariff | None) -> dict[str, Any]:
+    """Return the fields of a prediction's energy, if it is requested."""
+    return {} if tariff is None else Energy.of(result, tariff).to_dict()
+
+
 def energy_of(columns: Mapping[str, Any], tariff: Tariff = NO_TARIFF) -> dict[str, Any]:
     """Return the fields of :class:`Energy` from the columns of results, or the fields of one."""
     devices, requests = columns["devices"], np.asarray(columns["batch"], dtype=np.float64)

@@ -92,11 +92,11 @@ def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
         seqs=tuple(range(64, 70)),
     )
     found = list(grid.pieces())
-    sizes = [len(requests) * len(prunings) for requests, prunings in found]
+    sizes = [len(requests) * len(prunings) for requests, prunings, _ in found]
     assert sum(sizes) == grid.size
     assert max(sizes) <= 40_000
     some = found[:5]
-    points = {(one, p) for requests, prunings in some for one in requests for p in prunings}
+    points = {(one, p) for requests, prunings, _ in some for one in requests for p in prunings}
     assert len(points) == sum(sizes[:5])
 
 
