@@ -129,7 +129,9 @@ def _new_methods(
 
 
 _H100 = options.Devices("h100")
-_ONE_PASS = [name for name in SETTINGS if name not in ("new_tokens", "ideal", "dense_s")]
+_ONE_PASS = [
+    name for name in SETTINGS if name not in ("new_tokens", "ideal", "dense_s", "power_limit")
+]
 _RUN: options.Run = options.run_options(*_ONE_PASS, phase=None)
 
 

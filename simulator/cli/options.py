@@ -294,6 +294,13 @@ class Run:
     ) -> Asked:
         """Parse the options, with a measured time of the dense ``model``, without engines that
         cannot run it."""
+        from simulator.prediction.notes import limit_notes
+
+        found = self._asked(model, devices, prunings)
+        limited = limit_notes(found.settings.get("power_limit"))
+        return found._replace(notes=(*limited, *found.notes))
+
+    def _asked(self, model: str, devices: Devices | None, prunings: Prunings | None) -> Asked:
         parsed = {
             name: _parsed(setting, text)
             for name, setting in SETTINGS.items()

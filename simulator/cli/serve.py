@@ -185,7 +185,8 @@ def command(
         from simulator.figures.style import save_figure
 
         save_figure(timeline_of(found.loads[0]), arrivals.timeline)
-    render.notes((*asked.notes, *energy_notes(metered.tariff), *found.notes), out.verbose)
+    of_energy = energy_notes(metered.tariff, devices.profiles)
+    render.notes((*asked.notes, *of_energy, *found.notes), out.verbose)
 
 
 def limits(ttft: str | None, tpot: str | None) -> dict[str, Any]:

@@ -81,7 +81,9 @@ def speedup(
         named = [replace(r, family=r.name) for r in found]
         save_figure(energies_of(named, tariff) if tariff else speedups_of(named), out.figure)
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
-    render.notes((*asked.notes, *energy_notes(tariff), *defaults, *found.notes), out.verbose)
+    render.notes(
+        (*asked.notes, *energy_notes(tariff, profiles), *defaults, *found.notes), out.verbose
+    )
 
 
 def _print(
@@ -511,8 +513,8 @@ def explain(
             if tariff:
                 _print_energy([e.result for e in together], tariff)
                 _print_energy_parts(together)
-        lines = [*asked.notes, *energy_notes(tariff), *skipped, *excluded, *_notes(found)]
-        render.notes(lines, out.verbose)
+        lines = [*asked.notes, *energy_notes(tariff, devices.profiles), *skipped, *excluded]
+        render.notes([*lines, *_notes(found)], out.verbose)
     if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
         from simulator.figures.style import save_figure

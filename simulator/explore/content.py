@@ -195,7 +195,7 @@ def _load_content(
         parts=tuple(
             f"{p.name} in {p.engine}: will it run? {p.refused or run.sentence}" for p, run in runs
         ),
-        notes=(*energy_notes(others.get("tariff")), *served.notes),
+        notes=(*energy_notes(others.get("tariff"), profiles(hardware)), *served.notes),
     )
 
 
@@ -229,7 +229,7 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
         details=_explained(found, asked, detail),
         parts=tuple(parts),
         notes=(
-            *energy_notes(tariff),
+            *energy_notes(tariff, profiles(asked["hardware"])),
             *uncalibrated(found, asked.get("dense_s") is not None),
             *found.notes,
         ),

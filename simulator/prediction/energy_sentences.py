@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from simulator.hardware.profile import HardwareProfile
 from simulator.prediction.energy import EQUAL
 from simulator.prediction.requests import setting
 from simulator.prediction.result import Result
@@ -66,9 +67,16 @@ def saved_text(value: float, lower: float, upper: float) -> str:
     return f"{percent(value)} ({100.0 * lower:.0f}{to}{100.0 * upper:.0f})"
 
 
-def energy_notes(tariff: Tariff | None) -> Iterator[str]:
-    if tariff is not None and tariff.excluded:
+def energy_notes(tariff: Tariff | None, devices: Sequence[HardwareProfile]) -> Iterator[str]:
+    """Yield what the energy excludes, and the devices whose power was not fitted."""
+    if tariff is None:
+        return
+    if tariff.excluded:
         yield f"energy is that of the devices: it excludes {tariff.excluded}"
+    for hw in devices:
+        if hw.section("power", "*").status == "default":
+            assumed = f"shares of {hw.power_w:.0f} W with wide intervals are used"
+            yield f"{hw.label}: the power was not fitted; {assumed}"
 
 
 _COLUMNS = {

@@ -55,14 +55,18 @@ def differences(models: Iterable[Model], prunings: Sequence[Pruning]) -> Iterato
 def overridden(request: Request, models: Iterable[Model | None]) -> Iterator[str]:
     """Yield a note on each model whose configuration states other number formats than the
     request, and one on a power limit."""
-    if (limit := request.power_limit) is not None:
-        least = "where the limit binds, times are uncertain by at least 15 %"
-        yield f"under {limit:g} W: how clocks fall is assumed; {least}"
+    yield from limit_notes(request.power_limit)
     asked = {name: value for name in FORMATS if (value := getattr(request, name))}
     for model in filter(None, dict.fromkeys(models)):
         if other := [name for name in asked if getattr(model, name) not in ("", asked[name])]:
             options = " ".join(f"{SETTINGS[name].flags[0]} {asked[name]}" for name in other)
             yield f"{model.name} states {stated_text(model)}, but {options} counts"
+
+
+def limit_notes(limit: float | None) -> Iterator[str]:
+    if limit is not None:
+        least = "where the limit binds, times are uncertain by at least 15 %"
+        yield f"under {limit:g} W: how clocks fall is assumed; {least}"
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:
