@@ -19,10 +19,12 @@ LINE = (
     " 0.5'"
 )
 KEYS = (
-    "point model hardware engine devices seq cached_prefix new_tokens pruning prune family"
+    "point model hardware engine devices power_limit seq cached_prefix new_tokens pruning prune family"
     " concurrency fits request_s request_lower request_upper ttft_s ttft_lower ttft_upper tpot_s"
     " tpot_lower tpot_upper tokens_per_s tokens_per_s_lower tokens_per_s_upper ratio ratio_lower"
     " ratio_upper probability unmet excess cost_output cost_all cost_prompt cost_new"
+    " joules_per_token joules_per_token_lower joules_per_token_upper energy_saved"
+    " energy_saved_lower energy_saved_upper watts electricity carbon_g"
     " largest_concurrency limited_by weights_bytes cache_bytes level"
 )
 
