@@ -83,7 +83,6 @@ _COLUMNS = {
     "W per GPU": "watts",
     "cost/M tokens": "cost_per_million_tokens",
     "g CO2/M tokens": "carbon_g_per_million_tokens",
-    "kWh/M tokens": "kwh_per_million_tokens",
     "J per request": "joules_per_request",
 }
 """Titles of columns with a number of both models, without intervals."""
