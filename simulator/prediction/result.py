@@ -75,10 +75,12 @@ class Result(Displayed):
         Time to first token of the dense model, s.
     dense_tpot_s, dense_tpot_lower, dense_tpot_upper : float or None
         Time per further token of the dense model, s.
-    dense_watts, pruned_watts : float
-        Mean power of one device during a pass, W; host and cooling are excluded.
+    dense_watts : float
+        Mean power of one device during a pass of the dense model, W; host and cooling are excluded.
     dense_joules, dense_joules_lower, dense_joules_upper : float
         Energy of a pass of the dense model on all devices, J, with the ends of its interval.
+    pruned_watts : float
+        Mean power of one device during a pass of the pruned model, W.
     pruned_joules, pruned_joules_lower, pruned_joules_upper : float
         Energy of a pass of the pruned model on all devices, J, with the ends of its interval.
     energy_saved, energy_saved_lower, energy_saved_upper : float

@@ -82,7 +82,8 @@ class Tariff:
         return " and ".join(name for name, added in parts.items() if not added)
 
     def total(self, joules: Any, seconds: Any, devices: Any) -> Any:
-        """Return the energy of devices, J, with that of their hosts and of cooling."""
+        """Return the energy of ``devices`` that take ``joules`` in ``seconds``, with that of their
+        hosts and of cooling."""
         return self.pue * (joules + self.host_watts * devices * seconds)
 
     def per_million(self, joules: Any) -> dict[str, Any]:
@@ -109,27 +110,37 @@ class Energy(Displayed):
 
     Parameters
     ----------
-    dense_watts, pruned_watts : float
-        Mean power of one device, W.
-    dense_joules_per_token, pruned_joules_per_token : float
-        Energy per token, J; with the ends of its interval (``_lower``, ``_upper``).
-    dense_joules_per_token_lower, dense_joules_per_token_upper : float
-        Ends of the interval of the dense model.
-    pruned_joules_per_token_lower, pruned_joules_per_token_upper : float
-        Ends of the interval of the pruned model.
-    dense_joules_per_request, pruned_joules_per_request : float or None
+    dense_watts : float
+        Mean power of one device with the dense model, W.
+    dense_joules_per_token, dense_joules_per_token_lower, dense_joules_per_token_upper : float
+        Energy per token, J, with the ends of its interval.
+    dense_joules_per_request : float or None
         Energy per request, J; None in decode, which is a part of a request.
     dense_joules_per_request_lower, dense_joules_per_request_upper : float or None
-        Ends of the interval of the dense model.
-    pruned_joules_per_request_lower, pruned_joules_per_request_upper : float or None
-        Ends of the interval of the pruned model.
-    dense_tokens_per_joule, pruned_tokens_per_joule : float
+        Ends of its interval.
+    dense_tokens_per_joule : float
         Tokens per J.
-    dense_kwh_per_million_tokens, pruned_kwh_per_million_tokens : float
+    dense_kwh_per_million_tokens : float
         Energy of a million tokens, kWh.
-    dense_cost_per_million_tokens, pruned_cost_per_million_tokens : float or None
+    dense_cost_per_million_tokens : float or None
         Price of this energy; None without a price.
-    dense_carbon_g_per_million_tokens, pruned_carbon_g_per_million_tokens : float or None
+    dense_carbon_g_per_million_tokens : float or None
+        Carbon dioxide of this energy, g; None without a value per kWh.
+    pruned_watts : float
+        Mean power of one device with the pruned model, W.
+    pruned_joules_per_token, pruned_joules_per_token_lower, pruned_joules_per_token_upper : float
+        Energy per token, J, with the ends of its interval.
+    pruned_joules_per_request : float or None
+        Energy per request, J; None in decode, which is a part of a request.
+    pruned_joules_per_request_lower, pruned_joules_per_request_upper : float or None
+        Ends of its interval.
+    pruned_tokens_per_joule : float
+        Tokens per J.
+    pruned_kwh_per_million_tokens : float
+        Energy of a million tokens, kWh.
+    pruned_cost_per_million_tokens : float or None
+        Price of this energy; None without a price.
+    pruned_carbon_g_per_million_tokens : float or None
         Carbon dioxide of this energy, g; None without a value per kWh.
     energy_saved, energy_saved_lower, energy_saved_upper : float
         Share of the dense model's energy that the pruning saves, with the ends of its interval.
