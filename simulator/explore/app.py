@@ -28,7 +28,7 @@ from simulator.files.yaml import Problems
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.tariff import PRICES, Tariff
+from simulator.prediction.tariff import NO_TARIFF
 from simulator.pruning import FAMILIES, check_fraction
 from simulator.pruning._family import SUFFIXES
 from simulator.pruning._methods import METHODS, Method
@@ -127,12 +127,6 @@ def of_setting(name: str) -> Field:
     )
 
 
-def priced(name: str, label: str) -> Field:
-    """Return the field of a price or power of :class:`simulator.Tariff`."""
-    accepts = PRICES[name]
-    return optional(label, lambda text: accepts.check(name, accepts.parse(text)), "Shows energy.")
-
-
 # Settings of the request with one value; the first is shown in two phases, others are under
 # "Formats and devices".
 SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "parallel", "dense_s")
@@ -140,8 +134,6 @@ SINGLE = ("new_tokens", "dtype", "weight_dtype", "kv_dtype", "devices", "paralle
 # Settings of requests that arrive: the options of prunesim serve, and its arguments.
 ARRIVALS = {"rate": "rate", "ttft": "ttft_s", "tpot": "tpot_s"}
 SECONDS = partial(parse_quantity, unit="s")
-
-METERED = ("energy", *PRICES)  # settings that show energy
 
 FIELDS: dict[str, Field] = {
     "model": Field("Model", "llama-3.1-8b", list_models()),
@@ -175,10 +167,6 @@ FIELDS: dict[str, Field] = {
     "ttft": optional("Limit of the time to the first token", SECONDS, "Such as 300ms."),
     "tpot": optional("Limit of the time per further token", SECONDS, "Such as 30ms."),
     "energy": Field("Energy", "", ("", "shown")),
-    "electricity": priced("electricity", "Price of a kWh"),
-    "carbon": priced("carbon", "CO2 per kWh (g)"),
-    "pue": priced("pue", "Energy with cooling over energy of servers"),
-    "host_watts": priced("host_watts", "Power of the host per GPU (W)"),
     "model_path": Field("Model: config.json or folder", ""),
     "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
     "profile_path": Field("Hardware profile: YAML file", ""),
@@ -310,9 +298,7 @@ def form() -> None:
     with st.expander("Requests that arrive", expanded=any(state[name] for name in ARRIVALS)):
         for name in ARRIVALS:
             draw(name)
-    with st.expander("Energy", expanded=any(state[name] for name in METERED)):
-        for name in METERED:
-            draw(name)
+    draw("energy")
     with st.expander("Formats and devices"):
         for name in SINGLE[1:]:
             draw(name)
@@ -391,9 +377,8 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     }
     arrivals = {ARRIVALS[name]: parsed(name) for name in ARRIVALS if state[name].strip()}
     asked, texts = asked | arrivals, texts | {name: state[name].strip() for name in ARRIVALS}
-    if metered := {name: parsed(name) for name in METERED if state[name].strip()}:
-        asked["tariff"] = Tariff(**{n: price for n, price in metered.items() if n in PRICES})
-        texts |= {"energy": True, **{name: state[name].strip() for name in PRICES}}
+    if state.energy:
+        asked["tariff"], texts["energy"] = NO_TARIFF, True
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     most, other = (MOST_LOADS, "serve") if arrivals else (MOST_PREDICTIONS, "sweep")
     if many > most:

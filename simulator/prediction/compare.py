@@ -61,15 +61,7 @@ def compare(
         times.ratio - 1.0, gain, out=np.full(len(batch), np.nan), where=gain > 1e-9
     )
     return {
-        "dense_s": times.seconds[dense],
-        "dense_lower": times.lower[dense],
-        "dense_upper": times.upper[dense],
-        "pruned_s": times.seconds,
-        "pruned_lower": times.lower,
-        "pruned_upper": times.upper,
-        "speedup": times.ratio,
-        "speedup_lower": times.ratio_lower,
-        "speedup_upper": times.ratio_upper,
+        **times.columns(dense),
         "roofline_bound": roofline_bound,
         "bottleneck": code,
         "bottleneck_share": share,

@@ -311,17 +311,11 @@ class ServePasses:
         dense = np.arange(len(batch)) if other is None else other
         times = self.ratios(dense)
         columns = {
+            **times.columns(dense),
             **energy_columns(self.p, times, self.level, dense),
             **{name: getattr(meta, name) for name in ("devices", "phase", "seq", "new_tokens")},
             "batch": batch.sequences,
         }
-        for end, middle in zip(ENDS, ("seconds", "lower", "upper")):
-            of_time = getattr(times, middle)
-            columns[f"pruned{end or '_s'}"], columns[f"dense{end or '_s'}"] = (
-                of_time,
-                of_time[dense],
-            )
-            columns[f"speedup{end}"] = getattr(times, f"ratio{end}")
         found = energy_of(columns, tariff)
         out = {name: found[f"pruned_{column}"] for name, column in _ENERGY.items()}
         if other is not None:

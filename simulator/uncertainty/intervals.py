@@ -79,6 +79,17 @@ class PredictionIntervals(NamedTuple):
     ratio_upper: FloatArray
     inferred: Inferred | None = None
 
+    def columns(self, dense: IndexArray) -> dict[str, FloatArray]:
+        """Return the columns of a result about times; ``dense`` (W,) are the other passes."""
+        times = {"s": self.seconds, "lower": self.lower, "upper": self.upper}
+        return {
+            **{f"dense_{end}": time[dense] for end, time in times.items()},
+            **{f"pruned_{end}": time for end, time in times.items()},
+            "speedup": self.ratio,
+            "speedup_lower": self.ratio_lower,
+            "speedup_upper": self.ratio_upper,
+        }
+
 
 @dataclass(frozen=True)
 class Inferred:
