@@ -235,6 +235,17 @@ def test_the_commands_of_the_page_give_its_numbers(cli: Any, tmp_path: Path) -> 
     assert cli.out(explain).split(";")[0].split(", predicted")[0] in texts(at)
 
 
+def test_energy_is_shown_on_request(cli: Any) -> None:
+    at = page(sparsity="25%")
+    assert "energy saved" not in at.dataframe[0].value
+    good(at.selectbox(key="energy").set_value("shown").run())
+    assert len(at.dataframe[0].value["energy saved"]) == 4
+    assert "of the energy on h100_sxm" in texts(at)
+    speedup, _ = at.code[0].value.splitlines()
+    assert "energy per new token" in cli.out(speedup.removeprefix("prunesim "))
+    assert address(at) == {"sparsity": ["25%"], "energy": ["shown"]}
+
+
 def test_a_setting_that_is_not_shown_is_not_read() -> None:
     at = page(phase="generate", sparsity="25%")
     good(at.text_input(key="new_tokens").set_value("many").run())
