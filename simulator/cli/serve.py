@@ -264,6 +264,7 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the
     conclusion."""
+    from simulator.prediction.load_sentences import ENERGY, load_columns
     from simulator.prediction.service import LIMITS, MEMORY
     from simulator.prediction.service_sentences import equal_memory, failing_text, ranked
 
@@ -274,9 +275,17 @@ def _print_one(service: Service, verbose: bool) -> None:
     layouts = _layouts(_rows(service, shown), verbose)
     title = f"{first.model} on {first.setting}{more}"
     render.show(render.first_fitting(layouts, render.width()), title)
-    if not math.isnan(first.watts):
+    if first.numbers:
+        points = [row for row in _rows(service, shown) if not isinstance(row, str)]
+        columns = render.columns(
+            points,
+            ("<at", lambda p: p.point),
+            ("<model", lambda p: p.name),
+            ("in\nflight", lambda p: f"{p.concurrency:,}"),
+        )
+        columns += [render.Column(*column) for column in load_columns(points, ENERGY).items()]
         print()
-        render.show(_energy_columns(_rows(service, shown)), "energy per output token")
+        render.show(columns, "energy per output token")
     print(
         f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense"
         " model"
@@ -285,8 +294,8 @@ def _print_one(service: Service, verbose: bool) -> None:
         "time to first token includes the server's time and depends on how requests arrive; its"
         " interval covers both"
     )
-    points = service.kinds[MEMORY]
-    lines = [equal_memory(points[0], points[i]) for i in shown if i not in (0, order[0])]
+    fitting = service.kinds[MEMORY]
+    lines = [equal_memory(fitting[0], fitting[i]) for i in shown if i not in (0, order[0])]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"
         for point, answer in zip(service.points[1:], service.runs)
@@ -385,27 +394,6 @@ def _layouts(
 
     for request, detail in ((True, 2), (True, 1), (False, 2), (False, 1), (True, 0), (False, 0)):
         yield list(layout(request, detail))
-
-
-def _energy_columns(rows: Sequence[OperatingPoint | str]) -> list[render.Column]:
-    from simulator.prediction.energy_sentences import ends_of, saved_text
-    from simulator.prediction.wording import number_text
-
-    cells: dict[str, Callable[[OperatingPoint], str]] = {
-        "in\nflight": lambda p: f"{p.concurrency:,}",
-        "J per\ntoken": lambda p: number_text(*ends_of(p, "joules_per_token")),
-        "energy\nsaved": lambda p: saved_text(*ends_of(p, "energy_saved")) if p.pruning else "",
-        "W per\nGPU": lambda p: f"{p.watts:.0f}",
-        "electricity\n/M tokens": lambda p: f"{p.electricity:.3g}",
-        "g CO2\n/M tokens": lambda p: f"{p.carbon_g:.3g}",
-    }
-    columns = [
-        render.Column("model", [r if isinstance(r, str) else f"  {r.name}" for r in rows], False)
-    ]
-    for title, cell in cells.items():
-        texts = ["" if isinstance(row, str) else cell(row).replace("nan", "-") for row in rows]
-        columns += [render.Column(title, texts)] if {*texts} - {"", "-"} else []
-    return columns
 
 
 def _rate(p: OperatingPoint) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from simulator.prediction.energy_sentences import saved_text
 from simulator.prediction.load import Interval, LoadPoint, LoadService
 from simulator.prediction.runnable import runs_clause
+from simulator.prediction.service import OperatingPoint
 from simulator.prediction.service_sentences import money
 from simulator.prediction.wording import interval_text, number_text
 from simulator.units import percent, seconds, seconds_between
@@ -36,7 +37,7 @@ ENERGY = {
 
 
 def load_columns(
-    points: Sequence[LoadPoint], names: Mapping[str, str] = COLUMNS
+    points: Sequence[LoadPoint | OperatingPoint], names: Mapping[str, str] = COLUMNS
 ) -> dict[str, list[str]]:
     """Return the columns of numbers with their intervals by title, without those that no point
     has."""

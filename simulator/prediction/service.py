@@ -42,7 +42,14 @@ from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import request_results
 from simulator.prediction.energy import energy_columns
 from simulator.prediction.limits import NO_LIMITS, Limits
-from simulator.prediction.load import Load, LoadPoint, LoadService, Simulation, load_service
+from simulator.prediction.load import (
+    Interval,
+    Load,
+    LoadPoint,
+    LoadService,
+    Simulation,
+    load_service,
+)
 from simulator.prediction.notes import (
     dense_notes,
     differences,
@@ -144,6 +151,15 @@ class OperatingPoint(Displayed):
     @property
     def name(self) -> str:
         return self.pruning or "dense"
+
+    @property
+    def numbers(self) -> dict[str, Interval]:
+        """Numbers of energy with intervals, if they are known."""
+        found = {
+            name: Interval(*(getattr(self, f"{name}{end}", getattr(self, name)) for end in ENDS))
+            for name in ("joules_per_token", "energy_saved", "watts", "electricity", "carbon_g")
+        }
+        return {name: one for name, one in found.items() if not math.isnan(one.value)}
 
     @property
     def setting(self) -> str:
