@@ -193,7 +193,7 @@ def test_steps_have_the_energy_of_the_passes_that_they_run(load: Load) -> None:
         if tokens:
             asked = replace(asked, phase="prefill", batch=max(tokens // 512, 1), seq=512)
         p = forward_passes(WorkloadBatch.of([simulator.lower(asked)]), H100)
-        direct += float(PassEnergy.of(p, p.total_s).joules[0])
+        direct += float(PassEnergy.of(p, p.total_s).total()[0])
         joules += work[i] + power.watts[0] * steps.seconds[i]
     assert joules == pytest.approx(direct, rel=0.02)
 
