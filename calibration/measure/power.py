@@ -20,6 +20,7 @@ UPDATE_S = 0.1
 """Longest time between two updates of a counter."""
 WINDOW_S = 1.0
 """Shortest window of a mean power: the ends add up to a tenth, 4 % by standard deviation."""
+TURN_S = UPDATE_S + WINDOW_S  # time of a mean power by a counter
 BUSY = 0.8
 """Least share of a window in which kernels run; the rest are flushes, replays for readings and
 launches."""
@@ -30,6 +31,11 @@ class MeasuredPower:
     watts: float
     busy: float  # share of the window in which the work ran
     seconds: float  # per launch or pass
+
+    @property
+    def joules(self) -> float:
+        """Energy of a launch or pass."""
+        return self.watts * self.seconds
 
 
 def has_counter(device: Device) -> bool:

@@ -143,6 +143,7 @@ STATUSES = ("ok", "noisy", "throttled", "skipped", "unsupported", "refused", "fa
 _TIME = Range(1e-15, 1e9, "times in seconds")
 _TIME_OR_ZERO = Range(0.0, 1e9, "times in seconds from 0")
 _WATTS = Range(1e-3, 1e5, "a power in W")
+_JOULES = Range(1e-9, 1e9, "energies in J")
 
 
 def _times(right: Range, name: str, values: Any) -> None:
@@ -171,6 +172,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
     "lower_s": partial(number, right=_TIME_OR_ZERO),
     "watts": partial(number, right=_WATTS),
+    **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _JOULES)),
     **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),
     **dict.fromkeys(("versions", "operator"), _mapping),
     "kernels": _kernels,

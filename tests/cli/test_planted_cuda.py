@@ -30,7 +30,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import CONFIG
-from fakes.gpu import GPUS, NO_TROUBLES, Kernel, Troubles
+from fakes.gpu import GPUS, NO_TROUBLES, POWER, Kernel, Troubles
 from fakes.torch_cuda import installed
 
 from calibration.devices.protocol import Operator
@@ -197,6 +197,19 @@ def test_a_decoder_on_a_planted_gpu_is_as_fast_as_predicted(ended: Callable[[str
         itertools.product(("depth", "width", "low_rank"), ("prefill", "decode"))
     )
     assert statistics.median(abs(float(row["error"])) for row in rows) < 0.05
+
+
+def test_planted_powers_are_found_again(ended: Callable[[str], Ended]) -> None:
+    gpu, hw = GPUS["H100"], ended("H100").profile
+    section = hw.section("power", "*")
+    assert section.provenance is not None
+    assert section.provenance.protocol == "power: mean of 1 s by an energy counter"
+    # planted at the achieved rates, fitted at those of the datasheet
+    achieved = {"memory": gpu.bytes_per_s / hw.bandwidth_bytes_per_s}
+    achieved["compute"] = gpu.flop_per_s / hw.rates["bf16"].flop_per_s
+    for part in ("idle", "memory", "compute"):
+        assert section[part] * achieved.get(part, 1.0) == pytest.approx(POWER[part], rel=0.15)
+    assert ended("A100 3g.40gb").profile.section("power", "*").status == "default"
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

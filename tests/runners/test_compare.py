@@ -75,7 +75,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     timed decoders."""
     seen: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
+    def timed(first: Any, second: Any, case: Case, runtime: str, *_: Any) -> dict[str, Any]:
         seen.append(
             f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}"
         )
@@ -96,7 +96,9 @@ def test_loops_follow_from_a_pass_after_those_that_compile_and_record() -> None:
         passes = itertools.count()
         return lambda loops: 1.0 if next(passes) < 3 else 1e-3
 
-    assert alternate(sampler(), sampler(), 0.0)["loops"] == 4  # passes of 1 ms in a window of 4 ms
+    assert (
+        alternate(sampler(), sampler(), 0.0, ReplayDevice())["loops"] == 4
+    )  # passes of 1 ms in a window of 4 ms
 
 
 def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +114,13 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("calibration.runners.cases.time.perf_counter", lambda: float(next(ticks)))
     first, second = sampler(2.0), sampler(1.0)
-    times = alternate(first, second, 5.0)
+    times = alternate(first, second, 5.0, ReplayDevice())
     assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
     # passes that may compile and record, then those that set the number of loops
     assert order[:8] == [2, 1] * 4
     assert order[8:16] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
-        assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
+        assert len(alternate(first, second, limit_s, ReplayDevice())["dense_s"]) == LEAST
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
+    def timed(first: Any, second: Any, case: Case, runtime: str, *_: Any) -> dict[str, Any]:
         asked.append(runtime)
         if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
