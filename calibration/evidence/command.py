@@ -27,7 +27,7 @@ from calibration.evidence.pages import (
     engine_tables,
     filled,
 )
-from calibration.evidence.power import write_sections
+from calibration.evidence.power import power_tables, write_sections
 from calibration.evidence.published import host_lines
 from calibration.evidence.schedules import sampler_line, schedule_tables
 from calibration.evidence.sets import SETS, Row, evaluate_sets
@@ -76,6 +76,7 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
     makers: Mapping[str, Callable[[], None]] = {
         "commands": lambda: write("commands", commands_page()),
         "engines": lambda: write("engines", filled("engines", engine_tables())),
+        "energy": lambda: write("energy", filled("energy", power_tables())),
         "serving": lambda: write("serving", filled("serving", schedule_tables())),
         **{page: partial(write_recorded, page) for page in recorded.FOLDERS},
         "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),

@@ -1,4 +1,5 @@
-"""Power and energy of published steady servers (ML.ENERGY) next to predictions."""
+"""Power and energy of published servers whose queue is never empty (ML.ENERGY) next to predictions,
+and the sections ``power`` that are fitted to them."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from calibration.evidence.build_profiles import rounded
 from calibration.evidence.measurements import PUBLISHED, published
-from calibration.evidence.schedules import PROMPTS, Row, steady
+from calibration.evidence.schedules import ENDS, PROMPTS, WORST, Row, steady, tokens_per_s
 from calibration.fit.power import fit_power
-from simulator.arrays import BoolArray, FloatArray
+from calibration.fit.section import accuracy_of
+from calibration.validation.scoring import Comparison, score_of, table
+from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.hardware.library import load_hardware, profiles_folder
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
 from simulator.hardware.save import save_stack
@@ -20,13 +23,20 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.power import Power, Work
 from simulator.request import Request
+from simulator.serving.steps import TYPICAL
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 
 STACK = "vllm"
-DATE = "2026-12-02"  # of the fit
-SAMPLER_S = 0.42e-9  # per entry of the vocabulary and sequence (simulator/engines/vllm.yaml)
-PROMPT_TOKENS = 4096  # of the prefills, which a step of 8,192 tokens holds beside decodes
+DATE = "2026-12-02"  # of the fits
+SAMPLER_S = 0.36e-9  # per entry of the vocabulary and sequence (simulator/engines/vllm.yaml)
+PROMPT_TOKENS = 4096  # of the prefills that join a step
+HALF = 1.645  # standard deviations of a 90 % interval
+QUANTITIES: Mapping[str, str] = {"W": "power", "J": "energy per token"}
+CAUSES: Mapping[str, str] = {
+    "b200_sxm gpqa": "the host takes 30 ms per step or more, at any batch and for every model",
+    "b200_sxm lm-arena-chat": "the host varies from run to run",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Servers:
     hw: HardwareProfile
     rows: Sequence[Row]
     work: Work  # (runs, 1)
-    sampler: FloatArray  # share of the time in which the sampler sorts
+    sampler_s: FloatArray  # time in which the sampler sorts
     watts: FloatArray  # of one GPU
 
     @classmethod
@@ -44,41 +54,41 @@ class Servers:
         hw = load_hardware(rows[0]["hardware"])
         parts = [_work(row, hw) for row in rows]
         joined = Work(*(np.concatenate(part) for part in zip(*parts)))
-        sampler = [
-            SAMPLER_S * load_model(row["model"]).vocab * float(row["batch"]) / _devices(row)
-            for row in rows
-        ]
+        # each tensor-parallel device samples all sequences
+        sampler = [SAMPLER_S * load_model(row["model"]).vocab * float(row["batch"]) for row in rows]
         watts = np.array([float(row["watts"]) for row in rows])
-        return cls(hw, rows, joined, np.array(sampler) / joined.time[:, 0], watts)
+        return cls(hw, rows, joined, np.array(sampler), watts)
+
+    @property
+    def models(self) -> Array:
+        return np.array([load_model(row["model"]).name for row in self.rows])
 
     def take(self, which: BoolArray) -> Servers:
         return Servers(
             self.hw,
             [row for row, used in zip(self.rows, which) if used],
             Work(*(part[which] for part in self.work)),
-            self.sampler[which],
+            self.sampler_s[which],
             self.watts[which],
         )
 
+    def at(self, seconds: FloatArray) -> Servers:
+        """Return the runs with another time of their mean steps."""
+        return replace(self, work=self.work._replace(time=seconds[:, None]))
+
     def fit(self) -> tuple[Section, float]:
-        return fit_power(self.hw, self.work, self.watts, _provenance(self.rows), self.sampler)
+        share = self.sampler_s / self.work.time[:, 0]
+        return fit_power(self.hw, self.work, self.watts, _provenance(self.rows), share)
 
-    def predicted(self, section: Section, further: float) -> tuple[FloatArray, FloatArray]:
+    def predicted(self, section: Section, sampler: float) -> tuple[FloatArray, FloatArray]:
         """Return predicted powers, W, and the standard deviations of their logs."""
-        power = Power.of(replace(self.hw, sections={**self.hw.sections, ("power", "*"): section}))
+        seconds = self.work.time[:, 0]
+        hw = replace(self.hw, sections={**self.hw.sections, ("power", "*"): section})
+        power = Power.of(hw)
         joules = power.joules(self.work)[..., 0]
-        beside = further * self.hw.power_w * self.sampler
-        total = joules.sum(axis=0) / self.work.time[:, 0] + beside
-        share = joules / np.maximum(total * self.work.time[:, 0], 1e-300)
-        return np.minimum(total, self.hw.power_w), np.sqrt(
-            np.square(share * power.log_sd[:, None]).sum(axis=0)
-        )
-
-
-def _devices(row: Row) -> int:
-    """Return over how many devices the sampler's work is divided: each tensor-parallel device
-    samples all sequences."""
-    return int(row["devices"]) if row["parallel"] else 1
+        total = joules.sum(axis=0) + sampler * hw.power_w * self.sampler_s
+        error = joules / np.maximum(total, 1e-300) * power.log_sd[:, None]
+        return np.minimum(total / seconds, hw.power_w), np.sqrt(np.square(error).sum(axis=0))
 
 
 def _work(row: Row, hw: HardwareProfile) -> Work:
@@ -97,19 +107,6 @@ def _work(row: Row, hw: HardwareProfile) -> Work:
 def _of_pass(request: Request, hw: HardwareProfile) -> Work:
     work = forward_passes(WorkloadBatch.of([lower(request)]), hw).work
     return Work(*(part.sum(axis=1, keepdims=True) for part in work))
-
-
-def write_sections() -> list[str]:
-    """Write the fitted sections into the stack files of vLLM, and return a line for each."""
-    lines = []
-    for name, runs in servers().items():
-        section = rounded(runs.fit()[0])
-        sections = {**load_hardware(name).stacks[STACK], ("power", "*"): section}
-        path = profiles_folder() / f"{name}.{STACK}.yaml"
-        save_stack(runs.hw.calibrated(sections), STACK, path)
-        values = ", ".join(f"{part} {one.value:g}" for part, one in section.constants.items())
-        lines.append(f"{name}: {values} of {runs.hw.power_w:g} W, {len(runs.rows)} runs")
-    return lines
 
 
 def _provenance(rows: Sequence[Row]) -> Provenance:
@@ -132,13 +129,121 @@ def servers() -> Mapping[str, Servers]:
     return {name: Servers.of([r for r in rows if r["hardware"] == name]) for name in names}
 
 
-def held_out(runs: Servers) -> tuple[FloatArray, FloatArray]:
-    """Return predicted powers by fits without the runs of the same model, and the standard
-    deviations of their logs."""
-    models = np.array([load_model(row["model"]).name for row in runs.rows])
-    predicted, deviation = np.zeros((2, len(models)))
+def write_sections() -> list[str]:
+    """Write the fitted sections, with errors held out by model, into the stack files of vLLM, and
+    return a line for each."""
+    lines = []
+    for name, runs in servers().items():
+        watts = np.array([c.predicted for c in compare_power(runs)])
+        accuracy = accuracy_of(watts / runs.watts - 1.0)
+        section, sampler = runs.fit()
+        section = rounded(replace(section, accuracy=accuracy))
+        sections = {**load_hardware(name).stacks[STACK], ("power", "*"): section}
+        path = profiles_folder() / f"{name}.{STACK}.yaml"
+        save_stack(runs.hw.calibrated(sections), STACK, path)
+        values = {**{part: c.value for part, c in section.constants.items()}, "sampler": sampler}
+        shares = ", ".join(f"{part} {value:.3f}" for part, value in values.items())
+        lines.append(f"{name}: {shares} of {runs.hw.power_w:g} W, {len(runs.rows)} runs")
+    return lines
+
+
+def compare_power(runs: Servers) -> list[Comparison]:
+    """Return mean powers, W, at measured throughputs, by fits without the runs of the same
+    model."""
+    watts, deviation = _held_out(runs, runs.work.time[:, 0])
+    half = np.exp(HALF * deviation)
+    return _comparisons(runs, "W", runs.watts, (watts, watts / half, watts * half))
+
+
+def compare_energy(runs: Servers) -> list[Comparison]:
+    """Return energies per output token of one GPU, J, at simulated throughputs. The interval
+    combines the errors of power and of time as a root of sum of squares of logs."""
+    tokens = [
+        [tokens_per_s(steady(row).run(errors)) for errors in (TYPICAL, *ENDS)] for row in runs.rows
+    ]
+    rates = np.array(tokens).T
+    batch = np.array([float(row["batch"]) for row in runs.rows])
+    energies = [_held_out(runs, batch / rate)[0] / rate for rate in rates]
+    deviation = _held_out(runs, batch / rates[0])[1]
+    logs = np.log(np.array(energies[1:]) / energies[0])
+    below, above = (
+        np.exp(np.sqrt(np.square(np.maximum(side * logs, 0)).sum(axis=0) + (HALF * deviation) ** 2))
+        for side in (-1, 1)
+    )
+    measured = np.array([float(row["watts"]) / float(row["tokens_per_s"]) for row in runs.rows])
+    return _comparisons(
+        runs, "J", measured, (energies[0], energies[0] / below, energies[0] * above)
+    )
+
+
+def _held_out(runs: Servers, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return powers at some times of a step, by fits without the runs of the same model, and the
+    standard deviations of their logs."""
+    models = runs.models
+    watts, deviation = np.zeros((2, len(models)))
     for model in dict.fromkeys(models.tolist()):
         same = models == model
-        found = runs.take(~same).fit()
-        predicted[same], deviation[same] = runs.take(same).predicted(*found)
-    return predicted, deviation
+        fitted = runs.take(~same).fit()
+        watts[same], deviation[same] = runs.at(seconds).take(same).predicted(*fitted)
+    return watts, deviation
+
+
+def _comparisons(
+    runs: Servers, unit: str, measured: FloatArray, found: tuple[FloatArray, ...]
+) -> list[Comparison]:
+    return [
+        Comparison(
+            what=row["model"],
+            where=f"{row['task']}, {float(row['batch']):.0f} sequences",
+            measured=float(measured[i]),
+            predicted=float(found[0][i]),
+            lower=float(found[1][i]),
+            upper=float(found[2][i]),
+            source=unit,
+            reason=CAUSES.get(f"{row['hardware']} {row['task']}", ""),
+            gpu=row["hardware"],
+        )
+        for i, row in enumerate(runs.rows)
+    ]
+
+
+def power_tables() -> list[str]:
+    """Return the tables of ``docs/generated/energy.md`` in their order."""
+    found = servers()
+    rows = [c for runs in found.values() for c in (*compare_power(runs), *compare_energy(runs))]
+    constants = [
+        [name, *(f"{c.value:.2f} ({c.std_error:.2f})" for c in runs.fit()[0].constants.values())]
+        for name, runs in found.items()
+    ]
+    groups: dict[tuple[str, ...], list[Comparison]] = {}
+    for c in rows:
+        task = c.where.partition(",")[0]
+        rest = [] if task == "gpqa" else [("all", "without gpqa")]
+        for key in (("all", ""), *rest, ("all", task), (c.what, task)):
+            groups.setdefault((c.gpu, QUANTITIES[c.source], *key), []).append(c)
+    cells = [[*key, str(len(some)), *_scores(some)] for key, some in sorted(groups.items())]
+    names = ["GPU", "quantity", "model", "task", "runs"]
+    worst = sorted(rows, key=lambda c: -abs(np.log(c.predicted / c.measured)))[:WORST]
+    header = ["GPU", "quantity", "model", "run", "predicted / measured", "cause"]
+    return [
+        table(["GPU", *found["h100_sxm"].fit()[0].constants], constants),
+        table([*names, "error", "bias", "inside", "half-width"], cells, left=(0, 1, 2, 3)),
+        table(
+            header,
+            [
+                [
+                    *(c.gpu, QUANTITIES[c.source], c.what, c.where),
+                    f"{c.predicted / c.measured:.2f}",
+                    c.reason or "not known",
+                ]
+                for c in worst
+            ],
+            left=(0, 1, 2, 3, 5),
+        ),
+    ]
+
+
+def _scores(rows: Sequence[Comparison]) -> list[str]:
+    scores = score_of(rows)
+    names = ("median", "median bias", "coverage", "half-width")
+    return [f"{100 * scores[name]:.1f} %" for name in names]

@@ -36,8 +36,9 @@ PROMPT_LOG_SD, OUTPUT_LOG_SD = 1.0, 0.7
 """Standard deviations of the logs of ShareGPT's lengths, chosen on the runs of an A100."""
 MOST_PROMPT, MOST_TOTAL, FEWEST = 1024, 2048, 4
 """Range of the tokens of ShareGPT's requests (vLLM, vllm/benchmarks/datasets.py)."""
-PROMPTS: Mapping[str, int] = {"lm-arena-chat": 150, "gpqa": 300, "sourcegraph-fim": 400}
-"""Assumed mean tokens of ML.ENERGY's prompts, whose lengths are not published."""
+PROMPTS: Mapping[str, int] = {"lm-arena-chat": 250, "gpqa": 300, "sourcegraph-fim": 1900}
+"""Assumed mean tokens of ML.ENERGY's prompts, whose lengths are not published. Prompts of chat and
+code explain the difference between mean and median times of a step on the H100."""
 ROUNDS = 4  # requests per sequence of a steady state; the first and the last round do not count
 CLOSED_ROUNDS = 10  # requests per client with a fixed number in flight (assumed)
 ENDS = tuple(
@@ -155,14 +156,26 @@ def _at_once(run: Served) -> Quantities:
 
 def _steady(run: Served) -> Quantities:
     """Return the median time between tokens while all sequences run and requests wait."""
+    seconds, _, tokens = _while_full(run)
+    return {"between_tokens_s": weighted_quantile(seconds, tokens, 0.5)}
+
+
+def tokens_per_s(run: Served) -> float:
+    """Return the output tokens/s while all sequences run and requests wait."""
+    seconds, count, tokens = _while_full(run)
+    return float(tokens.sum() / np.dot(seconds, count))
+
+
+def _while_full(run: Served) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return times, numbers and decoded tokens of the steps in which all sequences run and requests
+    wait."""
     first, steps = np.sort(run.first), run.steps[0]
     sequences = len(first) // ROUNDS
     start, seconds, count, decodes = (
         np.array(column) for column in (steps.start, steps.seconds, steps.count, steps.sequences)
     )
     inside = (start >= first[sequences]) & (start <= first[-sequences])
-    tokens = (decodes * count)[inside]
-    return {"between_tokens_s": weighted_quantile(seconds[inside], tokens, 0.5)}
+    return seconds[inside], count[inside], (decodes * count)[inside]
 
 
 def _compare(
