@@ -134,12 +134,26 @@ def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
     yield "memory", f"{render.size(hw.memory_bytes)} at {bandwidth}"
     yield "L2", render.size(hw.l2_bytes)
     yield "power", f"{hw.power_w:.0f} W"
+    yield "drawn", _drawn(hw)
     if hw.link is not None:
         others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
         yield "link", f"{hw.link.text}, {_speed(hw.link)}; others with --link: {others}"
     if hw.bridge is not None:
         speed = _speed(hw.bridge)
         yield "bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"
+
+
+def _drawn(hw: HardwareProfile) -> str:
+    """Return what the device draws idle and at its full rates, and how that is known."""
+    from simulator.hardware.profile import section_row
+    from simulator.power import Power
+
+    idle, active, memory, compute = Power.of(hw).watts
+    full = {"bandwidth": idle + active + memory, "arithmetic": idle + active + compute}
+    watts = (f"{min(each, hw.power_w):.0f} W at full {name}" for name, each in full.items())
+    row = section_row(hw.name, "power", "*", hw.section("power", "*"))
+    known = f"{row['status']}, {row['origin']}" if row["origin"] else "assumed"
+    return f"{idle:.0f} W idle, {', '.join(watts)} ({known})"
 
 
 def _speed(link: Link) -> str:
