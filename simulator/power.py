@@ -8,8 +8,8 @@ tensor core at its full rate draws the same power in every format (assumed). Hos
 other parts of a server are excluded.
 
 Under a power limit, clocks fall until the mean power of a phase keeps it. Arithmetic then takes
-longer; memory keeps its speed. Everything but the idle power and the DRAM takes less energy at a
-lower clock. W are workloads.
+longer; memory keeps its speed as long as the chip can use it. Everything but the idle power and the
+DRAM takes less energy at a lower clock. W are workloads.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ LOWEST_CLOCK = 0.25
 """Lowest clock under a power limit, as a share of the highest (assumed)."""
 VOLTAGE = 2.0
 """Exponent of the clock in the energy of work, as voltage falls with the clock (assumed)."""
+SATURATES = 0.6
+"""Clock that saturates the memory, as a share of the highest (assumed): the L2 of an H100 delivers
+4.4 to 5.7 TB/s (its profile), its memory 3.35."""
 DRAM = 0.25
 """Share of the energy of moved bytes that the DRAM takes, at any clock: 3.9 pJ/bit in HBM2
 (O'Connor et al., MICRO 2017), of 17 fitted on an H100."""
@@ -103,42 +106,40 @@ class Power:
             )
         return cls(limit or hw.power_w, watts, log_sd)
 
-    def joules(self, work: Work) -> FloatArray:
-        """Return the energy (4, W, 2) of the parts. Where they exceed the limit, they shrink alike,
-        as kernels are timed at clocks that keep it."""
-        return self._within(self._demanded(work), work.time, self.limit)
-
-    def at_limit(self, work: Work) -> FloatArray:
-        """Return whether the limit binds a phase (W, 2): 1 or 0."""
-        return np.where(self._demanded(work).sum(axis=0) > self.limit * work.time, 1.0, 0.0)
+    def joules(self, work: Work, factor: Any = 1.0) -> FloatArray:
+        """Return the energy (4, W, 2) of the parts, if they demand ``factor`` (W,) times as much.
+        Where they exceed the limit, they shrink alike, as kernels are timed at clocks that keep
+        it."""
+        return self._within(self._demanded(work) * np.asarray(factor)[..., None], work, self.limit)
 
     def slowed(self, work: Work, usual: float) -> tuple[FloatArray, FloatArray]:
-        """Return the factors (W, 2) on the times of kernels that wait for arithmetic, and of all
+        """Return the factors (W, 2) on the times of kernels that wait for arithmetic, and of other
         kernels, under the limit; kernels were timed under a ``usual`` limit."""
-        parts = self._within(self._demanded(work), work.time, usual)
+        parts = self._within(self._demanded(work), work, usual)
         low, high = np.full(work.time.shape, LOWEST_CLOCK), np.ones(work.time.shape)
         for _ in range(_BISECTIONS):
             middle = 0.5 * (low + high)
             keeps = self._average(parts, work, middle) <= self.limit
             low, high = np.where(keeps, middle, low), np.where(keeps, high, middle)
         clock = np.where(self._average(parts, work, high) <= self.limit, high, low)
-        # at the lowest clock, the rest of the work waits too
+        # at the lowest clock, all kernels wait for the power
         over = np.maximum(self._average(parts, work, clock) / self.limit, 1.0)
-        return over / clock, over
+        return over / clock, over * np.maximum(SATURATES / clock, 1.0)
 
     def _demanded(self, work: Work) -> FloatArray:
         used = (work.time, work.busy, work.memory, work.compute)
         return np.stack([watts * part for watts, part in zip(self.watts, used)])
 
     @staticmethod
-    def _within(parts: FloatArray, time: FloatArray, limit: float) -> FloatArray:
-        allowed = limit * time / np.maximum(parts.sum(axis=0), 1e-300)
+    def _within(parts: FloatArray, work: Work, limit: float) -> FloatArray:
+        allowed = limit * work.time / np.maximum(parts.sum(axis=0), 1e-300)
         return np.asarray(parts * np.minimum(allowed, 1.0))
 
     def _average(self, parts: FloatArray, work: Work, clock: FloatArray) -> FloatArray:
         """Return the mean power (W, 2) at clocks below those of the kernels' times."""
-        later = work.bound * (1.0 / clock - 1.0)
-        joules = parts.sum(axis=0) + later * self.watts[:2].sum()
+        others = np.maximum(SATURATES / clock, 1.0) - 1.0
+        later = work.bound * (1.0 / clock - 1.0) + (work.busy - work.bound) * others
         on_chip = parts[1] + later * self.watts[1] + (1.0 - DRAM) * parts[2] + parts[3]
+        joules = parts.sum(axis=0) + later * self.watts[:2].sum()
         joules = joules - on_chip * (1.0 - clock**VOLTAGE)
         return np.asarray(joules / np.maximum(work.time + later, 1e-300))

@@ -6,66 +6,63 @@ of their shares remains. Errors of times matter for the power that is paid while
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
-from simulator.power import Power
+from simulator.power import Power, Work
 from simulator.uncertainty.factors import level_scale
 from simulator.uncertainty.forward import PredictedPass
 from simulator.uncertainty.intervals import PredictionIntervals
 
 _NORMAL_90 = 1.645  # half-width of a 90 % interval over the standard deviation
-_WITH_TIME = 2  # of PARTS, the first are paid while time passes
 
 
 @dataclass(frozen=True)
 class PassEnergy:
     """Energy of W passes on all devices together."""
 
-    parts: FloatArray  # (4, W) J of PARTS
-    seconds: FloatArray
-    devices: int
+    work: Work  # of one device
     power: Power
-    with_time: FloatArray  # (W,) share of the energy that follows the time
-    sure: FloatArray  # (W,) share of the energy at the limit, whose power is known
+    devices: int  # on which each pass does this work
+    all_devices: int
 
     @classmethod
     def of(cls, p: PredictedPass, seconds: FloatArray) -> PassEnergy:
+        """Return the energy of passes that take ``seconds``."""
         meta = p.workloads.rows.meta
         power = Power.of(p.hw, meta.asked.power_limit)
-        work = p.work._replace(time=p.work.time * (seconds / p.total_s)[:, None])
-        stages = meta.parallel == "pipeline"
-        if stages:  # the rows are those of all devices
-            work = work._replace(time=work.time * meta.devices)
-        joules = power.joules(work)
-        capped = joules.sum(axis=0) * power.at_limit(work)
-        parts = joules.sum(axis=2) * (1 if stages else meta.devices)
-        share = capped.sum(axis=1) / joules.sum(axis=(0, 2))
-        static = joules[:_WITH_TIME].sum(axis=(0, 2)) / joules.sum(axis=(0, 2))
-        return cls(
-            parts=parts,
-            seconds=seconds,
-            devices=meta.devices,
-            power=power,
-            with_time=share + (1.0 - share) * static,
-            sure=share,
-        )
+        found = cls(p.work, power, meta.devices, meta.devices)
+        if meta.parallel == "pipeline":  # the rows are those of all devices
+            work = p.work._replace(time=p.work.time * meta.devices)
+            found = cls(work, power, 1, meta.devices)
+        return found.at(seconds / p.total_s)
+
+    def at(self, slower: FloatArray) -> PassEnergy:
+        """Return the energy of passes that take ``slower`` (W,) times as long for the same work."""
+        return replace(self, work=self.work._replace(time=self.work.time * slower[:, None]))
+
+    def total(self, factor: Any = 1.0) -> FloatArray:
+        """Return joules (W,), if each part demands ``factor`` (W,) times as much."""
+        return np.asarray(self.devices * self.power.joules(self.work, factor).sum(axis=(0, 2)))
 
     @property
-    def joules(self) -> FloatArray:
-        return np.asarray(self.parts.sum(axis=0))
+    def parts(self) -> FloatArray:
+        """Joules (4, W) of :data:`simulator.power.PARTS`."""
+        return np.asarray(self.devices * self.power.joules(self.work).sum(axis=2))
 
     @property
     def watts(self) -> FloatArray:
         """Mean power of one device."""
-        return self.joules / (self.seconds * self.devices)
+        seconds = self.work.time.sum(axis=1) * self.devices / self.all_devices
+        return np.asarray(self.total() / (seconds * self.all_devices))
 
     @property
-    def loadings(self) -> FloatArray:
-        """Standard deviations (4, W) of the logs of the energy by the error of each part."""
-        share = self.parts / self.joules * (1.0 - self.sure)
+    def errors(self) -> FloatArray:
+        """Deviations (4, W) of the logs of the energy by the error of each part."""
+        share = self.parts / self.total()
         return np.asarray(share * self.power.log_sd[:, None])
 
 
@@ -74,24 +71,19 @@ def energy_columns(
 ) -> dict[str, FloatArray]:
     """Return the columns of a result about the energy of a pass on all devices."""
     found = PassEnergy.of(p, times.seconds)
-    joules, loadings = found.joules, found.loadings
+    joules, errors = found.total(), found.errors
     half = _NORMAL_90 * level_scale(level)
-    of_power = half * np.sqrt(np.square(loadings).sum(axis=0))
+    of_power = half * np.sqrt(np.square(errors).sum(axis=0))
+    between = half * np.sqrt(np.square(errors - errors[:, dense]).sum(axis=0))
     lower, upper = (
-        joules * np.exp(side * np.hypot(of_power, found.with_time * np.log(end / times.seconds)))
+        _end(found, side * of_power, end / times.seconds)
         for side, end in ((-1.0, times.lower), (1.0, times.upper))
     )
-    # the clip keeps an interval inside what the limit allows
-    most = found.power.limit * found.devices * times.upper
-    upper = np.minimum(upper, np.maximum(most, joules))
-    ratio = joules / joules[dense]
-    between = half * np.sqrt(np.square(loadings - loadings[:, dense]).sum(axis=0))
-    follows = 0.5 * (found.with_time + found.with_time[dense])
-    ends = (
-        ratio * np.exp(side * np.hypot(between, follows * np.log(end / times.ratio)))
-        for side, end in ((1.0, times.ratio_lower), (-1.0, times.ratio_upper))
+    # the pruned pass at the ends of the speedup
+    least, most = (
+        _end(found, side * between, times.ratio / end)
+        for side, end in ((-1.0, times.ratio_upper), (1.0, times.ratio_lower))
     )
-    least, most_saved = (1.0 - end for end in ends)
     own = {
         "watts": found.watts,
         "joules": joules,
@@ -101,7 +93,15 @@ def energy_columns(
     return {
         **{f"dense_{name}": column[dense] for name, column in own.items()},
         **{f"pruned_{name}": column for name, column in own.items()},
-        "energy_saved": 1.0 - ratio,
-        "energy_saved_lower": least,
-        "energy_saved_upper": most_saved,
+        "energy_saved": 1.0 - joules / joules[dense],
+        "energy_saved_lower": 1.0 - most / joules[dense],
+        "energy_saved_upper": 1.0 - least / joules[dense],
     }
+
+
+def _end(found: PassEnergy, of_power: FloatArray, slower: FloatArray) -> FloatArray:
+    """Return an end of the interval of energies: the errors of power and of time combine as a root
+    of sum of squares of logs."""
+    joules = found.total()
+    logs = np.log([found.total(np.exp(of_power)) / joules, found.at(slower).total() / joules])
+    return np.asarray(joules * np.exp(np.sign(logs.sum(axis=0)) * np.hypot(*logs)))
