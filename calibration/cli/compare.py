@@ -209,19 +209,18 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
             for name in (*measured, "roofline", "FLOP")
         ),
         *(
-            (f"{kind}\nsaved J", partial(_saved, prefix=prefix))
-            for kind, prefix in (("measured", ""), ("predicted", "predicted_"))
+            (f"{kind}energy\nsaved %", partial(_saved, prefix=prefix))
+            for kind, prefix in (("", ""), ("predicted ", "predicted_"))
             if any(math.isfinite(r.energy_saved) for r in rows)
         ),
     )
 
 
 def _saved(r: ComparedSpeedup, prefix: str) -> str:
-    """Return a saved share of the energy with its interval."""
-    value, lower, upper = (
-        100.0 * getattr(r, f"{prefix}energy_saved{end}") for end in ("", "_lower", "_upper")
+    value, low, high = (
+        f"{100 * getattr(r, f'{prefix}energy_saved{end}'):.1f}" for end in ("", "_lower", "_upper")
     )
-    return f"{value:.1f} % ({lower:.1f}-{upper:.1f})"
+    return f"{value} ({low}-{high})"
 
 
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:

@@ -10,7 +10,7 @@ from scipy.optimize import least_squares
 
 from calibration.fit.solver import ConstantsFit, FittedPart
 from calibration.records.screening import peaks, work
-from calibration.records.timing_table import Flag, Records
+from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
 from simulator.hardware.profile import (
     Fitted,
@@ -39,25 +39,30 @@ def fit_measured_power(records: Records, hw: HardwareProfile) -> FittedPart:
     """Return the section ``power`` fitted to the measured powers of operators that repeat without
     pauses, and of the idle device. The prior is the section of ``hw``, if it was fitted. ValueError
     for too few rows."""
-    flops, weights, others = work(records)
-    idle, seconds = records.is_operator("idle"), records.seconds
-    compute, memory = flops / peaks(records, hw), (weights + others) / hw.bandwidth_bytes_per_s
+    known = _known_work(records, hw)
     limits = [source.stack.get("power_limit_w", "") for source in records.sources]
     limit = np.array([float(w) if w.isdecimal() else hw.power_w for w in limits])[records.source]
-    # bytes above the bandwidth of the memory came from a cache
-    known = idle | ((memory > 0.0) & (memory <= seconds) & np.isfinite(peaks(records, hw)))
-    used = known & (records.watts < NEAR_LIMIT * np.minimum(limit, hw.power_w))
-    used &= (records.flags & Flag.POWER_CAPPED) == 0
+    shares = known.memory[:, 0] <= known.time[:, 0]  # else the bytes came from a cache
+    used = shares & (records.watts < NEAR_LIMIT * np.minimum(limit, hw.power_w))
     if used.sum() < FEWEST:
         raise ValueError(f"{used.sum()} rows below the power limit; a fit needs {FEWEST}")
-    none = np.zeros(len(records))
-    parts = (seconds, np.where(idle, 0.0, seconds), none, memory, compute)
-    taken = Work(*(part[used, None] for part in parts))
     found = hw.section("power", "*")
     prior = None if found.status == "default" else found
+    taken = Work(*(part[used] for part in known))
     section, _ = fit_power(hw, taken, records.watts[used], prior=prior)
     own = replace(section, section_scale=SAME_STACK)
     return FittedPart(own, ConstantsFit({}, {}, {}), int(used.sum()))
+
+
+def _known_work(records: Records, hw: HardwareProfile) -> Work:
+    """Return what rows do in their times (W, 1); operators of unknown work have infinite bytes."""
+    flops, weights, others = work(records)
+    idle, moved = records.is_operator("idle"), weights + others
+    moved = np.where(idle | (moved > 0.0), moved, np.inf)
+    busy = np.where(idle, 0.0, records.seconds)
+    memory, compute = moved / hw.bandwidth_bytes_per_s, flops / peaks(records, hw)
+    parts = records.seconds, busy, 0.0 * busy, memory, compute
+    return Work(*(part[:, None] for part in parts))
 
 
 def fit_power(

@@ -8,9 +8,8 @@ Measurements", arXiv 2312.02741). So one launch is too short: the window of all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibration.devices.protocol import Device, Sampler
 from calibration.devices.telemetry import UNKNOWN
@@ -26,16 +25,10 @@ BUSY = 0.8
 launches."""
 
 
-@dataclass(frozen=True)
-class MeasuredPower:
+class MeasuredPower(NamedTuple):
     watts: float
     busy: float  # share of the window in which the work ran
     seconds: float  # per launch or pass
-
-    @property
-    def joules(self) -> float:
-        """Energy of a launch or pass."""
-        return self.watts * self.seconds
 
 
 def has_counter(device: Device) -> bool:
@@ -45,8 +38,11 @@ def has_counter(device: Device) -> bool:
 def mean_power(device: Device, sample: Sampler, loops: int) -> MeasuredPower | None:
     """Return the mean power while samples of ``loops`` launches repeat; None if the device reports
     neither energy nor power."""
+    # also drops readings of other work
+    if device.snapshot().power_w == UNKNOWN and not has_counter(device):
+        return None
     _repeat(device, sample, loops, UPDATE_S if has_counter(device) else WINDOW_S)
-    device.snapshot()  # drops readings of other work
+    device.snapshot()
     before, start = device.energy_j(), device.clock()
     samples = _repeat(device, sample, loops, WINDOW_S)
     after, window_s = device.energy_j(), device.clock() - start
@@ -54,9 +50,8 @@ def mean_power(device: Device, sample: Sampler, loops: int) -> MeasuredPower | N
         watts = device.snapshot().power_w
     else:
         watts = (after - before) / window_s
-    if isinstance(watts, str) or watts <= 0.0:
-        return None
-    return MeasuredPower(watts, sum(samples) * loops / window_s, fmean(samples))
+    busy = sum(samples) * loops / window_s
+    return None if isinstance(watts, str) else MeasuredPower(watts, busy, fmean(samples))
 
 
 def launches(seconds: float) -> int:
@@ -72,12 +67,10 @@ def idle_power(device: Device) -> dict[str, Any]:
         device.rest(UPDATE_S)
         return UPDATE_S
 
-    counter = has_counter(device)
-    if not counter and device.snapshot().power_w == UNKNOWN:
-        return {}
-    method = f"power: mean of {WINDOW_S:g} s by {'an energy counter' if counter else 'samples'}"
+    method = "an energy counter" if has_counter(device) else "samples"
     found = mean_power(device, wait, 1)
-    return {} if found is None else {"idle_w": found.watts, "method": method}
+    about = f"power: mean of {WINDOW_S:g} s by {method}"
+    return {} if found is None else {"idle_w": found.watts, "method": about}
 
 
 def _repeat(device: Device, sample: Sampler, loops: int, seconds: float) -> list[float]:

@@ -365,11 +365,12 @@ def energies_in_turns(samplers: Sequence[Sampler], times: Sequence[float], devic
     nothing if the passes do not fill their windows."""
     loops = launches(median(times))
     turns = [[mean_power(device, one, loops) for one in samplers] for _ in range(LEAST)]
-    found = [[one.joules for one in turn if one and one.busy >= BUSY] for turn in turns]
-    if any(len(turn) < len(samplers) for turn in found):
-        return {}
-    dense_j, pruned_j = zip(*found)
-    return {"dense_j": list(dense_j), "pruned_j": list(pruned_j)}
+    dense_j, pruned_j = (
+        [one.watts * one.seconds for one in model if one and one.busy >= BUSY]
+        for model in zip(*turns)
+    )
+    whole = len(dense_j) == len(pruned_j) == LEAST
+    return {"dense_j": dense_j, "pruned_j": pruned_j} if whole else {}
 
 
 def in_turns(

@@ -4,7 +4,6 @@ are compared. A result with unknown conditions is skipped with the reason."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,9 +219,9 @@ def _energy(run: BenchRun, request: Request, batch: int, hw: HardwareProfile) ->
     tokens = batch * (request.new_tokens + 1)
     workloads = WorkloadBatch.of([lower(replace(request, batch=batch))])
     found = PassEnergy.of(forward_passes(workloads, hw), np.array([tokens / power.tokens_per_s]))
-    each = float(found.joules[0]) / tokens
-    half = math.exp(NORMAL_90 * float(np.linalg.norm(found.loadings)))
-    return {ENERGY: (power.watts / power.tokens_per_s, each, each / half, each * half)}, ()
+    half = NORMAL_90 * np.linalg.norm(found.errors)
+    each, low, high = (float(found.total(np.exp(x))[0]) / tokens for x in (0.0, -half, half))
+    return {ENERGY: (power.watts / power.tokens_per_s, each, low, high)}, ()
 
 
 def _simulated(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared:

@@ -145,15 +145,15 @@ def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
 
 def _drawn(hw: HardwareProfile) -> str:
     """Return what the device draws idle and at its full rates, and how that is known."""
-    from simulator.hardware.profile import section_row
     from simulator.power import Power
 
-    idle, active, memory, compute = Power.of(hw).watts
-    full = {"bandwidth": idle + active + memory, "arithmetic": idle + active + compute}
-    watts = (f"{min(each, hw.power_w):.0f} W at full {name}" for name, each in full.items())
-    row = section_row(hw.name, "power", "*", hw.section("power", "*"))
-    known = f"{row['status']}, {row['origin']}" if row["origin"] else "assumed"
-    return f"{idle:.0f} W idle, {', '.join(watts)} ({known})"
+    power, section = Power.of(hw), hw.section("power", "*")
+    idle, active, memory, compute = power.watts
+    moving, computing = (min(idle + active + part, power.limit) for part in (memory, compute))
+    about = section.provenance
+    known = f"{section.status}: {about.source}" if about else "assumed"
+    full = f"{moving:.0f} W at full bandwidth, {computing:.0f} W at full arithmetic"
+    return f"{idle:.0f} W idle, {full} ({known})"
 
 
 def _speed(link: Link) -> str:
