@@ -42,7 +42,6 @@ from types import FrameType
 from typing import Any
 
 from calibration.devices.protocol import (
-    HOST_KINDS,
     CaptureFailed,
     Device,
     DeviceLost,
@@ -186,7 +185,6 @@ class _Run:
     # shortest time per operator, and its status
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
     timed: set[str] = field(default_factory=set)  # operators with a time
-    powered: bool = False  # whether the run measures power
     start: float = 0.0
     power_s: float = 0.0  # spent on power so far
 
@@ -269,8 +267,9 @@ class _Run:
         """Return the power of an operator, if it is due: on a short budget, few are."""
         start = self.device.clock()
         due = self.power_s <= POWER_SHARE * (start - self.start)
-        fits = item.purpose == FIT and item.operator.kind not in HOST_KINDS
-        if not (self.powered and due and fits):
+        # single launches have flushes and waits between them
+        fits = item.purpose == FIT and "single launches" not in prepared.method
+        if not (due and fits):
             return {}
         sample = self.interrupt.watched(prepared.sample)
         found = mean_power(self.device, sample, launches(median_s))
@@ -365,14 +364,12 @@ def run(
     *,
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
-    powered: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Measure the items of a plan; an item is omitted if it is not expected to end within the
     plan's budget. ``append`` stores one record before it returns (``Store.append``). ``previous``
     are records of earlier runs in the same store: their operators are not measured again, and their
-    first drift check stays the reference. ``powered``: measure the power of some operators too.
-    ``progress`` is called after every visit with the seconds
+    first drift check stays the reference. ``progress`` is called after every visit with the seconds
     that have passed and the expected total."""
     protocol, earlier = protocol or Protocol(), list(previous)
     todo = _todo(plan, earlier)
@@ -383,7 +380,7 @@ def run(
         state = _Run(
             device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
         )
-        state.powered, state.start = powered, budget.start
+        state.start = budget.start
         state.counts.resumed, state.counts.left = len(plan.items) - len(todo[0]), len(todo[0])
         state.reference, state.block = _first_check(earlier)
         state.timed = {str(r.get("key")) for r in earlier if r.get("median_s") is not None}

@@ -142,8 +142,7 @@ class Content:
 STATUSES = ("ok", "noisy", "throttled", "skipped", "unsupported", "refused", "failed")
 _TIME = Range(1e-15, 1e9, "times in seconds")
 _TIME_OR_ZERO = Range(0.0, 1e9, "times in seconds from 0")
-_WATTS = Range(1e-3, 1e5, "a power in W")
-_JOULES = Range(1e-9, 1e9, "energies in J")
+_POWER = Range(1e-9, 1e9, "a power in W or an energy in J above 0")
 
 
 def _times(right: Range, name: str, values: Any) -> None:
@@ -171,8 +170,8 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("visit", "block"), partial(number, right=SIZE)),
     **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
     "lower_s": partial(number, right=_TIME_OR_ZERO),
-    "watts": partial(number, right=_WATTS),
-    **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _JOULES)),
+    "watts": partial(number, right=_POWER),
+    **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _POWER)),
     **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),
     **dict.fromkeys(("versions", "operator"), _mapping),
     "kernels": _kernels,
@@ -384,7 +383,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             )
             raise InputError(f"{place}record {position}: not a timing: {reason}") from None
     if "idle_w" in header.extra:
-        watts = number(f"{place}idle_w", header.extra["idle_w"], _WATTS)
+        watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
         timings["idle"] = {**idle, "weight_dtype": header.dtype}
     return Records.from_rows(timings.values(), [header.source()])

@@ -183,7 +183,6 @@ def measure_plan(
             store.append,
             previous=store.rows,
             protocol=protocol,
-            powered="idle_w" in store.header.extra,
             progress=progress,
         )
         known = any(row.get("type") == SUSTAINED for row in store.rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory
 from calibration.devices.replay import ReplayDevice
-from calibration.devices.telemetry import Reading, Snapshot
+from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 
 _SLOWDOWN = 1.6  # factor on times under throttling
 
@@ -36,7 +36,7 @@ class PoweredDevice(ReplayDevice):
 
     idle_w: float = field(default=100.0, kw_only=True)
     active_w: float = field(default=50.0, kw_only=True)
-    memory_w: float = field(default=300.0, kw_only=True)
+    memory_w: float = field(default=420.0, kw_only=True)
     compute_w: float = field(default=600.0, kw_only=True)
     peaks: tuple[float, float] = field(default=(3.35e12, 989.4e12), kw_only=True)
     limit_w: float = field(default=math.inf, kw_only=True)
@@ -100,5 +100,5 @@ class FaultyDevice(ReplayDevice):
         if not self.faults.nvml:
             return Snapshot()
         if self.number in self.faults.throttle:
-            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
+            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, UNKNOWN, 91.0, 1.0, ("hw_thermal_slowdown",))
         return super().snapshot()

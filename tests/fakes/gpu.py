@@ -76,7 +76,7 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
-POWER: Mapping[str, float] = {"idle": 0.2, "active": 0.1, "memory": 0.4, "compute": 0.6}
+POWER: Mapping[str, float] = {"idle": 0.2, "active": 0.1, "memory": 0.55, "compute": 0.6}
 """Shares of the power limit that all planted GPUs draw: idle, further in kernels, and at the rates
 that kernels achieve."""
 MOST_POWER = 0.97  # share of the limit that a GPU draws whose clock the power cap lowers

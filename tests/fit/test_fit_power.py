@@ -50,7 +50,7 @@ def measured(device: PoweredDevice) -> Records:
     kept: list[dict[str, Any]] = []
     described = device.describe()
     header = Header(described.device, described.stack, extra=idle_power(device))
-    run(PLAN, device, lambda row: kept.append(dict(row)), powered=True)
+    run(PLAN, device, lambda row: kept.append(dict(row)))
     records = records_of(kept, header)
     return records.select(records.watts > 0.0)
 
@@ -92,10 +92,10 @@ def test_errors_cover_the_constants_of_noisy_devices() -> None:
 
 
 def test_rows_at_a_limit_that_binds_are_left_out() -> None:
-    described = replace(ReplayDevice().description, stack={"power_limit_w": "450"})
-    device = planted(limit_w=450.0, description=described)
+    described = replace(ReplayDevice().description, stack={"power_limit_w": "550"})
+    device = planted(limit_w=550.0, description=described)
     records = measured(device)
-    at_limit = records.watts > 440.0
+    at_limit = records.watts > 540.0
     assert 3 < at_limit.sum() < len(records) - 8
     section = fit_measured_power(records, UNFITTED).section
     for part, share in shares(device).items():

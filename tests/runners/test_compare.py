@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -441,6 +442,29 @@ def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], 
     assert "a text states the whole pruning" in cli.refused(f"{command} --sparsity 0.5")
     reason = "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"
     assert reason in cli.refused(f"{command} --prune 'width mpl=0.3'")
+
+
+def test_measured_energies_stand_beside_predicted_ones(
+    tmp_path: Path, tiny: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    plain = timing.time_pair
+
+    def counted(*given: Any) -> dict[str, Any]:
+        return {**plain(*given), "dense_j": [2.0, 2.2, 2.1], "pruned_j": [1.0, 1.1, 1.26]}
+
+    monkeypatch.setattr(timing, "time_pair", counted)
+    line = (
+        f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    )
+    (row,) = cli.json(f"{line} --family depth --sparsity 0.5")
+    names = ("dense_joules", "pruned_joules", "energy_saved")
+    assert [row[name] for name in names] == pytest.approx([2.1, 1.1, 0.5])
+    ends = [row[f"energy_saved_{end}"] for end in ("lower", "upper")]
+    assert ends == pytest.approx([0.4, 0.5])  # the extremes of three turns
+    assert 0.0 < row["predicted_pruned_joules"] < row["predicted_dense_joules"]
+    out, _ = cli(f"{line} --family depth --sparsity 0.5")
+    assert "50.0 (40.0-50.0)" in out
+    assert re.search(r"energy saved: [01] of 1 shares in their 90 % interval", out)
 
 
 BAD = {
