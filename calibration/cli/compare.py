@@ -7,6 +7,7 @@ import math
 import sys
 import textwrap
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -207,11 +208,23 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
             (f"{name}\nbound", ratio_of(f"{name.lower()}_bound"))
             for name in (*measured, "roofline", "FLOP")
         ),
+        *(
+            (f"{kind}energy\nsaved %", partial(_saved, prefix=prefix))
+            for kind, prefix in (("", ""), ("predicted ", "predicted_"))
+            if any(math.isfinite(r.energy_saved) for r in rows)
+        ),
     )
 
 
+def _saved(r: ComparedSpeedup, prefix: str) -> str:
+    value, low, high = (
+        f"{100 * getattr(r, f'{prefix}energy_saved{end}'):.1f}" for end in ("", "_lower", "_upper")
+    )
+    return f"{value} ({low}-{high})"
+
+
 def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
-    from calibration.runners.compare import by_phase, repeatability
+    from calibration.runners.compare import by_phase, of_energies, repeatability
 
     lines = []
     for phase, a in by_phase(rows).items():
@@ -223,6 +236,7 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
         inside = f"{100 * a['inside']:.0f} % of {a['count']} in their 90 % interval"
         dense = f"median error of dense times {100 * a['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
+    lines += of_energies(rows)
     if not math.isnan(again := repeatability(records)):
         lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
     return lines

@@ -14,6 +14,7 @@ from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 
 if TYPE_CHECKING:
+    from calibration.validation.runs import RunResult
     from calibration.validation.validate import Report
 
 # conditions of result files: settings of a request, with the meaning of their options here
@@ -173,6 +174,12 @@ def show_report(report: Report, title: str = "") -> tuple[str, ...]:
     return tuple(f"{count} rows excluded: {reason}" for reason, count in report.skipped.items())
 
 
+def _value(result: RunResult, value: float, *ends: float) -> str:
+    if result.energy:
+        return f"{value:.3g} J" + (f" ({ends[0]:.3g}-{ends[1]:.3g})" if ends else "")
+    return render.seconds_between(value, *ends) if ends else render.seconds(value)
+
+
 def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
     from calibration.validation.runs import evaluate, of_runs
 
@@ -189,16 +196,14 @@ def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
             ("<GPU", lambda rc: rc[1].gpu),
             ("<engine", lambda rc: rc[1].engine),
             ("<request", lambda rc: rc[0].request),
-            ("measured", lambda rc: render.seconds(rc[1].measured)),
-            (
-                "predicted",
-                lambda rc: render.seconds_between(rc[1].predicted, rc[1].lower, rc[1].upper),
-            ),
+            ("measured", lambda rc: _value(rc[0], rc[1].measured)),
+            ("predicted", lambda rc: _value(rc[0], rc[1].predicted, rc[1].lower, rc[1].upper)),
             ("error", lambda rc: f"{100 * rc[1].error:+.1f} %"),
             ("inside", lambda rc: "yes" if rc[1].inside else "no"),
         )
         render.show(
             render.narrowed(columns, 6),
-            "Measured and predicted times per pass (serve: per request or whole run)",
+            "Measured and predicted times per pass (serve: per request or whole run), and energies"
+            " per output token",
         )
     render.notes([*skipped, *(note for r in results for note in r.notes)], out.verbose)

@@ -63,7 +63,7 @@ from calibration.devices.protocol import (  # noqa: E402
     OutOfMemory,
     unknown_device,
 )
-from calibration.devices.telemetry import CpuReader, Snapshot, cpuinfo  # noqa: E402
+from calibration.devices.telemetry import CpuReader, Reading, Snapshot, cpuinfo  # noqa: E402
 from simulator.errors import InputError  # noqa: E402
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -201,6 +201,9 @@ class CpuDevice(TorchDevice):
 
     def snapshot(self) -> Snapshot:
         return self._reader.snapshot()
+
+    def energy_j(self) -> Reading:
+        return self._reader.energy_j()
 
     def close(self) -> None:
         super().close()

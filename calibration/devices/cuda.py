@@ -50,7 +50,7 @@ from calibration.devices.protocol import (
     Sampler,
     Unsupported,
 )
-from calibration.devices.telemetry import UNKNOWN, NvmlReader, Snapshot, under_load
+from calibration.devices.telemetry import UNKNOWN, NvmlReader, Reading, Snapshot, under_load
 from simulator.errors import InputError
 
 # Version of the measuring protocol. It is part of the stack, so a run has one version. Version 1
@@ -500,6 +500,9 @@ class CudaDevice(TorchDevice):
 
     def snapshot(self) -> Snapshot:
         return self._timer.snapshot()
+
+    def energy_j(self) -> Reading:
+        return self._reader.energy_j()
 
     def close(self) -> None:
         super().close()

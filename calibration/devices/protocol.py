@@ -352,6 +352,7 @@ class Device(Protocol):
 
     # under load since the last call, if it reads while launches run; else now
     def snapshot(self) -> Snapshot: ...
+    def energy_j(self) -> Reading: ...  # growing counter, J
 
     # monotonic seconds, the time of budgets (simulated on the planted device)
     def clock(self) -> float: ...

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import Description, Operator, Unsupported
-from calibration.devices.telemetry import Snapshot
+from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.errors import InputError
 
 Seconds = Callable[[Operator], float]
@@ -89,7 +89,10 @@ class ReplayDevice:
         return value
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(1.98e9, 2.6e9, 450.0, 61.0, 1.0, ())
+        return Snapshot(1.98e9, 2.6e9, UNKNOWN, 61.0, 1.0, ())
+
+    def energy_j(self) -> Reading:
+        return UNKNOWN
 
     def clock(self) -> float:
         return self._now

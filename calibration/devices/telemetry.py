@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -166,6 +166,10 @@ class NvmlReader:
                 continue
         return UNKNOWN
 
+    def energy_j(self) -> Reading:
+        """Return the growing energy counter of the GPU, J (Volta and newer)."""
+        return _read(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle), 1e-3)
+
     def driver(self) -> str:
         try:
             version = self._nvml.nvmlSystemGetDriverVersion()
@@ -199,6 +203,28 @@ class CpuReader:
     def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
         self.cpus = tuple(sorted(cpus))
         self._root = root
+        # last reading of each package, and the energy of all packages since the first, J
+        self._packages = dict.fromkeys(self._rapl(), 0.0)
+        self._energy_j = 0.0
+
+    def _rapl(self) -> Iterator[Path]:
+        for zone in sorted(self._root.glob("sys/class/powercap/*-rapl:*")):
+            with suppress(OSError):
+                if (zone / "name").read_text(encoding="utf-8").startswith("package"):
+                    yield zone
+
+    def energy_j(self) -> Reading:
+        """Return the growing energy of all packages, J, by RAPL (Linux,
+        Documentation/power/powercap/powercap.rst), whose counters wrap around; "unknown" where a
+        counter is not readable."""
+        for zone, last in self._packages.items():
+            now = self._read(zone / "energy_uj", scale=1e-6)
+            wrap = self._read(zone / "max_energy_range_uj", scale=1e-6)
+            if isinstance(now, str) or isinstance(wrap, str):
+                return UNKNOWN
+            self._energy_j += now - last + (wrap if now < last else 0.0)
+            self._packages[zone] = now
+        return self._energy_j if self._packages else UNKNOWN
 
     def snapshot(self) -> Snapshot:
         cpu = "sys/devices/system/cpu/cpu"

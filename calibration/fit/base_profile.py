@@ -24,7 +24,8 @@ from simulator.hardware.schema import QUANTITIES, RATE, plain_name
 from simulator.operators.base import Rate
 
 MEASURED = "measured on this device by prunesim: the best of its own GEMMs and copies"
-UNKNOWN = "unknown for this device; a placeholder that no prediction uses"
+UNKNOWN = "unknown for this device; a placeholder, which only energies depend on"
+HIGHEST = "a tenth above the highest power that prunesim measured on this device"
 
 _THREADS = re.compile(r"\((\d+) threads\)")
 _COLD_SHARE = 1.0 / 16.0  # share of L2 from which rotated weights certainly come from memory
@@ -221,8 +222,8 @@ def _bandwidth(device: Device, dtype: str) -> float:
 
 
 def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
-    """Return the base with measured peaks raised to the rates of the records; datasheet peaks do
-    not change."""
+    """Return the base with measured peaks raised to the rates of the records, and an unknown power
+    limit above all measured powers; datasheet facts do not change."""
     timed = records.select(np.isfinite(records.seconds) & (records.seconds > 0))
     flops, weights, others = work(timed)
     gemm = timed.is_operator("gemm")
@@ -240,4 +241,7 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
     if base.sources.get("bandwidth") == MEASURED and cold.any():
         fastest = float(np.max((weights + others)[cold] / timed.seconds[cold]))
         speed = _within(QUANTITIES["bandwidth"][1], max(speed, 1.01 * fastest))
-    return replace(base, rates=rates, bandwidth_bytes_per_s=speed)
+    power, sources = base.power_w, base.sources
+    if sources.get("power") == UNKNOWN and records.watts.any():
+        power, sources = 1.1 * float(records.watts.max()), {**sources, "power": HIGHEST}
+    return replace(base, rates=rates, bandwidth_bytes_per_s=speed, power_w=power, sources=sources)

@@ -30,6 +30,7 @@ from calibration.fit.operators import (
     index_sizes,
     layers_of,
 )
+from calibration.fit.power import FEWEST, fit_measured_power
 from calibration.fit.predict import SECTIONS, UNTIMED, predict
 from calibration.fit.recurrent import RecurrentFit, recurrent_fit
 from calibration.fit.section import Fit, fit_section
@@ -310,6 +311,7 @@ def _kinds(base: HardwareProfile, records: Records) -> list[_Rows]:
         _Rows("collective", "collectives", _messages(records), every, Fit.FEWEST),
         _Rows("experts", "experts {}", is_("experts"), gemms, ExpertsFit.FEWEST),
         _Rows("indexer", "indexers {}", is_("indexer"), formats, Fit.FEWEST),
+        _Rows("power", "power", records.watts > 0.0, every, FEWEST),
         *(
             _Rows(name, f"{name} {{}}", is_(name), formats, RecurrentFit.FEWEST)
             for name in RECURRENT
@@ -361,6 +363,8 @@ def provenance_of(records: Records, date: str = "") -> Provenance:
 def _fit(
     operator: str, dtype: str, r: Records, hw: HardwareProfile, prior: HardwareProfile | None
 ) -> FittedPart:
+    if operator == "power":
+        return fit_measured_power(r, hw)
     if OPERATORS[int(r.operator[0])] in SKIPPING:
         return fit_skipping(r, hw, dtype)
     if operator == "runtime":

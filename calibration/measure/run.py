@@ -24,6 +24,8 @@ A record is a JSON-ready mapping:
 - ``attempts``: number of measurements; ``throttled_samples`` were discarded because of throttling
 - ``waited``: share of the time in which this process waited for a CPU, where the system counts it
 - ``block``: number of the last drift check before this record
+- ``watts``: mean power while the operator repeats (:mod:`calibration.measure.power`), of some
+  operators of the fit
 - ``drift``: drift checks: change from the first; ``drifted`` if it exceeds the limit and intervals
   are disjoint
 """
@@ -45,11 +47,19 @@ from calibration.devices.protocol import (
     DeviceLost,
     Operator,
     OutOfMemory,
+    Prepared,
     Sampler,
     Unsupported,
 )
 from calibration.devices.telemetry import UNKNOWN, Snapshot, throttled, waited
-from calibration.measure.plan import DRIFT_CHECK, DRIFT_CHECK_EVERY, Item, MeasurementPlan
+from calibration.measure.plan import (
+    DRIFT_CHECK,
+    DRIFT_CHECK_EVERY,
+    FIT,
+    Item,
+    MeasurementPlan,
+)
+from calibration.measure.power import BUSY, launches, mean_power
 from calibration.measure.timing import NOISY, OK, InvalidTiming, Protocol, Timing, measure
 from calibration.records.store import (
     CLOCK_LIMIT,
@@ -64,6 +74,7 @@ _, _, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED = STATUSES
 
 MAX_ATTEMPTS = 3
 _FAILURES_IN_A_ROW = 5
+POWER_SHARE = 0.1  # largest share of a run that measures power
 # a GPU reaches its power limit in about a second
 SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192
 CAPTURE_FAILED, LOST = "capture failed", "device lost"
@@ -174,6 +185,8 @@ class _Run:
     # shortest time per operator, and its status
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
     timed: set[str] = field(default_factory=set)  # operators with a time
+    start: float = 0.0
+    power_s: float = 0.0  # spent on power so far
 
     def record(self, item: Item, protocol: Protocol) -> Row:
         """Measure one operator and return its record; DeviceLost goes to ``lost``. Only Interrupted
@@ -182,7 +195,7 @@ class _Run:
         record = {"type": "measurement", "key": op.key, "operator": dict(vars(op))}
         record |= {"purpose": item.purpose, "status": OK, "reason": ""}
         try:
-            self._measure(op, protocol, record)
+            self._measure(item, protocol, record)
         except Interrupted:
             raise
         except CaptureFailed as error:
@@ -205,7 +218,8 @@ class _Run:
             }
         return record
 
-    def _measure(self, op: Operator, protocol: Protocol, record: Row) -> None:
+    def _measure(self, item: Item, protocol: Protocol, record: Row) -> None:
+        op = item.operator
         if reason := self.device.refuses(op):
             raise Unsupported(reason)
         discarded = 0
@@ -226,6 +240,7 @@ class _Run:
                 if not best or share < least:
                     best, least = fields, share
                 record |= best | {"attempts": attempt, "throttled_samples": discarded}
+                record |= self._power(item, prepared, timing.median_s)
                 self.waits.append(share)
                 if share <= WAIT_LIMIT:
                     return
@@ -247,6 +262,19 @@ class _Run:
         else:
             shared = f"other processes took {least:.0%} of the CPU time"
             record |= {"status": NOISY, "reason": "; ".join(filter(None, (best["reason"], shared)))}
+
+    def _power(self, item: Item, prepared: Prepared, median_s: float) -> Row:
+        """Return the power of an operator, if it is due: on a short budget, few are."""
+        start = self.device.clock()
+        due = self.power_s <= POWER_SHARE * (start - self.start)
+        # single launches have flushes and waits between them
+        fits = item.purpose == FIT and "single launches" not in prepared.method
+        if not (due and fits):
+            return {}
+        sample = self.interrupt.watched(prepared.sample)
+        found = mean_power(self.device, sample, launches(median_s))
+        self.power_s += self.device.clock() - start
+        return {} if found is None or found.busy < BUSY else {"watts": found.watts}
 
     def keep(self, item: Item, protocol: Protocol, visit: int) -> str:
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
@@ -352,6 +380,7 @@ def run(
         state = _Run(
             device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
         )
+        state.start = budget.start
         state.counts.resumed, state.counts.left = len(plan.items) - len(todo[0]), len(todo[0])
         state.reference, state.block = _first_check(earlier)
         state.timed = {str(r.get("key")) for r in earlier if r.get("median_s") is not None}

@@ -184,7 +184,7 @@ def too_fast(records: Records, hw: HardwareProfile) -> tuple[Array, Array]:
 def join_repeats(records: Records) -> tuple[Records, int, int]:
     """Return the median time of each shape and source, and the number of joined rows and of
     conflicts."""
-    timing = ("seconds", "spread", "sample_count", "flags", "launch", "purpose", "line")
+    timing = ("seconds", "spread", "sample_count", "watts", "flags", "launch", "purpose", "line")
     rows_of = defaultdict(list)
     for row, shape in enumerate(
         records.groups(*(name for name in records.SCHEMA if name not in timing)).tolist()

@@ -82,7 +82,7 @@ class Header:
     dtype: str = "bf16"  # measured number format
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     started: str = field(default_factory=_now)  # ISO 8601, UTC
-    # JSON-ready: name of the opened device, memory, plan
+    # JSON-ready: name of the opened device, memory, plan, idle power (idle_w, W)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,6 +142,7 @@ class Content:
 STATUSES = ("ok", "noisy", "throttled", "skipped", "unsupported", "refused", "failed")
 _TIME = Range(1e-15, 1e9, "times in seconds")
 _TIME_OR_ZERO = Range(0.0, 1e9, "times in seconds from 0")
+_POWER = Range(1e-9, 1e9, "a power in W or an energy in J above 0")
 
 
 def _times(right: Range, name: str, values: Any) -> None:
@@ -169,6 +170,8 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("visit", "block"), partial(number, right=SIZE)),
     **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
     "lower_s": partial(number, right=_TIME_OR_ZERO),
+    "watts": partial(number, right=_POWER),
+    **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _POWER)),
     **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),
     **dict.fromkeys(("versions", "operator"), _mapping),
     "kernels": _kernels,
@@ -369,13 +372,20 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             timing = {**_timing(row, drifted), "line": position + 1}
             timing["flags"] |= Flag.POWER_CAPPED if slow else 0
             key = str(row["key"]) if "visit" in row and "key" in row else position
-            if key not in timings or timing["seconds"] < timings[key]["seconds"]:
-                timings[key] = timing
+            earlier = timings.get(key, timing)
+            timing["watts"] = timing["watts"] or earlier["watts"]
+            if timing["seconds"] > earlier["seconds"]:
+                timing = {**earlier, "watts": timing["watts"]}
+            timings[key] = timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
             )
             raise InputError(f"{place}record {position}: not a timing: {reason}") from None
+    if "idle_w" in header.extra:
+        watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
+        idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
+        timings["idle"] = {**idle, "weight_dtype": header.dtype}
     return Records.from_rows(timings.values(), [header.source()])
 
 
@@ -422,6 +432,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),
+        "watts": row.get("watts", 0.0),
         "fused": (
             row["operator"]["kind"] in ("gather_gemm", "grouped_gemm") and "one kernel" in method
         ),

@@ -31,11 +31,12 @@ _MLA = {
     for name in ("attention_prefill", "attention_decode")
 }
 _IMPORTED = {"collective": ("n", "batch"), "experts": ("m", "n", "k", "experts"), **_MLA}
+_IMPORTED["idle"] = ()
 # Required dimensions of each operator. Collectives (the role is their kind), routed experts and
 # latent attention (mla_: a prompt has separate keys and values, a decode has the latent as both)
-# are imported, never measured here.
+# are imported, never measured here. A row ``idle`` has the power of the device that waits.
 NEEDED: Mapping[str, tuple[str, ...]] = {**KINDS, **_IMPORTED}
-_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm", *RECURRENT, "indexer")
+_LAST = ("layer_eager", "experts", *_MLA, "grouped_gemm", *RECURRENT, "indexer", "idle")
 # names of timed operators; the index is the code in the operator column and in files, so new names
 # come last
 OPERATORS = (*(name for name in NEEDED if name not in _LAST), *_LAST)
@@ -142,6 +143,8 @@ class Records(Table):
     # relative half-width of the median's 95 % interval; NaN: unknown
     spread: Array = column(np.float64, np.nan)
     sample_count: Array = column(np.int32, 0)  # number of raw samples; 0: unknown
+    # W, mean power of the device while the operator repeats; 0: not measured
+    watts: Array = column(np.float64, 0.0)
     launch: Array = column(np.int8, 0)  # index into LAUNCHES
     flags: Array = column(np.int32, 0)  # Flag bits
     purpose: Array = column(np.int8, 0)  # index into PURPOSES
@@ -261,7 +264,7 @@ class Records(Table):
 
 # columns that files and digests omit if they are all zero, because older tables must keep their
 # digests
-LATER = ("experts", "active", "skew", "fused")
+LATER = ("experts", "active", "skew", "fused", "watts")
 
 # columns that are equal in two timings of one shape
 SHAPE = tuple(Records.SCHEMA)[: list(Records.SCHEMA).index("seconds")]

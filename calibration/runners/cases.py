@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ import numpy as np
 
 from calibration.devices.protocol import CaptureFailed, Device, Sampler, Unsupported
 from calibration.fit.base_profile import base_profile
+from calibration.measure.power import (
+    BUSY,
+    TURN_S,
+    has_counter,
+    launches,
+    mean_power,
+)
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED
 from calibration.measure.timing import OK, median_interval
 from calibration.records.timing_table import Row
@@ -327,14 +335,17 @@ PRECISION = 0.005  # half-width of the 95 % interval of the median ratio
 LEAST = 3
 ENOUGH = 8
 MOST = 200
+ENERGY_S = 2 * LEAST * TURN_S  # time that the energies of two models take
 
 T = TypeVar("T")
 
 
-def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> Row:
+def alternate(dense: Sampler, pruned: Sampler, limit_s: float, device: Device) -> Row:
     """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile
-    kernels and warm caches; "loops": passes per sample."""
+    kernels and warm caches; "loops": passes per sample. A device with an energy counter adds the
+    energy of a pass, if that takes at most half of the time."""
     samplers = (dense, pruned)
+    counted = has_counter(device) and 0.5 * limit_s >= ENERGY_S
     for _ in range(UNTIMED):
         for sample in samplers:
             sample(1)
@@ -342,9 +353,24 @@ def alternate(dense: Sampler, pruned: Sampler, limit_s: float) -> Row:
     loops = max(1, math.ceil(WINDOW_S / max(min(once), 1e-7)))
     for sample in samplers if loops > 1 else ():
         sample(loops)
-    found = in_turns(lambda i: [samplers[i](loops)], list, limit_s, time.perf_counter)
+    rest_s = limit_s - ENERGY_S * counted
+    found = in_turns(lambda i: [samplers[i](loops)], list, rest_s, time.perf_counter)
     dense_s, pruned_s = ([one for (one,) in samples] for samples in found)
-    return {"loops": loops, "dense_s": dense_s, "pruned_s": pruned_s}
+    energies = energies_in_turns(samplers, dense_s + pruned_s, device) if counted else {}
+    return {"loops": loops, "dense_s": dense_s, "pruned_s": pruned_s, **energies}
+
+
+def energies_in_turns(samplers: Sequence[Sampler], times: Sequence[float], device: Device) -> Row:
+    """Return the energy of a pass of the dense and of the pruned model in each of some turns, J;
+    nothing if the passes do not fill their windows."""
+    loops = launches(median(times))
+    turns = [[mean_power(device, one, loops) for one in samplers] for _ in range(LEAST)]
+    dense_j, pruned_j = (
+        [one.watts * one.seconds for one in model if one and one.busy >= BUSY]
+        for model in zip(*turns)
+    )
+    whole = len(dense_j) == len(pruned_j) == LEAST
+    return {"dense_j": dense_j, "pruned_j": pruned_j} if whole else {}
 
 
 def in_turns(

@@ -9,6 +9,7 @@ imported only to run a model.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -353,6 +354,18 @@ class ComparedSpeedup(CaseRow):
     roofline_bound: float
     measured_bound: float  # NaN if there is none
     operator_bound: float  # operators of the dense model over those of the pruned one
+    # energy of a pass, J, and the saved share: medians and extremes of the turns; NaN without a
+    # counter
+    dense_joules: float
+    pruned_joules: float
+    energy_saved: float
+    energy_saved_lower: float
+    energy_saved_upper: float
+    predicted_dense_joules: float
+    predicted_pruned_joules: float
+    predicted_energy_saved: float
+    predicted_energy_saved_lower: float
+    predicted_energy_saved_upper: float
 
 
 def rows_of(
@@ -380,6 +393,8 @@ def rows_of(
         row = ComparedSpeedup(
             **case.columns(hw, s),
             **measured,
+            **_energies(record),
+            **{f"predicted_{name}": getattr(s, name) for name in ENERGIES},
             device=device,
             dtype=dtype,
             runtime=str(record["runtime"]),
@@ -411,6 +426,26 @@ def _measured(record: Mapping[str, Any]) -> Row:
         "measured_lower": low,
         "measured_upper": high,
     }
+
+
+ENERGIES = (
+    "dense_joules",
+    "pruned_joules",
+    "energy_saved",
+    "energy_saved_lower",
+    "energy_saved_upper",
+)
+
+
+def _energies(record: Mapping[str, Any]) -> Row:
+    """Return the measured columns :data:`ENERGIES`."""
+    dense, pruned = (
+        np.asarray(record.get(name, [math.nan]), dtype=np.float64)
+        for name in ("dense_j", "pruned_j")
+    )
+    saved = 1.0 - pruned / dense
+    values = map(np.median, (dense, pruned, saved)), (saved.min(), saved.max())
+    return dict(zip(ENERGIES, map(float, itertools.chain(*values)), strict=True))
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
@@ -463,6 +498,17 @@ def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
     phases = list(dict.fromkeys(r.phase for r in rows))
     out = {phase: summary([r for r in rows if r.phase == phase]) for phase in phases}
     return {**out, "all": summary(rows)} if len(phases) > 1 else out
+
+
+def of_energies(rows: Sequence[ComparedSpeedup]) -> list[str]:
+    """Return how measured and predicted energies agree, if any was measured."""
+    inside = [
+        r.predicted_energy_saved_lower <= r.energy_saved <= r.predicted_energy_saved_upper
+        for r in rows
+        if math.isfinite(r.energy_saved)
+    ]
+    count = f"{sum(inside)} of {len(inside)} shares in their 90 % interval"
+    return [f"energy saved: {count}"] if inside else []
 
 
 def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:

@@ -318,7 +318,9 @@ class HfRunner(PairRunner):
         runtime = "compiled" if self.model.engine == "compile" else "eager"
         sampler = compiled_sampler if runtime == "compiled" else eager_sampler
         with torch.inference_mode():
-            times = alternate(sampler(dense, case), sampler(pruned, case), self.limit_s(end))
+            times = alternate(
+                sampler(dense, case), sampler(pruned, case), self.limit_s(end), self.device
+            )
         return {
             "runtime": runtime,
             "patched": pruned.patched,

@@ -29,6 +29,7 @@ from calibration.measure.plan import (
     next_rows,
     probe,
 )
+from calibration.measure.power import idle_power
 from calibration.measure.run import SUSTAINED, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
@@ -177,7 +178,12 @@ def measure_plan(
             ) from None
         plan, protocol = planned(rates, protocol, seed)
         outcome = run(
-            plan, device, store.append, previous=store.rows, protocol=protocol, progress=progress
+            plan,
+            device,
+            store.append,
+            previous=store.rows,
+            protocol=protocol,
+            progress=progress,
         )
         known = any(row.get("type") == SUSTAINED for row in store.rows)
         if (
@@ -208,6 +214,8 @@ def measure_into(
     """
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
+    if is_new(file) and not quick:  # before anything runs
+        header = replace(header, extra={**header.extra, **idle_power(device)})
     if is_new(file) or not datasheet.exists():
         base = base_profile(device, options.dtype, options.hardware)
         for line in thread_notes(base, device.describe().device):

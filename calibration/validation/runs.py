@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calibration.records.timing_table import Row
 from calibration.validation.scoring import Comparison, score_of
 from simulator.display import few
@@ -25,13 +27,18 @@ from simulator.prediction.benchmarks import (
     read_benches,
     request_of,
 )
+from simulator.prediction.energy import PassEnergy
 from simulator.prediction.limits import NO_LIMITS
 from simulator.prediction.load import Interval, Load, SimulatedModel, Simulation
 from simulator.prediction.table import speedup
 from simulator.request import Request
+from simulator.uncertainty.forward import forward_passes
 from simulator.units import percent
+from simulator.workload import WorkloadBatch
 
 SUFFIXES, MOST_FILES, LEVEL = (".json", ".jsonl"), 10_000, 0.9
+NORMAL_90 = 1.645  # half-width of an interval of this level over the standard deviation
+ENERGY = "energy"
 PERCENTILES = {
     "ttft_p50": "median_ttft",
     "ttft_p99": "p99_ttft",
@@ -55,7 +62,13 @@ class RunResult:
     seq: int = 0
     new_tokens: int = 0
     notes: tuple[str, ...] = ()
-    time: str = ""  # of requests that arrive: "run", or a percentile such as "ttft_p99"
+    # of requests that arrive: "run", or a percentile such as "ttft_p99"; or "energy"
+    time: str = ""
+
+    @property
+    def energy(self) -> bool:
+        """Whether values are J per output token instead of s."""
+        return self.time == ENERGY
 
     @property
     def request(self) -> str:
@@ -63,13 +76,16 @@ class RunResult:
         return f"{self.phase}, {self.batch} x {self.seq:,}{new} {self.time}".strip()
 
     def as_row(self) -> dict[str, object]:
-        """Return the fields of ``--json``; times are in s, and None for a skipped result."""
+        """Return the fields of ``--json``; times are in s, energies in J per output token, and None
+        for a skipped result."""
         names, c = (
             ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens", "time"),
             self.compared,
         )
         found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
-        times = zip(("measured_s", "predicted_s", "lower_s", "upper_s", "error", "inside"), found)
+        unit = "j_per_token" if self.energy else "s"
+        values = (f"{name}_{unit}" for name in ("measured", "predicted", "lower", "upper"))
+        times = zip((*values, "error", "inside"), found)
         where = {"hardware": c.gpu if c else "", "engine": c.engine if c else ""}
         return {
             **{name: getattr(self, name) for name in names},
@@ -144,6 +160,9 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> list[RunResult]:
     )
     hw = load_hardware(names["hardware"])
     times, notes = (_of_pass if run.arriving is None else _simulated)(run, request, hw)
+    batch = request.batch if run.arriving is None else given.get("batch", 0)
+    energy, more = _energy(run, request, batch, hw)
+    times, notes = {**times, **energy}, (*notes, *more)
     name, prefill = request.model.name, request.phase == "prefill"
     about: dict[str, Any] = {
         "engine": load_engine(request.engine).name,
@@ -190,6 +209,21 @@ def _of_pass(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared:
     return {"": (found.seconds, s.dense_s, s.dense_lower, s.dense_upper)}, found.notes
 
 
+def _energy(run: BenchRun, request: Request, batch: int, hw: HardwareProfile) -> Compared:
+    """Return the energy per output token next to that predicted at the measured throughput."""
+    if (power := run.power) is None:
+        return {}, ()
+    if not batch or power.gpus != request.devices:
+        expected = f"--devices {power.gpus}" if batch else "--batch, the sequences of its steps"
+        return {}, (f"{run.source}: its energy is not compared: expected {expected}",)
+    tokens = batch * (request.new_tokens + 1)
+    workloads = WorkloadBatch.of([lower(replace(request, batch=batch))])
+    found = PassEnergy.of(forward_passes(workloads, hw), np.array([tokens / power.tokens_per_s]))
+    half = NORMAL_90 * np.linalg.norm(found.errors)
+    each, low, high = (float(found.total(np.exp(x))[0]) / tokens for x in (0.0, -half, half))
+    return {ENERGY: (power.watts / power.tokens_per_s, each, low, high)}, ()
+
+
 def _simulated(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared:
     """Return the times of requests that arrive at one replica."""
     notes = (*checked(run, request), f"{run.source}: the server is assumed to have default options")
@@ -202,21 +236,23 @@ def _simulated(run: BenchRun, request: Request, hw: HardwareProfile) -> Compared
 
 
 def of_runs(results: Sequence[RunResult], folder: str) -> list[str]:
-    compared = [r.compared for r in results if r.compared is not None]
-    skipped, s, worst = (
-        len(results) - len(compared),
-        score_of(compared),
-        max(compared, key=lambda c: abs(c.error)),
-    )
-    runs = len({r.source for r in results if r.compared is not None})
-    where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
-    sentences = [
-        f"Predicted times of {runs} run{'s' if runs > 1 else ''} in {folder}"
-        f" ({where}): median error {percent(s['median'])}, bias {100 * s['median bias']:+.1f} %,"
-        f" {sum(c.inside for c in compared)} of {len(compared)} in their {percent(LEVEL)} interval."
-    ]
-    if len(compared) > 1:
-        sentences.append(f"Worst: {worst.source} with {100 * worst.error:+.1f} %.")
-    if skipped:
+    sentences = list[str]()
+    for energy, what in ((False, "times"), (True, "energies per token")):
+        found = {r.source: None for r in results if r.compared and r.energy == energy}
+        compared = [r.compared for r in results if r.compared and r.energy == energy]
+        if not compared:
+            continue
+        s, worst = score_of(compared), max(compared, key=lambda c: abs(c.error))
+        where = few(dict.fromkeys(f"{c.engine} on {c.gpu}" for c in compared))
+        runs = f"{len(found)} run{'s' if len(found) > 1 else ''}"
+        sentences.append(
+            f"Predicted {what} of {runs} in {folder} ({where}): median error"
+            f" {percent(s['median'])}, bias {100 * s['median bias']:+.1f} %,"
+            f" {sum(c.inside for c in compared)} of {len(compared)} in their {percent(LEVEL)}"
+            " interval."
+        )
+        if len(compared) > 1:
+            sentences.append(f"Worst: {worst.source} with {100 * worst.error:+.1f} %.")
+    if skipped := sum(r.compared is None for r in results):
         sentences.append(f"{skipped} result{'s were' if skipped > 1 else ' was'} skipped.")
     return sentences

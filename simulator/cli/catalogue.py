@@ -134,12 +134,26 @@ def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
     yield "memory", f"{render.size(hw.memory_bytes)} at {bandwidth}"
     yield "L2", render.size(hw.l2_bytes)
     yield "power", f"{hw.power_w:.0f} W"
+    yield "drawn", _drawn(hw)
     if hw.link is not None:
         others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
         yield "link", f"{hw.link.text}, {_speed(hw.link)}; others with --link: {others}"
     if hw.bridge is not None:
         speed = _speed(hw.bridge)
         yield "bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"
+
+
+def _drawn(hw: HardwareProfile) -> str:
+    """Return what the device draws idle and at its full rates, and how that is known."""
+    from simulator.power import Power
+
+    power, section = Power.of(hw), hw.section("power", "*")
+    idle, active, memory, compute = power.watts
+    moving, computing = (min(idle + active + part, power.limit) for part in (memory, compute))
+    about = section.provenance
+    known = f"{section.status}: {about.source}" if about else "assumed"
+    full = f"{moving:.0f} W at full bandwidth, {computing:.0f} W at full arithmetic"
+    return f"{idle:.0f} W idle, {full} ({known})"
 
 
 def _speed(link: Link) -> str:

@@ -67,7 +67,26 @@ _UNITS: Mapping[str, float] = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "se
 _VLLM_SERVERS: Mapping[str, str] = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
 """Engine by backend of ``vllm bench serve``; the other backends (openai) fit any server."""
 _TRTLLM_DTYPES: Mapping[str, str] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_JOULES = Range(1e-12, 1e15, "a positive energy in J")
+_ENERGY = re.compile(r"energ|joule|watt", re.IGNORECASE)
+_ZEUS = (
+    "steady_state_energy",
+    "steady_state_energy_per_token",
+    "energy_per_generation",
+    "request_energies",
+)
+"""Energies of ML.ENERGY's results, J; those per request are not measured separately."""
+_POWERS = ("nvidia_power_usage", "gpu_power_usage", "amd_power")
+"""Metrics of AIPerf that are the power of a GPU, under their names in all releases."""
 Floats = NDArray[np.float64]
+
+
+class GpuPower(NamedTuple):
+    """Mean power of GPUs, W, and the output tokens per second of the same window."""
+
+    watts: float
+    tokens_per_s: float
+    gpus: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,7 @@ class BenchRun:
     devices: int = 0  # GPUs that share the model
     # as in the file: "50" (a batch), "p99_ttft"
     percentiles_s: Mapping[str, float] = field(default_factory=dict)
+    power: GpuPower | None = None
     note: str = ""  # limits of the samples
     arriving: Requests | None = None  # at a rate, or all at once; None: a closed loop, or a batch
 
@@ -349,6 +369,27 @@ def _over_http(fields: Fields, failed: int, key: str, speculative: str, option: 
     return _arriving(fields, run)
 
 
+def _of_zeus(fields: Fields, run: BenchRun) -> BenchRun:
+    """Add the power that ML.ENERGY measured with Zeus in the steady state, else in the whole run
+    (github.com/ml-energy/benchmark, mlenergy/llm/benchmark.py, d6450a3; energies in J:
+    github.com/ml-energy/zeus, zeus/monitor/energy.py, 00161b2)."""
+    for key in fields.data:
+        if _ENERGY.search(key) and key not in _ZEUS and fields.has(key):
+            known = f"expected one of {', '.join(_ZEUS)}, whose unit is known"
+            raise InputError(f"{fields.place(key)}: {known}, got {key}")
+    steady = fields.has("steady_state_energy_per_token")
+    window = fields.part(f"{'steady_state' if steady else 'entire_benchmark'}_measurement")
+    gpus = window.part("gpu_energy")
+    if not gpus.data:
+        return run
+    joules, seconds = sum(gpus.amount(gpu) for gpu in gpus.data), window.seconds("time")
+    tokens = run.requests * run.output_tokens
+    if steady:
+        tokens = joules / fields.amount("steady_state_energy_per_token", _JOULES)
+    power = GpuPower(joules / seconds, tokens / seconds, len(gpus.data))
+    return replace(run, power=power, devices=power.gpus)
+
+
 def vllm_serve(fields: Fields) -> BenchRun:
     """Return a result of ``vllm bench serve --save-result`` over HTTP, with ``--max-concurrency C``
     a closed loop, else requests that arrive (vllm/benchmarks/serve.py, def9ce8; keys were compared
@@ -375,7 +416,7 @@ def vllm_serve(fields: Fields) -> BenchRun:
     )
     request = fields.time("mean_e2el_ms") or whole
     return replace(
-        run,
+        _of_zeus(fields, run),
         tool="vllm bench serve",
         model=fields.text("model_id"),
         mean_concurrency=request * run.requests / run.duration_s,
@@ -522,6 +563,8 @@ def genai_perf(fields: Fields) -> BenchRun:
         },
         note=few if 0 < requests < enough else "",
     )
+    power = _of_telemetry(fields.part("telemetry_data"), rate * run.output_tokens)
+    run = replace(run, power=power)
     if not sent:
         return run
     for key in ("request_count", "input_sequence_length", "output_sequence_length"):
@@ -530,6 +573,21 @@ def genai_perf(fields: Fields) -> BenchRun:
     lengths = (np.full(requests, mean) for mean in (run.input_tokens, run.output_tokens))
     arriving = _requests(start, *lengths)
     return replace(run, arriving=arriving if regular else arriving.at_rate(sent))
+
+
+def _of_telemetry(telemetry: Fields, tokens_per_s: float) -> GpuPower | None:
+    """Return the power of all GPUs that AIPerf read during a run (github.com/ai-dynamo/aiperf,
+    docs/tutorials/gpu-telemetry.md, 013e460)."""
+    watts, endpoints = list[float](), telemetry.part("endpoints")
+    for gpus in (endpoints.part(name).part("gpus") for name in endpoints.data):
+        for metrics in (gpus.part(name).part("metrics") for name in gpus.data):
+            for power in (metrics.part(key) for key in _POWERS if metrics.has(key)):
+                if power.text("unit") != "W":
+                    raise InputError(
+                        f"{power.place('unit')}: expected W, got {power.text('unit') or 'none'}"
+                    )
+                watts.append(power.amount("avg"))
+    return GpuPower(sum(watts), tokens_per_s, len(watts)) if watts else None
 
 
 def _load(arguments: Fields) -> tuple[int, float, bool]:

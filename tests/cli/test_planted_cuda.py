@@ -30,9 +30,10 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 from decoder_reference import CONFIG
-from fakes.gpu import GPUS, NO_TROUBLES, Kernel, Troubles
+from fakes.gpu import GPUS, NO_TROUBLES, POWER, Kernel, Troubles
 from fakes.torch_cuda import installed
 
+from calibration.devices import open_device
 from calibration.devices.protocol import Operator
 from calibration.records.store import read_store
 from calibration.runners.decoder import timing
@@ -197,6 +198,36 @@ def test_a_decoder_on_a_planted_gpu_is_as_fast_as_predicted(ended: Callable[[str
         itertools.product(("depth", "width", "low_rank"), ("prefill", "decode"))
     )
     assert statistics.median(abs(float(row["error"])) for row in rows) < 0.05
+
+
+def test_planted_powers_are_found_again(ended: Callable[[str], Ended]) -> None:
+    gpu, hw = GPUS["H100"], ended("H100").profile
+    section = hw.section("power", "*")
+    assert section.provenance is not None
+    assert section.provenance.protocol == "power: mean of 1 s by an energy counter"
+    # planted at the achieved rates, fitted at those of the datasheet
+    achieved = {"memory": gpu.bytes_per_s / hw.bandwidth_bytes_per_s}
+    achieved["compute"] = gpu.flop_per_s / hw.rates["bf16"].flop_per_s
+    # 50 s give four powers, which the prior supports
+    for part, near in (("idle", 0.05), ("memory", 0.25), ("compute", 0.25)):
+        assert section[part] * achieved.get(part, 1.0) == pytest.approx(POWER[part], rel=near)
+    assert ended("A100 3g.40gb").profile.section("power", "*").status == "default"
+
+
+def test_energies_of_passes_are_counted_if_there_is_time() -> None:
+    with installed("H100"):
+        device = open_device("cuda")
+        dense = random_decoder(CONFIG, dtype="bf16", device="cuda")
+        case = dense, prune_decoder(dense, "depth", 0.5), Mock(batch=1, seq=64, phase="decode")
+        found = timing.time_pair(*case, "cuda_graph", 20.0, device)
+        assert "dense_j" not in timing.time_pair(*case, "cuda_graph", 5.0, device)
+    for model in ("dense", "pruned"):
+        joules, seconds = found[f"{model}_j"], statistics.median(found[f"{model}_s"])
+        assert len(joules) == 3
+        for each in joules:
+            assert 0.2 * 700.0 < each / seconds < 0.97 * 700.0
+        assert max(joules) < 1.1 * min(joules)
+    assert max(found["pruned_j"]) < min(found["dense_j"])
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

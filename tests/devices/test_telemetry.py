@@ -34,6 +34,17 @@ def test_readings_are_in_si() -> None:
     assert reader.power_limit_w() == 700.0
 
 
+def test_energy_is_a_counter_in_joules_where_the_gpu_has_one() -> None:
+    cuda = PlantedCuda(GPUS["H100"], NO_TROUBLES)
+    reader = NvmlReader(planted_nvml(cuda), UUID)
+    first = reader.energy_j()
+    cuda.rest(10.0)
+    assert (first, reader.energy_j()) == (0.0, pytest.approx(0.2 * 700.0 * 10.0, rel=1e-3))
+    old = planted_nvml(cuda, ("nvmlDeviceGetTotalEnergyConsumption",))
+    assert NvmlReader(old, UUID).energy_j() == UNKNOWN
+    assert NvmlReader(None).energy_j() == UNKNOWN
+
+
 def test_the_card_is_found_by_its_uuid_since_numbers_ignore_cuda_visible_devices() -> None:
     assert NvmlReader(nvml_of(), f"GPU-{UUID}").snapshot().clock_hz == 1.98e9
     assert NvmlReader(nvml_of(), "GPU-other").snapshot() == Snapshot()
@@ -106,6 +117,26 @@ def _plant(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+def test_energy_of_cpus_is_that_of_their_packages_and_counters_wrap_around(tmp_path: Path) -> None:
+    rapl = "sys/class/powercap/intel-rapl:"
+    zones = {"0": "package-0", "0:0": "core", "1": "package-1", "2": "psys"}
+    files = {f"{rapl}{zone}/name": f"{name}\n" for zone, name in zones.items()}
+    files |= {f"{rapl}{zone}/max_energy_range_uj": "262000000\n" for zone in zones}
+    files |= {f"{rapl}{zone}/energy_uj": "200000000\n" for zone in zones}
+    reader = CpuReader((0,), _plant(tmp_path, files))
+    first = reader.energy_j()
+    # 12 J in one package; 65 J in the other, past the end of its counter
+    later = {"0": "212000000", "1": "3000000", "2": "250000000"}
+    _plant(tmp_path, {f"{rapl}{zone}/energy_uj": text for zone, text in later.items()})
+    second = reader.energy_j()
+    assert isinstance(first, float)
+    assert isinstance(second, float)
+    assert second - first == pytest.approx(77.0)
+    (tmp_path / f"{rapl}1/energy_uj").unlink()  # as a counter that only root may read
+    assert reader.energy_j() == UNKNOWN
+    assert CpuReader((0,), tmp_path / "none").energy_j() == UNKNOWN
 
 
 def test_cpu_readings(tmp_path: Path) -> None:

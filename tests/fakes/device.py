@@ -9,7 +9,7 @@ from typing import Any
 
 from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory
 from calibration.devices.replay import ReplayDevice
-from calibration.devices.telemetry import Snapshot
+from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 
 _SLOWDOWN = 1.6  # factor on times under throttling
 
@@ -27,6 +27,42 @@ class Faults:
     lost_at: int | None = None  # preparation during which the device stops to respond, permanently
     drift_per_s: float = 0.0  # relative slowdown per second of simulated time
     nvml: bool = True  # whether telemetry works; otherwise every reading is "unknown"
+
+
+@dataclass(eq=False)
+class PoweredDevice(ReplayDevice):
+    """A device with planted powers, W: idle, further in each kernel, and at the rates of
+    ``peaks``, bytes/s and FLOP/s. Its energy counter moves every ``update_s``."""
+
+    idle_w: float = field(default=100.0, kw_only=True)
+    active_w: float = field(default=50.0, kw_only=True)
+    memory_w: float = field(default=420.0, kw_only=True)
+    compute_w: float = field(default=600.0, kw_only=True)
+    peaks: tuple[float, float] = field(default=(3.35e12, 989.4e12), kw_only=True)
+    limit_w: float = field(default=math.inf, kw_only=True)
+    update_s: float = field(default=0.1, kw_only=True)
+    scatter: float = field(default=0.0, kw_only=True)  # of the power of an operator, log
+    _work_j: float = field(default=0.0, kw_only=True)
+    _counter: tuple[float, float] = field(default=(-1.0, 0.0), kw_only=True)
+
+    def prepare(self, operator: Operator) -> Any:
+        self._factor = math.exp(self.scatter * self._rng.standard_normal())
+        return super().prepare(operator)
+
+    def watts(self, operator: Operator, seconds: float) -> float:
+        moved, computed = operator.bytes / self.peaks[0], operator.flops / self.peaks[1]
+        work_j = self.memory_w * moved + self.compute_w * computed
+        return min(self._factor * (self.idle_w + self.active_w + work_j / seconds), self.limit_w)
+
+    def play(self, operator: Operator, loops: int) -> float:
+        seconds = super().play(operator, loops)
+        self._work_j += loops * seconds * (self.watts(operator, seconds) - self.idle_w)
+        return seconds
+
+    def energy_j(self) -> Reading:
+        if self.clock() - self._counter[0] >= self.update_s:
+            self._counter = self.clock(), self.idle_w * self.clock() + self._work_j
+        return self._counter[1]
 
 
 @dataclass(eq=False)
@@ -64,5 +100,5 @@ class FaultyDevice(ReplayDevice):
         if not self.faults.nvml:
             return Snapshot()
         if self.number in self.faults.throttle:
-            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, 450.0, 91.0, 1.0, ("hw_thermal_slowdown",))
+            return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, UNKNOWN, 91.0, 1.0, ("hw_thermal_slowdown",))
         return super().snapshot()

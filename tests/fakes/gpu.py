@@ -76,6 +76,13 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
+POWER: Mapping[str, float] = {"idle": 0.2, "active": 0.1, "memory": 0.55, "compute": 0.6}
+"""Shares of the power limit that all planted GPUs draw: idle, further in kernels, and at the rates
+that kernels achieve."""
+MOST_POWER = 0.97  # share of the limit that a GPU draws whose clock the power cap lowers
+UPDATE_S = 0.1  # time between two updates of the energy counter
+
+
 @dataclass(frozen=True)
 class Troubles:
     """Faults of the device. Times are simulated seconds since the device was opened."""
@@ -186,6 +193,8 @@ class PlantedCuda:
         self.gpu, self.troubles = gpu, troubles
         self.launch_s = gpu.launch_s if troubles.launch_s is None else troubles.launch_s
         self.now = self.free = 0.0
+        self.work_j = self.load_w = 0.0  # energy and power of kernels, above those of an idle GPU
+        self.counted = 0.0, 0.0  # time of the last update of the energy counter, and its value
         self.lost = self.hot = False
         self.captures_underway = self.in_child = False
         self.capturing: Graph | None = None
@@ -251,6 +260,24 @@ class PlantedCuda:
             count * (self.gpu.floor_s + kernel.seconds(share)) for kernel, count in kernels.items()
         )
         self.free = max(self.free, self.now) + took * self.factor
+        self.load_w = self.gpu.power_w * self._load(kernels, took)
+        self.work_j += self.load_w * took * self.factor
+
+    def _load(self, kernels: Mapping[Kernel, int], took: float) -> float:
+        """Return the share of the power limit that kernels draw above an idle GPU."""
+        if self.hot and self.troubles.power_cap < 1.0:
+            return MOST_POWER - POWER["idle"]
+        arithmetic_s = sum(count * kernel.arithmetic_s for kernel, count in kernels.items())
+        memory_s = sum(count * kernel.memory_s for kernel, count in kernels.items())
+        used = POWER["memory"] * memory_s + POWER["compute"] * arithmetic_s
+        return min(POWER["active"] + used / took, MOST_POWER - POWER["idle"])
+
+    @property
+    def energy_j(self) -> float:
+        """The counter of NVML, which moves every :data:`UPDATE_S`."""
+        if self.now - self.counted[0] >= UPDATE_S:
+            self.counted = self.now, POWER["idle"] * self.gpu.power_w * self.now + self.work_j
+        return self.counted[1]
 
     @contextmanager
     def watched(self) -> Iterator[list[Mapping[Kernel, int]]]:
@@ -386,8 +413,9 @@ def planted_nvml(cuda: PlantedCuda, broken: Collection[str] = ()) -> ModuleType:
         nvmlDeviceGetClockInfo=lambda handle, kind: reading(lambda: clock_mhz(handle, kind))(),
         nvmlDeviceGetMaxClockInfo=lambda handle, kind: reading(lambda: round(gpu.clock_hz / 1e6))(),
         nvmlDeviceGetPowerUsage=reading(
-            lambda: int(1e3 * gpu.power_w * (0.97 if loaded() else 0.2))
+            lambda: round(1e3 * (POWER["idle"] * gpu.power_w + loaded() * cuda.load_w))
         ),
+        nvmlDeviceGetTotalEnergyConsumption=reading(lambda: round(1e3 * cuda.energy_j)),
         nvmlDeviceGetEnforcedPowerLimit=reading(lambda: int(1e3 * gpu.power_w)),
         nvmlDeviceGetTemperature=reading(lambda: 91 if cuda.throttled else 61),
         nvmlDeviceGetUtilizationRates=reading(lambda: SimpleNamespace(gpu=100 if loaded() else 0)),

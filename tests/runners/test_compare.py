@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     timed decoders."""
     seen: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
+    def timed(first: Any, second: Any, case: Case, runtime: str, *_: Any) -> dict[str, Any]:
         seen.append(
             f"{second.rule.family if second.rule else len(second.layers)} {case.phase} {runtime}"
         )
@@ -96,7 +97,9 @@ def test_loops_follow_from_a_pass_after_those_that_compile_and_record() -> None:
         passes = itertools.count()
         return lambda loops: 1.0 if next(passes) < 3 else 1e-3
 
-    assert alternate(sampler(), sampler(), 0.0)["loops"] == 4  # passes of 1 ms in a window of 4 ms
+    assert (
+        alternate(sampler(), sampler(), 0.0, ReplayDevice())["loops"] == 4
+    )  # passes of 1 ms in a window of 4 ms
 
 
 def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +115,13 @@ def test_pairs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("calibration.runners.cases.time.perf_counter", lambda: float(next(ticks)))
     first, second = sampler(2.0), sampler(1.0)
-    times = alternate(first, second, 5.0)
+    times = alternate(first, second, 5.0, ReplayDevice())
     assert len(times["dense_s"]) == len(times["pruned_s"]) == 5  # a tick per pair
     # passes that may compile and record, then those that set the number of loops
     assert order[:8] == [2, 1] * 4
     assert order[8:16] == [2, 1, 1, 2, 2, 1, 1, 2]
     for limit_s in (1.5, 0.5, 0.2):  # fewer pairs would not show their scatter
-        assert len(alternate(first, second, limit_s)["dense_s"]) == LEAST
+        assert len(alternate(first, second, limit_s, ReplayDevice())["dense_s"]) == LEAST
 
 
 def test_every_family_really_runs(tmp_path: Path) -> None:
@@ -261,7 +264,7 @@ def test_a_failed_capture_ends_the_process_and_the_next_one_does_the_rest(
 ) -> None:
     asked: list[str] = []
 
-    def timed(first: Any, second: Any, case: Case, runtime: str, _: float) -> dict[str, Any]:
+    def timed(first: Any, second: Any, case: Case, runtime: str, *_: Any) -> dict[str, Any]:
         asked.append(runtime)
         if len(asked) == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -439,6 +442,29 @@ def test_the_command_runs_texts(tiny: Path, tmp_path: Path, planted: list[str], 
     assert "a text states the whole pruning" in cli.refused(f"{command} --sparsity 0.5")
     reason = "column 7: part or option of width 'mpl' is unknown; did you mean mlp?"
     assert reason in cli.refused(f"{command} --prune 'width mpl=0.3'")
+
+
+def test_measured_energies_stand_beside_predicted_ones(
+    tmp_path: Path, tiny: Path, planted: list[str], monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    plain = timing.time_pair
+
+    def counted(*given: Any) -> dict[str, Any]:
+        return {**plain(*given), "dense_j": [2.0, 2.2, 2.1], "pruned_j": [1.0, 1.1, 1.26]}
+
+    monkeypatch.setattr(timing, "time_pair", counted)
+    line = (
+        f"compare {tiny} --device cpu --seq 64 --phase decode --hardware a100 -o {tmp_path / 'run'}"
+    )
+    (row,) = cli.json(f"{line} --family depth --sparsity 0.5")
+    names = ("dense_joules", "pruned_joules", "energy_saved")
+    assert [row[name] for name in names] == pytest.approx([2.1, 1.1, 0.5])
+    ends = [row[f"energy_saved_{end}"] for end in ("lower", "upper")]
+    assert ends == pytest.approx([0.4, 0.5])  # the extremes of three turns
+    assert 0.0 < row["predicted_pruned_joules"] < row["predicted_dense_joules"]
+    out, _ = cli(f"{line} --family depth --sparsity 0.5")
+    assert "50.0 (40.0-50.0)" in out
+    assert re.search(r"energy saved: [01] of 1 shares in their 90 % interval", out)
 
 
 BAD = {

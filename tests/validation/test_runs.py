@@ -6,6 +6,7 @@ The files are those of ``tests/prediction/test_measured.py``.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import simulator
-from calibration.validation.runs import evaluate
+from calibration.validation.runs import RunResult, evaluate, of_runs
 
 FILES = Path(__file__).parent.parent / "prediction" / "benchmarks"
 VLLM = Path(__file__).parents[2] / "docs" / "cpu" / "vllm"
@@ -148,3 +149,84 @@ def test_refusals(
     (folder.parent / "empty").mkdir()
     monkeypatch.chdir(folder.parent)
     assert reason in cli.refused(words)
+
+
+STEADY = {"steady_state_energy": 52_000.0, "steady_state_energy_per_token": 0.4}
+ZEUS = {
+    **STEADY,
+    "steady_state_measurement": {"time": 100.0, "gpu_energy": {"0": 52_000.0}, "cpu_energy": None},
+    "entire_benchmark_measurement": {"time": 120.0, "gpu_energy": {"0": 60_000.0}},
+    "steady_state_prefill_energy": None,
+}
+"""Keys of ML.ENERGY: 520 W at 1,300 tokens per second."""
+TELEMETRY = {"nvidia_power_usage": {"avg": 260.0, "unit": "W"}, "nvidia_sm_clock": {"avg": 1980.0}}
+
+
+def _energies(tmp_path: Path, content: dict[str, Any], **given: Any) -> list[RunResult]:
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    return evaluate(tmp_path, {"hardware": "h100", "engine": "vllm", **given})
+
+
+def _content(name: str, **changes: Any) -> dict[str, Any]:
+    return {**json.loads((FILES / name).read_text()), **changes}
+
+
+def test_energies_of_files_are_compared_at_the_measured_throughput(tmp_path: Path) -> None:
+    time, energy = _energies(tmp_path, _content("vllm_serve.json", **ZEUS))
+    assert (time.time, energy.time, energy.batch) == ("", "energy", 16)
+    assert energy.compared is not None
+    assert energy.compared.measured == pytest.approx(0.4)
+    # 16 sequences draw between the idle power and the limit
+    watts = energy.compared.predicted * 1300.0
+    assert 250.0 < watts < 700.0
+    assert energy.compared.lower < energy.compared.predicted < energy.compared.upper
+    row = energy.as_row()
+    assert row["measured_j_per_token"] == pytest.approx(0.4)
+    assert "measured_s" not in row
+    sentences = of_runs([time, energy], "runs")
+    assert "energies per token of 1 run" in sentences[1]
+    whole = {key: value for key, value in ZEUS.items() if not key.startswith("steady")}
+    _, energy = _energies(tmp_path, _content("vllm_serve.json", **whole))
+    assert energy.compared is not None
+    assert energy.compared.measured == pytest.approx(60_000.0 / 20_640)
+
+
+def test_requests_sent_at_once_need_the_batch_of_the_steady_state(tmp_path: Path) -> None:
+    content = _content("vllm_serve.json", max_concurrency=None, **ZEUS)
+    without = _energies(tmp_path, content)
+    assert "energy" not in {one.time for one in without}
+    assert any("energy is not compared: expected --batch" in note for note in without[0].notes)
+    energies = [one for one in _energies(tmp_path, content, batch=16) if one.time == "energy"]
+    assert len(energies) == 1
+
+
+def test_the_telemetry_of_aiperf_is_the_power_of_all_its_gpus(tmp_path: Path) -> None:
+    def telemetry(gpus: int, **power: Any) -> dict[str, Any]:
+        metrics = {**TELEMETRY, "nvidia_power_usage": {**TELEMETRY["nvidia_power_usage"], **power}}
+        return {
+            "endpoints": {"node": {"gpus": {f"gpu_{i}": {"metrics": metrics} for i in range(gpus)}}}
+        }
+
+    _, energy = _energies(tmp_path, _content("aiperf.json", telemetry_data=telemetry(1)))
+    assert energy.compared is not None
+    assert energy.compared.measured == pytest.approx(260.0 / 1337.526, rel=1e-4)
+    (time,) = _energies(tmp_path, _content("aiperf.json", telemetry_data=telemetry(2)))
+    assert any("expected --devices 2" in note for note in time.notes)
+    (wrong,) = _energies(tmp_path, _content("aiperf.json", telemetry_data=telemetry(1, unit="mW")))
+    assert wrong.reason.endswith("nvidia_power_usage.unit: expected W, got mW")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"total_energy": 5.0}, "total_energy: expected one of steady_state_energy, "),
+        ({**ZEUS, "steady_state_prefill_energy": 1.0}, "steady_state_prefill_energy: expected one"),
+        ({**ZEUS, "steady_state_energy_per_token": 0.0}, "expected a positive energy in J, got 0"),
+    ],
+)
+def test_energies_that_are_not_understood_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    (found,) = _energies(tmp_path, _content("vllm_serve.json", **changes))
+    assert found.compared is None
+    assert reason in found.reason

@@ -27,8 +27,11 @@ from simulator.models.model import Model
 from simulator.workload import Workload
 
 
-def time_pair(dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float) -> Row:
-    return alternate(sampler(dense, case, runtime), sampler(pruned, case, runtime), limit_s)
+def time_pair(
+    dense: Decoder, pruned: Decoder, case: Case, runtime: str, limit_s: float, device: Device
+) -> Row:
+    samplers = sampler(dense, case, runtime), sampler(pruned, case, runtime)
+    return alternate(*samplers, limit_s, device)
 
 
 def sampler(decoder: Decoder, case: Case, runtime: str) -> Sampler:
@@ -116,10 +119,9 @@ class Executor(PairRunner):
         check_shapes(pruned, case.pruned)
         runtime = self._runtime(pruned)
         try:
-            return {
-                "runtime": runtime,
-                **time_pair(self.dense, pruned, case, runtime, self.limit_s(end)),
-            }
+            limit_s = self.limit_s(end)
+            times = time_pair(self.dense, pruned, case, runtime, limit_s, self.device)
+            return {"runtime": runtime, **times}
         except RuntimeError as error:
             if runtime != "cuda_graph" or is_out_of_memory(error) or "captur" not in str(error):
                 raise  # all messages of failed captures have this word
