@@ -12,10 +12,9 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import (
-    RESERVE_BYTES,
+    DeviceMemory,
     activation_bytes_by_phase,
     cache_parts,
-    memory_share,
     weights_bytes,
 )
 from simulator.codes import Phase
@@ -36,20 +35,22 @@ def memory_columns(
     """Return the memory columns of some workloads, each on a device (an index), and of their dense
     workloads."""
     each, prompts = cache_parts(batch)
-    fixed, activations = (
-        weights_bytes(batch) + prompts + RESERVE_BYTES,
-        activation_bytes_by_phase(batch),
-    )
-    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
-    memory_bytes = np.array([float(hw.memory_bytes) for hw in hardware])
-    capacity = memory_share(batch.rows) * memory_bytes[device]
+    weights, activations = weights_bytes(batch), activation_bytes_by_phase(batch)
+    most = np.maximum.reduce([*activations.values()])
+    memory = DeviceMemory.each(load_engine(batch.rows.meta.engine), hardware, device)
     admitted = _admitted(batch.rows.meta, hardware)[device]
-    columns: dict[str, Array] = {"capacity_bytes": capacity}
+    columns: dict[str, Array] = {"capacity_bytes": memory.capacity_bytes}
     for name, which in (("dense", batch.dense[rows]), ("pruned", rows)):
-        left = np.maximum(capacity - fixed[which], 0.0)
-        largest = np.floor(_most_that_fit(batch, activations, each, which, left) + 1e-9)
-        columns[f"{name}_memory_bytes"] = needed[which]
-        columns[f"{name}_fits"] = needed[which] <= capacity
+        cache = each[which] * batch.sequences[which] + prompts[which]
+        needed = memory.needed(weights[which], cache, most[which])
+        one = np.maximum(each[which], 1.0)
+        without_activations = (memory.for_cache(weights[which], 0.0) - prompts[which]) / one
+        fixed = weights[which] + prompts[which] * memory.per_cache_byte + memory.reserve_bytes
+        left = np.maximum(memory.capacity_bytes - fixed, 0.0)
+        most_fit = _most_that_fit(batch, activations, one * memory.per_cache_byte, which, left)
+        largest = np.floor(np.minimum(without_activations, most_fit) + 1e-9)
+        columns[f"{name}_memory_bytes"] = needed
+        columns[f"{name}_fits"] = needed <= memory.capacity_bytes
         columns[f"{name}_largest_batch"] = np.minimum(np.maximum(largest, 0.0), admitted).astype(
             np.int64
         )
@@ -71,14 +72,14 @@ def _admitted(meta: Lowered, hardware: Sequence[HardwareProfile]) -> IndexArray:
 def _most_that_fit(
     batch: WorkloadBatch,
     activations: Mapping[Phase, FloatArray],
-    each: FloatArray,
+    cache: FloatArray,
     which: IndexArray,
     left: FloatArray,
 ) -> FloatArray:
-    """Return the sequences of workloads ``which`` whose caches (``each``) and activations fill the
-    memory ``left``, bytes."""
+    """Return the sequences of workloads ``which`` whose caches (``cache``, bytes per sequence) and
+    activations fill the memory ``left``, bytes."""
     growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
-    cache, largest = np.maximum(each[which], 1.0), np.full(len(which), np.inf)
+    largest = np.full(len(which), np.inf)
     for phase, activation in activations.items():
         full = growing[phase][which]
         of_sequence = activation[which] / np.minimum(batch.sequences[which], full)
