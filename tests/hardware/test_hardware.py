@@ -27,6 +27,7 @@ from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, rea
 from simulator.hardware.library import (
     check_hardware,
     files_of,
+    hardware_warnings,
     list_hardware,
     load_hardware,
     new_hardware,
@@ -66,7 +67,7 @@ def write(folder: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize("name", list_hardware())
 def test_shipped_profile_is_complete(name: str, tmp_path: Path) -> None:
     path = profiles_folder() / f"{name}.yaml"
-    assert check_hardware(path) == []
+    assert check_hardware(path) == hardware_warnings(path) == []
     hw = load_hardware(name)
     assert hw.name == name
     common = {"fp32", "fp16", "bf16", "int8"} | ({"tf32"} if hw.architecture != "cdna4" else set())
@@ -585,6 +586,33 @@ def test_a_section_scale_is_that_of_its_table_on_the_user_s_stack_alone(tmp_path
     save_hardware(load_hardware("h100"), tmp_path / "copy.yaml")
     copy = load_hardware(tmp_path / "copy.yaml")
     assert (copy.same_stack, copy.section("attention_decode", "bf16").stack) == (False, "vllm")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "factor", "says"),
+    [
+        ("l40s", "bandwidth", 1e-2, "expected 190 GB/s to 1.10 TB/s for ada, got 8.64 GB/s"),
+        ("h100_sxm", "bf16", 2.0, "got 1.98 PFLOP/s; check that it is not the rate with 2:4 spars"),
+        ("a10", "fp16", 2.0, "got 250 TFLOP/s; check that it is not the rate with 2:4 sparsity"),
+        ("b200_sxm", "nvfp4", 2.0, "got 18.0 PFLOP/s"),
+        ("mi300x", "fp8", 2.0, "got 5.23 PFLOP/s; check that"),
+        ("t4", "int8", 2.0, "got 260 TFLOP/s; check that it is not the rate with 2:4 sparsity"),
+        ("a100_sxm_80gb", "fp16", 1e-3, "got 312 GFLOP/s"),
+    ],
+)
+def test_facts_outside_the_range_of_the_architecture_are_warnings(
+    name: str, key: str, factor: float, says: str, tmp_path: Path
+) -> None:
+    hw = load_hardware(name)
+    if key == "bandwidth":
+        hw = replace(hw, bandwidth_bytes_per_s=factor * hw.bandwidth_bytes_per_s)
+    else:
+        rate = replace(hw.rates[key], flop_per_s=factor * hw.rates[key].flop_per_s)
+        hw = replace(hw, rates={**hw.rates, key: rate})
+    save_hardware(replace(hw, stacks={}, sections={}), tmp_path / "wrong.yaml")
+    (warning,) = hardware_warnings(tmp_path / "wrong.yaml")
+    assert key in warning
+    assert says in warning
 
 
 def test_stacks_of_a_related_gpu(tmp_path: Path) -> None:
