@@ -45,7 +45,7 @@ _NARROW: Mapping[str, float] = MappingProxyType(
 )
 """Rate of a format over that of fp16."""
 
-LEAST, MOST = 0.05, 1.05
+LEAST, MOST = 0.03, 1.05
 """Shares of a chip's rate between which rates are plausible: the least is that of int8 on a B300,
 and datasheets round up."""
 
