@@ -10,12 +10,16 @@
 - activations: two tensors of the residual stream, and the largest of three sets of tensors:
   attention (q, k, v, output), MLP (gate, up, product; routed experts also gathered tokens), and
   logits.
-- a reserve for memory outside tensors: :data:`RESERVE_BYTES`.
+- a reserve for memory outside tensors: :data:`RESERVE_BYTES`, and what the engine leaves unused
+  (:class:`DeviceMemory`).
+
+The rule is the same for all phases and commands. Caches consist of whole blocks of the engine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +28,7 @@ from simulator.arguments import AMOUNT, SHARE, instance, number
 from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, GEMM, ROLES, Part, Phase
 from simulator.display import Displayed
-from simulator.engines.engine import load_engine
+from simulator.engines.engine import Engine, load_engine
 from simulator.hardware.library import load_hardware
 from simulator.operators import BY_CODE
 from simulator.operators.base import Rows
@@ -37,6 +41,12 @@ RESERVE_BYTES = 1e9
 """Memory of CUDA context, library workspaces and framework: an assumed default, not a
 measurement."""
 
+_MIB = 2.0**20
+_STATIC = (512 * _MIB, 1.5 * _MIB, 2 * 256 * _MIB, 10 * 1024 * _MIB)
+"""Memory that SGLang keeps outside of weights and cache, bytes: for metadata, per token of a
+prefill, for CUDA graphs (2 MiB per sequence of the largest), and the least of all (SGLang pull
+request 10975)."""
+
 MOST_DEVICES = 1024
 """Largest number of devices to try."""
 
@@ -45,6 +55,67 @@ _QKV, _WIDE = (
     for names in ("q k v qkv q_b kv_b delta_in mamba_in conv_in", "gate up gate_up")
 )
 _O, _DOWN, _HEAD = (ROLES.index(name) for name in ("o", "down", "lm_head"))
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a device that an engine uses. Fields may be arrays, one entry per workload.
+
+    What the share means depends on the engine (:attr:`simulator.engines.engine.Schedule.share_of`):
+    weights, activations and cache are a part of the "device"; the cache is a part of what they
+    leave "free"; or weights and cache are a part of the device ("static"), and activations must fit
+    into the rest.
+    """
+
+    memory_bytes: Any
+    share: Any
+    share_of: str = "device"
+    reserve_bytes: float = RESERVE_BYTES
+
+    @classmethod
+    def of(cls, engine: Engine, hw: HardwareProfile, tokens: int | None = None) -> DeviceMemory:
+        """Return the memory of an engine with its default share; ``tokens``: most tokens of a step,
+        by default those of the engine."""
+        share, limit = engine.memory.value, engine.limit(hw.memory_bytes, hw.name)
+        share_of = engine.schedule.share_of if engine.schedule else "device"
+        if share_of == "static" and limit is not None:
+            fixed, each, graphs, least = _STATIC
+            outside = max(fixed + each * (tokens or limit.tokens) + graphs, least)
+            share = max(1.0 - outside / hw.memory_bytes, 0.0)
+        return cls(float(hw.memory_bytes), share, share_of)
+
+    @classmethod
+    def each(
+        cls, engine: Engine, hardware: Sequence[HardwareProfile], device: IndexArray
+    ) -> DeviceMemory:
+        """Return the memory of devices by index."""
+        every = [cls.of(engine, hw) for hw in hardware]
+        memory, share = np.array([(one.memory_bytes, one.share) for one in every]).T
+        return cls(memory[device], share[device], every[0].share_of)
+
+    @property
+    def capacity_bytes(self) -> Any:
+        return self.share * self.memory_bytes if self.share_of == "device" else self.memory_bytes
+
+    @property
+    def per_cache_byte(self) -> Any:
+        """Bytes of free memory that a byte of the cache needs."""
+        return 1.0 / self.share if self.share_of == "free" else 1.0
+
+    def outside(self, activations: Any) -> Any:
+        """Return the bytes outside of weights, cache and activations."""
+        if self.share_of != "static":
+            return self.reserve_bytes
+        return np.maximum(self.reserve_bytes, (1.0 - self.share) * self.memory_bytes - activations)
+
+    def needed(self, weights: Any, cache: Any, activations: Any) -> Any:
+        """Return the bytes that fit if they are at most ``capacity_bytes``."""
+        return weights + cache * self.per_cache_byte + activations + self.outside(activations)
+
+    def for_cache(self, weights: Any, activations: Any) -> Any:
+        """Return the bytes that weights and activations leave to the cache."""
+        left = self.capacity_bytes - self.needed(weights, 0.0, activations)
+        return np.maximum(left, 0.0) / self.per_cache_byte
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,8 +155,7 @@ def memory(
     reserve_bytes : float
         Memory that other uses take, bytes.
     share : float, optional
-        Share of the device's memory that may be used, in [0, 1]. Default: in serve that of the
-        engine, else 1.
+        Share of the device's memory that may be used, in [0, 1]. Default: that of the engine.
 
     Returns
     -------
@@ -103,28 +173,35 @@ def memory(
     >>> import simulator
     >>> w = simulator.lower(simulator.load_model("llama-2-70b"), phase="decode", seq=2048)
     >>> print(memory(w, "h100").verdict)
-    does not fit: needs 130.0 GiB, 79.6 GiB available (1.6x); fits on 2 devices
+    does not fit: needs 130.0 GiB, 71.7 GiB available (1.8x); fits on 2 devices
     """
     instance("workload", workload, Workload, "simulator.lower")
     number("reserve_bytes", reserve_bytes, AMOUNT)
     hw = load_hardware(hw)
-    share = memory_share(workload) if share is None else number("share", share, SHARE)
+    room = DeviceMemory.of(load_engine(workload.meta.engine), hw)
+    if share is not None:
+        room = DeviceMemory(room.memory_bytes, number("share", share, SHARE))
+    room = replace(room, reserve_bytes=reserve_bytes)
     workloads, devices = WorkloadBatch.of([workload]), workload.meta.devices
-    capacity = share * hw.memory_bytes
+    capacity = float(room.capacity_bytes)
     weights, cache = float(weights_bytes(workloads)[0]), float(cache_bytes(workloads)[0])
     activation = float(activation_bytes(workloads)[0])
-    total = weights + cache + activation + reserve_bytes
+    total = float(room.needed(weights, cache, activation))
     needed = devices
     if total > capacity:
-        # devices share the first part, which is overestimated for the fullest stage of a pipeline
-        shared, whole = (weights + cache) * devices, activation + reserve_bytes
+
+        def fit(size: int) -> bool:
+            """Return whether equal shares fit; those of a pipeline's fullest stage are larger."""
+            part = devices / size
+            return bool(room.needed(weights * part, cache * part, activation) <= capacity)
+
         sizes = (2**i for i in range(MOST_DEVICES.bit_length()) if 2**i > devices)
-        needed = next((size for size in sizes if shared / size + whole <= capacity), 0)
+        needed = next((size for size in sizes if fit(size)), 0)
     return Memory(
         weights_bytes=weights,
         cache_bytes=cache,
         activation_bytes=activation,
-        reserve_bytes=reserve_bytes,
+        reserve_bytes=total - weights - cache - activation,
         total_bytes=total,
         capacity_bytes=capacity,
         fits=total <= capacity,
@@ -142,12 +219,6 @@ def _verdict(total: float, capacity: float, devices: int, needed: int) -> str:
         f"fits on {needed} devices" if needed else f"does not fit on {MOST_DEVICES} devices either"
     )
     return f"does not fit: needs {need}, {have} available ({total / capacity:.1f}x); {way}"
-
-
-def memory_share(w: Workload) -> float:
-    """Return the share of a device's memory that a workload may use; servers leave some to other
-    processes."""
-    return load_engine(w.meta.engine).memory.value if w.meta.phase == "serve" else 1.0
 
 
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
@@ -224,6 +295,9 @@ def _longest(
     if shared is not None:
         owner = workloads.owner[index]
         kv = np.where((window == 0) & (kv > prompt[owner]), kv - shared[owner], kv)
+    schedule = load_engine(w.meta.engine).schedule
+    block = schedule.block if schedule else 1
+    kv = -(-kv // block) * block
     batch = np.maximum(w.batch[index], sequences[workloads.owner[index]])
     each, out = np.zeros(len(index)), np.zeros(len(workloads))
     for code in set(w.kind[index].tolist()):

@@ -66,10 +66,10 @@ GEMM, ELEMENTWISE, COLLECTIVE, EXPERTS = map(
 )
 
 DTYPE_BYTES: NDArray[np.float64] = np.array(
-    [4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125]
+    [4.0, 4.0, 2.0, 2.0, 1.0, 1.0, 0.5, 1.0, 0.5625, 0.53125, 0.78125]
 )
-"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 per
-32."""
+"""Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 and
+mxfp6 per 32."""
 
 ROLES: tuple[str, ...] = (
     # GEMMs of a decoder layer

@@ -35,8 +35,9 @@ DTYPES: tuple[str, ...] = (
     "fp8_block",
     "nvfp4",
     "mxfp4",
+    "mxfp6",
 )
 """Names of number formats; the index is the code in the columns ``dtype`` and ``weight_dtype``.
 
-fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights; mxfp4 is
-only for weights."""
+fp8_block is a format of weights for fp8 arithmetic, with one scale per 128 x 128 weights. mxfp4
+weights with 16-bit activations are those of routed experts only."""

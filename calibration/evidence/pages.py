@@ -19,6 +19,7 @@ from calibration.evidence.published import (
     compare_gemms,
     compare_serving,
     compare_speedups,
+    compare_throughput,
     held_out_models,
     ratio_scores,
 )
@@ -196,6 +197,7 @@ def engine_tables() -> list[str]:
         "given": given,
         "serve": compare_serving(),
     }
+    throughput = compare_throughput()
     sparse = compare_gemms("2:4")
     narrow = compare_gemms("narrower")
     held_out = held_out_models()
@@ -213,11 +215,15 @@ def engine_tables() -> list[str]:
         for c in some
     ]
     large = [
-        c for c in (*common["dense"], *common["speedup"], *sparse, *narrow) if abs(c.error) > MISS
+        c
+        for c in (*common["dense"], *common["speedup"], *throughput, *sparse, *narrow)
+        if abs(c.error) > MISS
     ]
     reasons = [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large]
     assumed = dict.fromkeys(
-        (c.source, c.assumed) for kind in ("dense", "speedup") for c in found[kind] if c.assumed
+        (c.source, c.assumed)
+        for c in (*found["dense"], *found["speedup"], *throughput)
+        if c.assumed
     )
     left_out = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
     excluded = {**Counter(filter(None, left_out)), **NOT_USED}
@@ -234,6 +240,7 @@ def engine_tables() -> list[str]:
         _held_out_table(held_out),
         _load_table(held_out),
         _groups(["engine", "gpu"], [(c.engine, c.gpu, c) for c in common["serve"]]),
+        _comparisons(throughput, lambda value: f"{value:,.0f}/s"),
         table(["phase", "part", "measured", "predicted", "error"], parts, left=(0, 1)),
         _comparisons(found["dense"], _seconds),
         _comparisons(common["speedup"]),

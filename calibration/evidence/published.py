@@ -38,7 +38,8 @@ from simulator.models.lower import lower
 from simulator.operators.gemm import Options
 from simulator.prediction.quality import parse_options
 from simulator.prediction.requests import dense_seconds
-from simulator.prediction.table import speedups
+from simulator.prediction.result import Result
+from simulator.prediction.table import speedups, table
 from simulator.pruning import prune
 from simulator.serving.steady import prefill_passes
 from simulator.uncertainty.forward import forward_passes, ratio_half
@@ -82,6 +83,12 @@ def compare_serving(engine: str = "", experts: bool = True) -> list[Comparison]:
     rows = [r for r in published("serving") if not r["left_out"] and engine in ("", r["engine"])]
     rows = [r for r in rows if experts or not load_model(r["model"]).experts]
     return [c for c in map(_served, rows) if c is not None]
+
+
+def compare_throughput() -> list[Comparison]:
+    """Return published new tokens/s per GPU of dense and pruned models in servers. They generate
+    different numbers of tokens, so only equal lengths compare."""
+    return [_throughput(row) for row in published("throughput")]
 
 
 def compare_gemms(what: str = "2:4") -> list[Comparison]:
@@ -221,6 +228,28 @@ def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile]
         kv_dtype=row["kv_dtype"] or None,
     )
     return (w, hw) if memory(w, hw, share=1.0).fits else None
+
+
+def _throughput(row: Mapping[str, str]) -> Comparison:
+    """Predict a server that always has ``batch`` requests, or as many as fit."""
+    request: dict[str, Any] = {name: row[name] for name in ("engine", "dtype", "kv_dtype")}
+    request |= {name: int(row[name]) for name in ("devices", "seq", "new_tokens")}
+
+    def predicted(batch: int) -> Result:
+        prune = row["prune"] or "depth 0.5"  # a dense row has the dense side of any result
+        at = {**request, "batch": batch, "phase": "serve"}
+        return table(row["model"], row["hardware"], prune=prune, **at).rows[0]
+
+    which, batch = "pruned" if row["prune"] else "dense", int(row["batch"])
+    r = predicted(min(batch, getattr(predicted(batch), f"{which}_largest_batch")))
+    rate = (r.tokens_per_s if row["prune"] else r.dense_tokens_per_s) or 0.0
+    s, low, high = (getattr(r, f"{which}_{end}") for end in ("s", "lower", "upper"))
+    counted = "" if row["split"] == "judge" else " (not counted)"
+    what = f"{row['model']} in {row['dtype']}, {row['prune'] or 'dense'}{counted}"
+    where = _where({**row, "batch": str(r.batch)}, "serve")
+    measured = float(row["tokens_per_s"])
+    ends = (rate / r.devices * s / time for time in (s, high, low))
+    return _comparison(row, what, where, measured, *ends)
 
 
 def _gemm_ratio(row: Mapping[str, str]) -> Comparison:

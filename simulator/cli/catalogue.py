@@ -257,11 +257,13 @@ def _check_devices(
 ) -> None:
     """Check a YAML profile and its stack files, or one of these.
 
-    Each problem is one line; the exit status is 2 when there is any.
+    Each problem is one line; the exit status is 2 when there is any. Facts outside the range of
+    the architecture are warnings.
     """
-    from simulator.hardware.library import check_hardware
+    from simulator.hardware.library import check_hardware, hardware_warnings
 
-    render.checked(file, check_hardware(file), as_json)
+    problems = check_hardware(file)
+    render.checked(file, problems, as_json, [] if problems else hardware_warnings(file))
 
 
 @hardware.command("new")

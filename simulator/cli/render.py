@@ -215,12 +215,16 @@ def show_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     print(text if isinstance(value, Mapping) else f"[\n{text}\n]" if rows else "[]", flush=True)
 
 
-def checked(file: str, problems: Sequence[str], as_json: bool) -> None:
-    """Print the problems of a file, one per line; exit with 2 if there are any."""
+def checked(
+    file: str, problems: Sequence[str], as_json: bool, warnings: Sequence[str] = ()
+) -> None:
+    """Print the problems of a file, one per line; exit with 2 if there are any. Warnings are
+    notes."""
     if as_json:
-        show_json({"file": file, "problems": problems})
+        show_json({"file": file, "problems": problems, "warnings": warnings})
     elif not problems:
         print(f"{file}: no problem found")
+        notes(warnings, verbose=True)
     else:
         for problem in problems:
             typer.echo(f"prunesim: {problem}", err=True)

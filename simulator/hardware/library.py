@@ -296,6 +296,15 @@ def check_hardware(path: str | os.PathLike[str]) -> list[str]:
     return [line for problems in found for line in problems.lines] + lines
 
 
+def hardware_warnings(path: str | os.PathLike[str]) -> list[str]:
+    """Return a warning on each fact of a valid profile file that lies outside the range of its
+    architecture; none for a stack file."""
+    from simulator.hardware.plausible import implausible  # late: predictions need no ranges
+
+    stack = _STACK_FILE.search(Path(path).name)
+    return [] if stack else [f"{path}: {text}" for text in implausible(load_hardware(path))]
+
+
 def new_hardware(name: str, path: str | os.PathLike[str] = "") -> Path:
     """Write a commented profile to fill in, by default to NAME.yaml in the working folder, and
     return its path. Raises InputError if the name is invalid or a shipped GPU's, or if the file

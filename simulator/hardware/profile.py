@@ -245,6 +245,8 @@ ARCHITECTURES = (
     "cpu",
 )
 _TWINS = {"bf16": "fp16", "fp16": "bf16"}
+_LIKE = {"mxfp4": "fp8", "mxfp6": "fp8"}
+"""Format without measured GEMMs -> format of the same matrix cores whose constants it takes."""
 _POSITIVE = Range(1e-30, 1e30, "a finite number above 0")
 _QUANTITIES = (
     "boost_clock_hz",
@@ -549,7 +551,8 @@ class HardwareProfile(Displayed):
         """Return the fitted values of one ``operator`` in the number format ``dtype``, else
         defaults.
 
-        Without a fitted section, bf16 and fp16 are used for each other. A fit of a decode kernel
+        Without a fitted section, bf16 and fp16 are used for each other; GEMMs in mxfp4 and mxfp6
+        have the constants of fp8 with the errors of defaults. A fit of a decode kernel
         with visible tiles (``tile_rows``) is not used for a release of an engine whose kernel is
         known to differ (``tall_tiles``).
         """
@@ -563,6 +566,11 @@ class HardwareProfile(Displayed):
             and self.rates.get(dtype) == self.rates.get(twin)
         ):
             found = inherited(self.sections[operator, twin], f"{self.name} {operator} {twin}")
+        if found is None and operator == "gemm" and ("gemm", _LIKE.get(dtype, "")) in self.sections:
+            like = self.sections["gemm", _LIKE[dtype]]
+            # e_tc of an 8-bit fit includes narrow_step
+            own = {**default.constants, **like.constants, "narrow_step": Fitted(1.0)}
+            return Section(MappingProxyType(own))
         if found is None or (operator == "attention_decode" and self._runs_another(found)):
             return unfitted_section(operator, kind, self.tall_tiles)
         if found.constants.keys() >= default.constants.keys():

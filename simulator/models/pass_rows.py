@@ -148,7 +148,8 @@ class PassRows:
     def gemm(self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN) -> OperatorRow:
         """Return a product of n outputs and k inputs, without a bias."""
         weights = self.lowering.weight_dtype
-        if weights == _MXFP4 and role != "experts":  # a format of routed experts only
+        only_experts = weights == _MXFP4 and self.lowering.dtype != _MXFP4
+        if only_experts and role != "experts":
             weights = self.lowering.stream_dtype
         if self.lowering.declared24 and role in COMPRESSED:
             form = SPARSE24

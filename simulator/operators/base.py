@@ -532,12 +532,13 @@ Constants = Mapping[str, Constant]
 
 
 def unfitted(section: FittedValues, constants: Constants, architecture: str) -> tuple[str, ...]:
-    """Return the error factors of a section of defaults: "generic" too if no GPU of its
-    architecture was fitted."""
+    """Return the error factors of a section of defaults: "generic" too if neither a GPU of its
+    architecture nor another format of the device was fitted."""
     if section.status != "default":
         return ()
     known = any(architecture in constant.defaults for constant in constants.values())
-    return ("default",) if known else ("default", "generic")
+    other_format = any(one.status != "default" for one in section.constants.values())
+    return ("default",) if known or other_format else ("default", "generic")
 
 
 @dataclass(frozen=True)

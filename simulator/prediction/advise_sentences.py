@@ -11,6 +11,7 @@ from simulator.prediction.explain_sentences import needs_text
 from simulator.prediction.requests import by_key, setting
 from simulator.prediction.result import HasResult
 from simulator.prediction.runnable import runs_text
+from simulator.prediction.speedup_sentences import too_large
 from simulator.prediction.wording import (
     NAMED,
     probability_text,
@@ -27,13 +28,13 @@ def settings_of(predictions: Sequence[T]) -> Mapping[str, list[T]]:
 
 
 def of_advice(advised: Advised, target: Target) -> list[str]:
-    """Return the least pruning that reaches a target with its probability, or the closest pruning,
-    and the settings in which the dense model reaches it. For several settings, the least and the
-    most pruning are named."""
+    """Return which models do not fit; the least pruning that reaches a target with its probability,
+    or the closest pruning; and the settings in which the dense model reaches it. For several
+    settings, the least and the most pruning are named."""
     groups = settings_of(advised.advice)
     best = {where: group[0] for where, group in groups.items()}
     reached = {where: advice for where, advice in best.items() if advice.reached}
-    out: list[str] = []
+    out = too_large([advice.result for advice in best.values()])
     if reached and len(best) == 1:
         ((where, group),) = groups.items()
         out += _least(group, where, target)

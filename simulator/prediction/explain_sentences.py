@@ -11,6 +11,7 @@ from simulator.prediction.budget import KernelBudget, Need, Ranges, Reached
 from simulator.prediction.explain import Explanation
 from simulator.prediction.requests import batch_name, setting
 from simulator.prediction.result import Result
+from simulator.prediction.speedup_sentences import too_large
 from simulator.prediction.wording import (
     MOST_SENTENCES,
     pruning_text,
@@ -51,15 +52,18 @@ def conclusion(e: Explanation) -> str:
 
 
 def conclusions(explained: Sequence[Explanation]) -> list[str]:
-    """Return the :func:`conclusion` and the kernel budget of each explanation; for many
-    explanations, the range of speedups."""
+    """Return which models do not fit, then the :func:`conclusion` and the kernel budget of each
+    explanation; for many explanations, the range of speedups."""
+    large = too_large([e.result for e in explained])
     if len(explained) <= MOST_SENTENCES:
-        return [text for e in explained for text in (conclusion(e), budget_text(e)) if text]
+        texts = [text for e in explained for text in (conclusion(e), budget_text(e)) if text]
+        return large + texts
     ends = [pick(explained, key=lambda e: e.result.speedup).result for pick in (min, max)]
     first, settings = explained[0].result, len({setting(e.result) for e in explained})
     several = f" and {len(explained) // settings - 1} more" if len(explained) > settings else ""
     both = " to ".join(f"{speedup_text(r)} on {setting(r)}" for r in ends)
-    return [f"{first.pruning}{several} of {first.model}, {settings} settings: predicted {both}."]
+    name = f"{first.pruning}{several} of {first.model}"
+    return [*large, f"{name}, {settings} settings: predicted {both}."]
 
 
 def _host_bound(e: Explanation) -> str:

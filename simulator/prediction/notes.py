@@ -123,7 +123,10 @@ def dense_notes(
     if (reached := about.seq + about.new_tokens) > config.max_positions:
         supported = f"{config.name} supports {config.max_positions} positions"
         yield f"{supported}, but {reached} were requested; timed as if supported"
-    too_large = set(results.columns["hardware"][~results.columns["dense_fits"]])
+    exceeds = ~results.columns["dense_fits"]
+    too_large = dict(
+        zip(*(results.columns[name][exceeds] for name in ("hardware", "dense_largest_batch")))
+    )
     for hw in devices:
         dense = lower(*on([request], hw))
         if hw.label in too_large:
@@ -131,7 +134,8 @@ def dense_notes(
                 f"{config.name} at {about.phase}, {batch_name(about.phase)} {about.batch}, seq"
                 f" {about.seq}"
             )
-            yield f"{where} on {hw.label} {_too_large(dense, hw)}; its times are hypothetical"
+            needs = _too_large(dense, hw, too_large[hw.label])
+            yield f"{where} on {hw.label} {needs}; its times are hypothetical"
         if joined := assumed_link(hw, dense):
             yield joined
         if far := beyond_measured(dense, hw):
@@ -142,15 +146,13 @@ def dense_notes(
             yield other
 
 
-def _too_large(dense: Workload, hw: HardwareProfile) -> str:
+def _too_large(dense: Workload, hw: HardwareProfile, largest: int) -> str:
     m, name = memory(dense, hw), batch_name(dense.meta.phase)
     way = (
         f"fits on {m.devices_needed} devices"
         if m.devices_needed
         else f"does not fit on {MOST_DEVICES} devices"
     )
-    left = m.capacity_bytes - (m.total_bytes - m.cache_bytes)
-    largest = int(max(left, 0.0) / max(m.cache_bytes / dense.meta.batch, 1.0))
     way += f"; the largest {name} that fits is {largest}" if largest else ""
     return (
         f"needs {m.total_bytes / 2**30:.1f} GiB, {m.capacity_bytes / 2**30:.1f} GiB available"

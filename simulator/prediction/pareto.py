@@ -34,7 +34,7 @@ from simulator.models.lower import lower
 from simulator.models.model import Model
 from simulator.prediction.batch import OPERATOR_ROWS, Reject, batch_of
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
-from simulator.prediction.notes import uncalibrated_of
+from simulator.prediction.notes import dense_notes, uncalibrated_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
 from simulator.prediction.requests import by_budget, profiles, requests_of
@@ -253,6 +253,7 @@ class _Rows:
         if not points:
             none = f"none of the {len(self.rows)} rows on {self.axis} can run on {hw.label}"
             raise InputError(f"empty frontier: {none}: {'; '.join(self.notes)}")
+        self.notes.update(dict.fromkeys(dense_notes(results, request, [hw])))
         order = sorted(range(len(points)), key=lambda i: _place(points[i]))
         below = _below(batch, results, hw, points, order, request.level)
         best = marked([points[i] for i in order], below)

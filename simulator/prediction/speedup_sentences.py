@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from simulator.display import with_and
+from simulator.display import few, with_and
 from simulator.prediction.requests import batch_name, by_key, device_text, setting
 from simulator.prediction.result import Result
 from simulator.prediction.wording import (
@@ -19,10 +19,31 @@ from simulator.prediction.wording import (
 from simulator.units import ratio
 
 
+def too_large(results: Sequence[Result]) -> list[str]:
+    """Return which models exceed the memory in which setting; none if all fit."""
+    large = [r for r in results if not (r.dense_fits and r.pruned_fits)]
+    groups = by_key(large, setting)
+    if len(groups) > MOST_SENTENCES:
+        several = f"{len(groups)} of {len(by_key(results, setting))} settings"
+        return [f"In {several}, a model does not fit into the memory; its times are hypothetical."]
+    out = []
+    for where, some in groups.items():
+        needs = {r.model: r.dense_memory_bytes for r in some if not r.dense_fits}
+        needs |= {r.pruning: r.pruned_memory_bytes for r in some if not r.pruned_fits}
+        names = [f"{name} ({need / 2**30:.1f} GiB)" for name, need in needs.items()]
+        room = f"{some[0].capacity_bytes / 2**30:.1f} GiB on {where}"
+        out.append(f"Does not fit into {room}: {few(names, NAMED)}; hypothetical times.")
+    return out
+
+
 def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
-    """Return how much faster each pruning is. Few results get a sentence each. For many, sentences
-    name the fastest of each setting, or of all settings, and the number of gains and losses. Each
-    result's clause ends its sentence."""
+    """Return which models do not fit, and how much faster each pruning is. Few results get a
+    sentence each. For many, sentences name the fastest of each setting, or of all settings, and the
+    number of gains and losses. Each result's clause ends its sentence."""
+    return [*too_large(results), *_speedups(results, clauses)]
+
+
+def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
     ends = dict(zip(results, clauses))
     if len(results) <= MOST_SENTENCES:
         gains = [gain_text(r.model, r.speedup, r.speedup_lower, r.speedup_upper) for r in results]
@@ -127,13 +148,21 @@ class BreakEven:
 
     @property
     def sentence(self) -> str:
-        beyond = ""
+        first = self.results[0]
+        text = f"{first.pruning} on {self.where} {self.verdict}{formats_clause(first)}."
+        return "; ".join([*self._beyond(), text])
+
+    def _beyond(self) -> Iterator[str]:
+        """Yield what does not fit into the memory."""
+        if not self.results[0].pruned_fits:
+            yield f"No {self._name} fits into the memory, so times are hypothetical"
+            return
         if self.too_large:
             many = len(self.too_large) > 1
             values = f"{self.too_large[0]:,} and more do" if many else f"{self.too_large[0]:,} does"
-            beyond = f"; {self._name} {values} not fit into the memory"
-        first = self.results[0]
-        return f"{first.pruning} on {self.where} {self.verdict}{beyond}{formats_clause(first)}."
+            yield f"{self._name.capitalize()} {values} not fit into the memory"
+        if dense := [getattr(r, self.axis) for r in self.results if not r.dense_fits]:
+            yield f"{self.results[0].model} itself does not fit from {self._name} {dense[0]:,} on"
 
     @property
     def _name(self) -> str:

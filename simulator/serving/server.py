@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulator.arguments import Range, number
+from simulator.capacity import DeviceMemory
 from simulator.engines.engine import SERVER_NUMBERS, FrontEnd, Reserve, Sampler, load_engine
 from simulator.errors import InputError, one_line, unknown
 from simulator.hardware.profile import HardwareProfile
@@ -15,11 +16,6 @@ from simulator.units import parse_count, parse_number
 
 _TOKENS = Range(1.0, 2.0**18, f"a whole number from 1 to {2**18:,}", True)
 _NO_FRONT = FrontEnd(0.0, 0.0, 0.0, "")
-_MIB = 2.0**20
-_STATIC = (512 * _MIB, 1.5 * _MIB, 2 * 256 * _MIB, 10 * 1024 * _MIB)
-"""Memory that SGLang keeps outside of weights and cache, bytes: for metadata, per token of a
-prefill, for CUDA graphs (2 MiB per sequence of the largest), and the least of all (SGLang pull
-request 10975)."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,9 @@ class Server:
         names = {}
         for name, field, value in _options(engine.name, schedule.options, options):
             server, names[field] = server.changed(field, value), name
-        if server.share_of == "static" and "memory" not in names:
-            fixed, each, graphs, least = _STATIC
-            outside = max(fixed + each * server.tokens + graphs, least)
-            server = replace(server, memory=1.0 - outside / hw.memory_bytes)
+        if "memory" not in names:
+            memory = DeviceMemory.of(engine, hw, server.tokens)
+            server = replace(server, memory=memory.share)
         if not server.mixes or server.sequences <= server.tokens:
             return server
         if "sequences" not in names:  # as vLLM does (EngineArgs)

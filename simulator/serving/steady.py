@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,9 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.capacity import (
-    RESERVE_BYTES,
+    DeviceMemory,
     activation_bytes_by_phase,
     cache_parts,
-    memory_share,
     weights_bytes,
 )
 from simulator.codes import Phase
@@ -35,24 +34,15 @@ def memory_columns(
 ) -> dict[str, Array]:
     """Return the memory columns of some workloads, each on a device (an index), and of their dense
     workloads."""
-    each, prompts = cache_parts(batch)
-    fixed, activations = (
-        weights_bytes(batch) + prompts + RESERVE_BYTES,
-        activation_bytes_by_phase(batch),
-    )
-    needed = fixed + each * batch.sequences + np.maximum.reduce([*activations.values()])
-    memory_bytes = np.array([float(hw.memory_bytes) for hw in hardware])
-    capacity = memory_share(batch.rows) * memory_bytes[device]
-    admitted = _admitted(batch.rows.meta, hardware)[device]
-    columns: dict[str, Array] = {"capacity_bytes": capacity}
+    memory = DeviceMemory.each(load_engine(batch.rows.meta.engine), hardware, device)
+    needs, admitted = _Needs.of(batch), _admitted(batch.rows.meta, hardware)[device]
+    columns: dict[str, Array] = {"capacity_bytes": memory.capacity_bytes}
     for name, which in (("dense", batch.dense[rows]), ("pruned", rows)):
-        left = np.maximum(capacity - fixed[which], 0.0)
-        largest = np.floor(_most_that_fit(batch, activations, each, which, left) + 1e-9)
-        columns[f"{name}_memory_bytes"] = needed[which]
-        columns[f"{name}_fits"] = needed[which] <= capacity
-        columns[f"{name}_largest_batch"] = np.minimum(np.maximum(largest, 0.0), admitted).astype(
-            np.int64
-        )
+        needed = needs.needed(which, memory)
+        largest = np.clip(needs.most_that_fit(which, memory), 0.0, admitted)
+        columns[f"{name}_memory_bytes"] = needed
+        columns[f"{name}_fits"] = needed <= memory.capacity_bytes
+        columns[f"{name}_largest_batch"] = largest.astype(np.int64)
     return columns
 
 
@@ -68,25 +58,55 @@ def _admitted(meta: Lowered, hardware: Sequence[HardwareProfile]) -> IndexArray:
     return most
 
 
-def _most_that_fit(
-    batch: WorkloadBatch,
-    activations: Mapping[Phase, FloatArray],
-    each: FloatArray,
-    which: IndexArray,
-    left: FloatArray,
-) -> FloatArray:
-    """Return the sequences of workloads ``which`` whose caches (``each``) and activations fill the
-    memory ``left``, bytes."""
-    growing = {Phase.PREFILL: _most_together(batch), Phase.DECODE: np.full(len(batch), np.inf)}
-    cache, largest = np.maximum(each[which], 1.0), np.full(len(which), np.inf)
-    for phase, activation in activations.items():
-        full = growing[phase][which]
-        of_sequence = activation[which] / np.minimum(batch.sequences[which], full)
-        full_pass = np.where(full < np.inf, full, 0.0) * of_sequence
-        beyond = (left - full_pass) / cache
-        within = np.minimum(left / (cache + of_sequence), full)
-        largest = np.minimum(largest, np.where((beyond > full) & (full < np.inf), beyond, within))
-    return largest
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes that each workload of a batch needs."""
+
+    batch: WorkloadBatch
+    weights: FloatArray
+    each: FloatArray  # the cache of a sequence
+    prompts: FloatArray  # further bytes of the cache, of any number of sequences
+    activations: Mapping[Phase, FloatArray]
+
+    @classmethod
+    def of(cls, batch: WorkloadBatch) -> _Needs:
+        return cls(
+            batch, weights_bytes(batch), *cache_parts(batch), activation_bytes_by_phase(batch)
+        )
+
+    def needed(self, which: IndexArray, memory: DeviceMemory) -> FloatArray:
+        """Return the bytes that some workloads need, each on a device."""
+        cache = self.each * self.batch.sequences + self.prompts
+        activations = np.maximum.reduce([*self.activations.values()])
+        needed = memory.needed(self.weights[which], cache[which], activations[which])
+        return np.asarray(needed)
+
+    def most_that_fit(self, which: IndexArray, memory: DeviceMemory) -> FloatArray:
+        """Return the sequences of some workloads whose caches and activations fill a device."""
+        cache, prompts = np.maximum(self.each[which], 1.0), self.prompts[which]
+        of_caches = (memory.for_cache(self.weights[which], 0.0) - prompts) / cache
+        fixed = self.weights[which] + prompts * memory.per_cache_byte + memory.reserve_bytes
+        left = np.maximum(memory.capacity_bytes - fixed, 0.0)
+        of_both = self._filling(which, cache * memory.per_cache_byte, left)
+        return np.asarray(np.floor(np.minimum(of_caches, of_both) + 1e-9))
+
+    def _filling(self, which: IndexArray, cache: FloatArray, left: FloatArray) -> FloatArray:
+        """Return the sequences whose caches (``cache``, bytes per sequence) and activations fill
+        the bytes ``left``."""
+        growing = {
+            Phase.PREFILL: _most_together(self.batch),
+            Phase.DECODE: np.full(len(self.batch), np.inf),
+        }
+        largest = np.full(len(which), np.inf)
+        for phase, activation in self.activations.items():
+            full = growing[phase][which]
+            of_sequence = activation[which] / np.minimum(self.batch.sequences[which], full)
+            full_pass = np.where(full < np.inf, full, 0.0) * of_sequence
+            beyond = (left - full_pass) / cache
+            within = np.minimum(left / (cache + of_sequence), full)
+            enough = (beyond > full) & (full < np.inf)
+            largest = np.minimum(largest, np.where(enough, beyond, within))
+        return largest
 
 
 def _most_together(batch: WorkloadBatch) -> FloatArray:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.arrays import Array, BoolArray, FloatArray, IndexArray
-from simulator.capacity import RESERVE_BYTES, activation_bytes, cache_bytes, weights_bytes
+from simulator.capacity import DeviceMemory, activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import COLLECTIVE, ELEMENTWISE, EXPERTS, GEMM
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
@@ -73,7 +73,8 @@ class Grid:
             prompts = max(prompts, longest)
         return cls(
             sequences=_steps(1, sequences, 2),
-            contexts=_steps(_FIRST_CONTEXT, longest, 1),
+            # of whole blocks
+            contexts=_steps(_FIRST_CONTEXT, -(-longest // _FIRST_CONTEXT) * _FIRST_CONTEXT, 1),
             tokens=_steps(1, prompts + sequences, 2),
             prompts=_steps(1, prompts, 1),
         )
@@ -112,7 +113,7 @@ class Cache:
 
     memory: float  # of the device
     weights: float
-    held: float  # weights, activations, and a reserve
+    activations: float
     lengths: list[int]
     each: FloatArray  # of one sequence at each length
 
@@ -123,12 +124,9 @@ class Cache:
         ends = max(min(shortest, 0.5 * longest), first), max(longest, 2.0 * first)
         low, high = np.interp(ends, self.lengths, self.each)
         slope = max((high - low) / (ends[1] - ends[0]), 1e-9)
-        left = {
-            "device": server.memory * self.memory - self.held,
-            "free": server.memory * (self.memory - self.held),
-            "static": server.memory * self.memory - self.weights,
-        }[server.share_of]
-        return float(max(left, 0.0) / slope), float(max(low / slope - ends[0], 0.0))
+        memory = DeviceMemory(self.memory, server.memory, server.share_of)
+        left = memory.for_cache(self.weights, self.activations)
+        return float(left / slope), float(max(low / slope - ends[0], 0.0))
 
 
 @dataclass(frozen=True)
@@ -394,7 +392,7 @@ class StepTables:
         return Cache(
             memory=self.memory_bytes,
             weights=weights,
-            held=weights + float(activation_bytes(prefills)[of_prefills].max()) + RESERVE_BYTES,
+            activations=float(activation_bytes(prefills)[of_prefills].max()),
             lengths=contexts,
             each=cache_bytes(decodes)[of_decodes[: len(contexts)]],
         )

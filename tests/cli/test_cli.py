@@ -113,7 +113,13 @@ def test_a_check_lists_the_problems_one_line_each(cli: Any) -> None:
     good = ROOT / "hardware_profiles" / "h100_sxm.yaml"
     assert "no problem" in cli.out(f"hardware check {good}")
     assert "no problem" in cli.out(f"hardware check {good.with_suffix('.trtllm.yaml')}")
-    assert cli.json(f"hardware check {good}") == {"file": str(good), "problems": []}
+    found = {"file": str(good), "problems": [], "warnings": []}
+    assert cli.json(f"hardware check {good}") == found
+    text = good.with_name("l40s.yaml").read_text().replace("864 GB/s", "9.6 GB/s")
+    Path("slow.yaml").write_text(text)
+    out, err = cli("hardware check slow.yaml", 0)
+    assert "no problem" in out
+    assert err.startswith("note: slow.yaml: datasheet.bandwidth: expected 190 GB/s to 1.10 TB/s")
     Path("bad.yaml").write_text("schema_version: 1\nname: x\n")
     assert json.loads(cli("hardware check bad.yaml --json", 2)[0])["problems"]
 

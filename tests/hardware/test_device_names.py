@@ -84,11 +84,11 @@ def profile(name: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [
-        ("NVIDIA A40", "ampere"),
+        ("NVIDIA A16", "ampere"),
         ("NVIDIA L40", "ada"),
         ("NVIDIA H200 NVL", "hopper"),
         ("NVIDIA GB200", "blackwell_sm100"),
-        ("NVIDIA GeForce RTX 5080", "blackwell"),
+        ("NVIDIA GeForce RTX 5070 Ti", "blackwell"),
         ("Quadro RTX 8000", "turing"),
         ("NVIDIA TITAN V", "volta"),
     ],
@@ -103,7 +103,7 @@ def test_a_gpu_without_a_profile_has_its_limits_and_its_architecture(
 
 
 def test_unknown_limits_are_placeholders_not_those_of_an_idle_device() -> None:
-    hw = profile("NVIDIA A40", max_clock_hz=UNKNOWN, power_limit_w=UNKNOWN)
+    hw = profile("NVIDIA A16", max_clock_hz=UNKNOWN, power_limit_w=UNKNOWN)
     assert hw.boost_clock_hz > 1e9
     assert hw.power_w > 50.0
     assert all("unknown" in hw.sources[name] for name in ("boost_clock", "power"))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from simulator import load_engine, load_hardware, lower, prune, workload_time
+from simulator import load_engine, load_hardware, lower, memory, prune, table, workload_time
 from simulator.engines.engine import INPUTS
+from simulator.errors import InputError
 from simulator.workload import Workload
 
 MODEL, HIDDEN, INNER = "llama-3.1-8b", 4096, 14336
@@ -48,6 +49,27 @@ def test_a_format_of_16_bits_and_weights_alone_convert_nothing() -> None:
         assert conversions(lower(MODEL, engine="sglang", **formats)) == {}
     narrow = conversions(lower(MODEL, batch=1, seq=1, dtype="nvfp4", engine="sglang"))
     assert narrow["quantize_heads"][1] == 32 * HIDDEN * 2.5625
+
+
+def test_mxfp4_and_mxfp6_are_arithmetic_where_a_gpu_has_their_rates() -> None:
+    seconds, weights = {}, {}
+    for name in ("fp8", "mxfp6", "mxfp4"):
+        request = {"dtype": name, "phase": "prefill", "seq": 8192}
+        (r,) = table("llama-3.1-8b", "mi355x", "depth", 0.25, **request)
+        w = lower("llama-3.1-8b", **request)
+        seconds[name] = (r.dense_lower, r.dense_s, r.dense_upper)
+        weights[name] = memory(w, "mi355x").weights_bytes / 1e9
+    # the projections of all layers; embedding and head have 16 bits
+    projections, rest = 6.98, 2.10
+    expected = {"fp8": 1.0, "mxfp6": 0.75 + 1 / 32, "mxfp4": 0.5 + 1 / 32}
+    assert weights == {
+        name: pytest.approx(size * projections + rest, rel=0.01) for name, size in expected.items()
+    }
+    assert seconds["mxfp4"][1] < seconds["mxfp6"][1] < seconds["fp8"][1]
+    # no table of their kernels
+    assert seconds["mxfp4"][2] / seconds["mxfp4"][0] > seconds["fp8"][2] / seconds["fp8"][0]
+    with pytest.raises(InputError, match="b200_sxm has no mxfp4 arithmetic"):
+        table("llama-3.1-8b", "b200", "depth", 0.25, dtype="mxfp4")
 
 
 @pytest.mark.parametrize(

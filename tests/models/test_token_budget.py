@@ -193,7 +193,7 @@ def test_a_server_leaves_memory_to_others(tmp_path: Path) -> None:
         (decode,) = simulator.table(
             "llama-3.1-8b", "h100", "depth", 0.25, batch=8, seq=4096, engine=str(path)
         )
-        assert decode.capacity_bytes == hardware("h100")[0].memory_bytes
+        assert decode.capacity_bytes == r.capacity_bytes
     sequence = 2 * 32 * 8 * 128 * 2 * (4096 + 64)  # bytes of keys and values
     expected = 0.1 * hardware("h100")[0].memory_bytes / sequence
     assert largest[2] - largest[1] == pytest.approx(expected, abs=1)

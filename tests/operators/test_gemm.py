@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from physics import wrong_gemms
 from scipy.interpolate import RegularGridInterpolator
 
 from simulator.codes import Kernel
@@ -55,6 +56,11 @@ def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) 
     assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
     assert t.lower <= t.seconds <= t.upper
     assert t.lower >= 2.0 * m * n * k / peak
+
+
+@pytest.mark.slow
+def test_no_gpu_stack_or_format_beats_the_physics() -> None:
+    assert wrong_gemms(100_000, 1) == []
 
 
 @settings(max_examples=100, deadline=None)

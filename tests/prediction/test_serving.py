@@ -120,7 +120,14 @@ def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
 @pytest.mark.parametrize(
-    "setting", [{}, {"weight_dtype": "int4", "kv_dtype": "fp8"}, {"devices": 2}]
+    "setting",
+    [
+        {},
+        {"weight_dtype": "int4", "kv_dtype": "fp8"},
+        {"devices": 2},
+        {"engine": "sglang"},
+        {"engine": "trtllm"},
+    ],
 )
 def test_the_largest_batch_fits_and_one_more_does_not(
     phase: str, model: str, setting: dict[str, Any]
@@ -137,7 +144,9 @@ def test_the_largest_batch_fits_and_one_more_does_not(
             assert largest >= 1
             fits = []
             limit = (
-                load_engine("vllm").limit(hw.memory_bytes, hw.name) if phase != "prefill" else None
+                load_engine(setting.get("engine", "vllm")).limit(hw.memory_bytes, hw.name)
+                if phase != "prefill"
+                else None
             )
             bound = limit is not None and largest == limit.sequences  # by the engine, not by memory
             for batch in (largest, largest + 1 + 10**6 * bound):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator import Request, load_hardware
+from simulator.capacity import RESERVE_BYTES
 from simulator.errors import InputError
 from simulator.serving.arrivals import Lengths, Requests, Traffic
 from simulator.serving.schedule import simulate, simulate_replicas
@@ -30,6 +31,11 @@ def times_of(engine: str) -> StepTimes:
     server = Server.of(engine, H100)
     request = Request(model="llama-3.1-8b", engine=engine)
     return step_tables(request, H100, server, 4096, 1000).at()
+
+
+def held(times: StepTimes) -> float:
+    """Bytes of memory without the cache, if the engine may use all memory."""
+    return times.cache.weights + times.cache.activations + RESERVE_BYTES
 
 
 def run(traffic: Traffic, engine: str = "vllm", **settings: object) -> Served:
@@ -73,7 +79,7 @@ def test_all_requests_end_and_every_token_is_computed(
     times = times_of(engine)
     longest = float((prompt + output).max())
     needed = longest + 2 * server.block + share * float((prompt + output).sum())
-    cache = replace(times.cache, memory=times.cache.held + 1.2 * needed * 131072)
+    cache = replace(times.cache, memory=held(times) + 1.2 * needed * 131072)
     server = replace(server, tokens=tokens, sequences=min(sequences, tokens), memory=1.0)
     served = simulate(requests, replace(times, cache=cache), server)
     assert in_order(served)
@@ -162,7 +168,7 @@ def test_a_full_cache_preempts_in_vllm_and_delays_admission_in_trtllm() -> None:
     traffic = Traffic(Lengths(500), Lengths(1000), 200)
     for engine, preempts in (("vllm", True), ("trtllm", False)):
         times = times_of(engine)
-        cache = replace(times.cache, memory=times.cache.held + 20_000 * 131072)
+        cache = replace(times.cache, memory=held(times) + 20_000 * 131072)
         server = replace(Server.of(engine, H100), memory=1.0)
         served = simulate(traffic.draw(), replace(times, cache=cache), server)
         assert (served.preemptions > 0) == preempts

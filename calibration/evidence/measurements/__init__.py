@@ -13,6 +13,7 @@ PUBLISHED: Mapping[str, Path] = {
     **installed.PUBLISHED,
     "dense": FOLDER / "published_dense.csv",
     "speedups": FOLDER / "published_speedups.csv",
+    "throughput": FOLDER / "published_throughput.csv",
     "collectives": FOLDER / "published_collectives.csv",
     "serving": FOLDER / "serving.csv",
     "at_once": FOLDER / "at_once.csv",
@@ -26,9 +27,10 @@ def published(name: str) -> list[dict[str, str]]:
     Values are SI unless the row has a ``unit``. ``assumed`` lists facts that the source does not
     state, ``reason`` the likely reason of a large error, ``left_out`` why a row cannot be predicted
     (empty: it can). Parameters of an engine are fitted on rows with ``split`` "fit" and evaluated
-    on rows with "judge"; no source is in both. ``metric`` is time_s (of a prefill or a step),
-    tokens_per_s (new tokens of all sequences over the total time, or over a decode step) or
-    all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned model that ran other
-    modelling code than the dense model; it prunes the layers ``first_layer`` to ``last_layer``.
+    on rows with "judge"; no source is in both; rows with "shown" are not counted. ``metric`` is
+    time_s (of a prefill or a step), tokens_per_s (new tokens of all sequences over the total time,
+    or over a decode step) or all_tokens_per_s (prompt and new tokens). ``own_code`` marks a pruned
+    model that ran other modelling code than the dense model; it prunes the layers ``first_layer``
+    to ``last_layer``.
     """
     return installed.published(name, PUBLISHED)
