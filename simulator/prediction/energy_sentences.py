@@ -11,7 +11,6 @@ from simulator.prediction.requests import setting
 from simulator.prediction.result import Result
 from simulator.prediction.tariff import ENDS, Energy, Tariff
 from simulator.prediction.wording import MOST_SENTENCES, number_text
-from simulator.units import percent
 
 _FALLS = {
     "active": "the time of its kernels falls",
@@ -41,8 +40,8 @@ def _sentence(r: Result, tariff: Tariff) -> str:
     apart = energy.energy_saved - (1.0 - 1.0 / r.speedup)
     against = "as much as" if abs(apart) < EQUAL else "more than" if apart > 0.0 else "less than"
     return (
-        f"{r.pruning} saves {saved} of the energy on {setting(r)} ({dense:.3g} to {pruned:.3g} J"
-        f" per token), {against} of the time, because {_reason(r, against)}."
+        f"{r.pruning} saves {saved} of the energy on {setting(r)}, {against} of the time, because"
+        f" {_reason(r, against)}: {dense:.3g} to {pruned:.3g} J per token."
     )
 
 
@@ -64,7 +63,7 @@ def token_name(r: Result) -> str:
 def saved_text(value: float, lower: float, upper: float) -> str:
     """Return a share that is saved with its interval; it is negative where energy is lost."""
     to = "-" if lower >= 0.0 else " to "
-    return f"{percent(value)} ({100.0 * lower:.0f}{to}{100.0 * upper:.0f})"
+    return f"{100.0 * value:.0f} % ({100.0 * lower:.0f}{to}{100.0 * upper:.0f})"
 
 
 def energy_notes(tariff: Tariff | None, devices: Sequence[HardwareProfile]) -> Iterator[str]:

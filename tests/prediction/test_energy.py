@@ -71,7 +71,7 @@ def test_dense_and_pruned_share_errors() -> None:
     r = predicted(batch=8)
     of_one = np.log(r.pruned_joules_upper / r.pruned_joules_lower)
     of_ratio = np.log((1.0 - r.energy_saved_lower) / (1.0 - r.energy_saved_upper))
-    assert 0.0 < of_ratio < 0.1 * of_one
+    assert 0.0 < of_ratio < 0.6 * of_one
 
 
 @pytest.mark.parametrize(
