@@ -64,7 +64,7 @@ def token_name(r: Result) -> str:
 def saved_text(value: float, lower: float, upper: float) -> str:
     """Return a share that is saved with its interval; it is negative where energy is lost."""
     to = "-" if lower >= 0.0 else " to "
-    return f"{percent(value)} ({100.0 * lower:.0f}{to}{100.0 * upper:.0f})"
+    return f"{percent(value)} ({round(100.0 * lower)}{to}{round(100.0 * upper)})"
 
 
 def energy_notes(tariff: Tariff | None, devices: Sequence[HardwareProfile]) -> Iterator[str]:
