@@ -104,7 +104,7 @@ def energy_table(results: Sequence[Result], tariff: Tariff) -> dict[str, list[st
             [getattr(one, f"{model}_{name}") for model in ("dense", "pruned")] for one in energies
         ]
         if not any(None in pair for pair in pairs):
-            columns[title] = [f"{dense:.3g} to {pruned:.3g}" for dense, pruned in pairs]
+            columns[title] = [" to ".join(number_text(v, v, v) for v in pair) for pair in pairs]
     return columns
 
 
