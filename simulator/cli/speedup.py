@@ -386,23 +386,24 @@ def _serving_columns(results: Sequence[Result]) -> list[render.Column]:
 
 
 def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
+    """Print energy per token: a table per kind of token, or several if its columns do not fit."""
     from simulator.prediction.energy_sentences import energy_table, token_name
-    from simulator.prediction.requests import batch_name
+    from simulator.prediction.requests import batch_name, by_key
 
     fields = ("model", "hardware", "engine", "phase", "batch", "seq")
-    names = [
-        render.Column(batch_name(results[0].phase) if name == "batch" else name, cells)
-        for name in fields
-        if len({*(cells := [str(getattr(r, name)) for r in results])}) > 1
-    ]
-    names.append(render.Column("pruning", [r.pruning for r in results], right=False))
-    left = [render.Column(*column) for column in energy_table(results, tariff).items()]
-    title = f"energy per {token_name(results[0])}"
-    while left:  # a table holds as many columns as fit
-        shown = render.narrowed([*names, *left], len(names) + 1)
-        print()
-        render.show(shown, title)
-        left, title = left[len(shown) - len(names) :], ""
+    for token, some in by_key(results, token_name).items():
+        names = [
+            render.Column(batch_name(some[0].phase) if name == "batch" else name, cells)
+            for name in fields
+            if len({*(cells := [str(getattr(r, name)) for r in some])}) > 1
+        ]
+        names.append(render.Column("pruning", [r.pruning for r in some], right=False))
+        left = [render.Column(*column) for column in energy_table(some, tariff).items()]
+        while left:
+            shown = render.narrowed([*names, *left], len(names) + 1)
+            print()
+            render.show(shown, f"energy per {token}")
+            left = left[len(shown) - len(names) :]
 
 
 def _print_memory(results: Sequence[Result]) -> None:

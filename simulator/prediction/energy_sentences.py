@@ -63,7 +63,8 @@ def token_name(r: Result) -> str:
 def saved_text(value: float, lower: float, upper: float) -> str:
     """Return a share that is saved with its interval; it is negative where energy is lost."""
     to = "-" if lower >= 0.0 else " to "
-    return f"{100.0 * value:.0f} % ({100.0 * lower:.0f}{to}{100.0 * upper:.0f})"
+    value, lower, upper = (round(100.0 * share) for share in (value, lower, upper))
+    return f"{value} % ({lower}{to}{upper})"
 
 
 def energy_notes(tariff: Tariff | None, devices: Sequence[HardwareProfile]) -> Iterator[str]:
@@ -103,7 +104,7 @@ def energy_table(results: Sequence[Result], tariff: Tariff) -> dict[str, list[st
             [getattr(one, f"{model}_{name}") for model in ("dense", "pruned")] for one in energies
         ]
         if not any(None in pair for pair in pairs):
-            columns[title] = [f"{dense:.3g} to {pruned:.3g}" for dense, pruned in pairs]
+            columns[title] = [" to ".join(number_text(v, v, v) for v in pair) for pair in pairs]
     return columns
 
 
