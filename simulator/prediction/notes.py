@@ -24,7 +24,7 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
-from simulator.prediction.requests import batch_name, by_key, on
+from simulator.prediction.requests import batch_name, by_key, computed_on, on
 from simulator.prediction.result import Results
 from simulator.request import SETTINGS, Request
 from simulator.uncertainty.forward import operator_times
@@ -60,6 +60,19 @@ def overridden(request: Request, models: Iterable[Model | None]) -> Iterator[str
         if other := [name for name in asked if getattr(model, name) not in ("", asked[name])]:
             options = " ".join(f"{SETTINGS[name].flags[0]} {asked[name]}" for name in other)
             yield f"{model.name} states {stated_text(model)}, but {options} counts"
+
+
+def computed_wide(
+    request: Request, devices: Iterable[HardwareProfile], models: Iterable[Model | None]
+) -> Iterator[str]:
+    """Yield a note per device that runs fp8 without fp8 arithmetic."""
+    known = [*filter(None, models)]
+    for hw in devices:
+        if (wide := computed_on(request, hw, known)) is not request:
+            yield (
+                f"{hw.label} has no fp8 arithmetic: {request.engine} computes in {wide.dtype}"
+                " with fp8 weights"
+            )
 
 
 def inferred_by(dense: Workload, hw: HardwareProfile, request: Request) -> Inferred | None:

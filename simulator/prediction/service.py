@@ -43,6 +43,7 @@ from simulator.prediction.compare import request_results
 from simulator.prediction.limits import NO_LIMITS, Limits
 from simulator.prediction.load import Load, LoadPoint, LoadService, Simulation, load_service
 from simulator.prediction.notes import (
+    computed_wide,
     dense_notes,
     differences,
     overridden,
@@ -643,7 +644,8 @@ class _Servers:
             self.without[f"{place} is excluded: {error}"] = error
             return
         models = (request.model, *(pruning.model for pruning in self.prunings))
-        self.notes.update(dict.fromkeys((*overridden(request, models), *notes)))
+        formats = (*overridden(request, models), *computed_wide(request, [hw], models))
+        self.notes.update(dict.fromkeys((*formats, *notes)))
 
     def loaded(self, request: Request, hw: HardwareProfile, results: Results) -> LoadService:
         """Return the models under the load."""
