@@ -247,11 +247,12 @@ def labels(rates: Iterable[str]) -> tuple[str, ...]:
 def label_of(dtype: str, weight: str) -> str:
     """Return the number format of the section for activations and weights; the inverse of
     :func:`formats_of`."""
-    return weight if weight == dtype or weight in LABELS else f"{weight}_wo"
+    own = weight == dtype or dtype in LABELS.get(weight, ())
+    return weight if own else f"{weight}_wo"
 
 
 def formats_of(label: str, rates: Iterable[str]) -> tuple[str, str]:
     """Return the formats of activations and weights of a section, on a device with ``rates``."""
-    known = tuple(rates)
-    arithmetic = next((dtype for dtype in LABELS.get(label, ()) if dtype in known), label)
+    known, wide = tuple(rates), ("bf16", "fp16") if label.endswith("_wo") else ()
+    arithmetic = next((dtype for dtype in LABELS.get(label, wide) if dtype in known), label)
     return arithmetic, label.removesuffix("_wo")

@@ -48,6 +48,7 @@ _COMPUTE = BOTTLENECKS.index("compute")
 _SPARSE24 = int(Kernel.SPARSE24)
 _CACHE_WRITE = ROLES.index("cache_write")
 _NORM = ROLES.index("attention_norm")
+_PROMPTS = int(Kind.PREFILL_ATTENTION)
 _RECURRENT = (int(Kind.DELTA_NET), int(Kind.STATE_SPACE), int(Kind.SHORT_CONV))
 
 
@@ -246,7 +247,21 @@ def estimates(
         sparse24 = engine.sparse24_kernels(formats.dtype, formats.second, hw.architecture)
         searched = sparse24 is None or sparse24.searched
         for some, e in operator.estimates(rows, hw, formats._replace(searched=searched)):
+            if e.kind == _PROMPTS and (slower := sink_factor(w, engine, hw)) > 1.0:
+                whole = w.window[rows.at[some]] == 0
+                loadings = {**e.loadings, "sinks": whole.astype(np.float64)}
+                e = replace(e, time=np.where(whole, slower, 1.0) * e.time, loadings=loadings)
             yield rows.at[some], e
+
+
+def sink_factor(w: Workload, engine: Engine, hw: HardwareProfile) -> float:
+    """Return the factor on attention of prompts to all positions if the model has sinks, which the
+    engine's fastest kernel lacks on the device."""
+    kernel, model = engine.sink_attention, w.meta.config
+    if kernel is None or hw.architecture not in kernel.on or model is None:
+        return 1.0
+    sublayers = (sublayer for layer in model.layers for sublayer in layer.sublayers)
+    return kernel.value if any(getattr(s, "sinks", False) for s in sublayers) else 1.0
 
 
 def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, EngineTimes | None]:

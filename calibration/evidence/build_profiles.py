@@ -62,6 +62,9 @@ class Recipe:
 # (20 GB/s per GPU for any number of GPUs), NCCL on a machine without peer access (1.3 GB/s per GPU
 # among eight).
 _OTHER_HOST = ("l40s.sglang",)
+# Tables of the machine without peer access: among more than two GPUs, their collectives show its
+# host memory, not the usual connection of the GPU, so they are not fitted.
+STAGED = tuple(f"l40s/collective/{stack}" for stack in ("nccl", "trtllm", "vllm"))
 
 
 def _recipes() -> dict[str, Recipe]:
@@ -98,9 +101,12 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
     for name in recipe.tables:
         if wheel is not None and name in CHOICES:
             with open_wheel(wheel) as archive:
-                parts.append(read_choice(archive, CHOICES[name])[0])
+                records = read_choice(archive, CHOICES[name])[0]
         elif SOURCES[name].ships:
-            parts.append(load_measurements(name))
+            records = load_measurements(name)
+        else:
+            continue
+        parts.append(records.select(records.batch <= 2) if name in STAGED else records)
     return Records.concat(parts)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calibration.evidence.build_profiles import STAGED
 from calibration.evidence.measurements import published
 from calibration.evidence.measurements.infersim import SOURCES
 from calibration.evidence.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
@@ -585,8 +586,10 @@ LEAST_BYTES = 1.6e7
 
 
 def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
-    """Yield the scores of systems with tables, and of two systems whose rows another laboratory
-    published, which the defaults predict: no default was set by these rows."""
+    """Yield the scores of systems with tables, of a machine without peer access, and of two systems
+    whose rows another laboratory published. The defaults predict the last three: no default was set
+    by the published rows."""
+    staged = []
     for system, (name, *others) in LINKS.items():
         hw, rows = load_hardware(name), []
         for table in (
@@ -595,11 +598,15 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
             if table in list_measurements():
                 r = load_measurements(table)
                 # engines run an all-reduce of their own instead of NCCL's
-                rows.append(
-                    r.select(r.role != ROLES.index("all_reduce")) if table.endswith("nccl") else r
-                )
+                if table.endswith("nccl"):
+                    r = r.select(r.role != ROLES.index("all_reduce"))
+                if table in STAGED:
+                    staged.append(r.select(r.batch > 2))
+                    r = r.select(r.batch <= 2)
+                rows.append(r)
         hw = hw.over(hw.link.name if hw.link else "")
         yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
+    yield _link("l40s, host memory", load_hardware("l40s").over("pcie-host"), staged, {})
     for system in ("a100_dgx", "a100_pairwise_nvlink"):
         some = [
             r

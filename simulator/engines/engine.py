@@ -208,6 +208,25 @@ class DynamicKernels:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A kernel of some architectures."""
+
+    on: Strings
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
+class SinkAttention:
+    """Attention of prompts with sinks: its time over that of the stack's kernel, which has none."""
+
+    value: Annotated[float, Number(1, 100, "4")]
+    on: Strings
+    source: SourceName
+    note: String = ""
+
+
+@dataclass(frozen=True)
 class TallTiles:
     """Kernels of early releases that compute one token as many rows, which fitted kernels do
     not."""
@@ -422,6 +441,9 @@ class Behaviour:
         default_factory=dict
     )
     tall_tiles: TallTiles | None = None  # None: as fitted
+    # where experts in MXFP4 run in Marlin, the kernel of experts in int4
+    marlin_mxfp4: Kernel = Kernel((), "")
+    sink_attention: SinkAttention | None = None  # None: sinks take no time
     # dynamic pruning families with kernels
     dynamic: Map[DynamicKernels] = field(default_factory=dict)
     # by format; others: multiples of 16 bytes
@@ -499,7 +521,8 @@ class Engine(Behaviour, Displayed):
             if tall and tall.on == hw.architecture
             else ()
         )
-        return hw.serving(self.stacks, measured, rows)
+        marlin = hw.architecture in self.marlin_mxfp4.on
+        return hw.serving(self.stacks, measured, rows, marlin)
 
     def sparse24_kernels(
         self, dtype: str, weight_dtype: str, architecture: str = ""

@@ -42,6 +42,7 @@ experts of vLLM and SGLang were timed: Qwen3-235B in SGLang is predicted 20 % to
 experts, 7 % with TensorRT-LLM's (calibration/evidence/measurements/serving.csv, H200). Experts on
 other architectures than :data:`EXPERTS_ON` stay."""
 EXPERTS_ON = ("ampere", "hopper")
+_INT4_EXPERTS = ("experts", "int4_wo")
 
 _ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 HELD_OUT: Mapping[str, str] = MappingProxyType(
@@ -446,15 +447,22 @@ class HardwareProfile(Displayed):
         return self if self.pinned and stack == self.stack else _on(self, stack)
 
     def serving(
-        self, stacks: tuple[str, ...], measured: bool = False, tall: tuple[float, ...] = ()
+        self,
+        stacks: tuple[str, ...],
+        measured: bool = False,
+        tall: tuple[float, ...] = (),
+        marlin: bool = False,
     ) -> HardwareProfile:
         """Return the device with the sections of the first of an engine's ``stacks`` that the
         profile has.
 
         A stack that was selected by name, or the user's own calibration, stays. ``measured``: the
-        engine was measured on this machine. ``tall``: see ``tall_tiles``.
+        engine was measured on this machine. ``tall``: see ``tall_tiles``. ``marlin``: experts in
+        MXFP4 run in the kernel of experts in int4.
         """
-        return _serving(self, stacks, measured, tall) if stacks and not self.engine_stack else self
+        if not stacks or self.engine_stack:
+            return self
+        return _serving(self, stacks, measured, tall, marlin)
 
     def over(self, link: str) -> HardwareProfile:
         """Return the device joined to others by a ``link``, one of
@@ -658,10 +666,20 @@ def with_section(profile: HardwareProfile, dtype: str, section: Section) -> Hard
 
 @lru_cache(maxsize=64)
 def _serving(
-    profile: HardwareProfile, stacks: tuple[str, ...], measured: bool, tall: tuple[float, ...]
+    profile: HardwareProfile,
+    stacks: tuple[str, ...],
+    measured: bool,
+    tall: tuple[float, ...],
+    marlin: bool,
 ) -> HardwareProfile:
     if not (profile.pinned or profile.local_update or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
+        having = [name for name in stacks if _INT4_EXPERTS in profile.stacks.get(name, {})]
+        if marlin and having:
+            # engines share the code of this kernel, so the fit counts as one of the engine's stack
+            kernel = replace(profile.stacks[having[0]][_INT4_EXPERTS], stack=stacks[0])
+            sections = {**profile.sections, ("experts", "mxfp4_wo"): kernel}
+            profile = replace(profile, sections=MappingProxyType(sections))
     # on a CPU, calibrations time the kernels of torch
     torch = profile.architecture != "cpu" or stacks[0] == "torch"
     same = measured or (profile.same_stack and torch)

@@ -117,9 +117,9 @@ class Messages(Calls):
         return full * (self.devices - 1.0) / (self.link.max_devices - 1.0)
 
     def estimate(self, c: RowValues) -> Estimate:
-        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie"), devices may share one
-        uplink ("topology"), and the connection may differ from the usual one unless the user named
-        it ("unstated")."""
+        """Return the cost. Over PCIe, hosts differ in bandwidth ("pcie") and in how it falls with
+        the devices ("topology"), far more if every message passes the host's memory
+        ("staged")."""
         launch, link, step = self.parts(c)
         total = launch + link + step
         loadings = {"launch": launch / total, "link": link / total, "step": step / total}
@@ -131,8 +131,10 @@ class Messages(Calls):
         kind, devices, size = position
         if self.link.family == "pcie":
             loadings["pcie"] = loadings["link"] + 0.5 * loadings["step"]
-            loadings["topology"] = np.log2(0.5 * self.ports) * loadings["pcie"]
-            loadings["unstated"] = float(not self.link.stated) * (1.0 - 0.5 * loadings["link"])
+            doublings = np.log2(0.5 * self.ports)
+            loadings["topology"] = doublings * loadings["pcie"]
+            if self.link.connection == "pcie-host":
+                loadings["staged"] = (0.5 + doublings) * loadings["pcie"]
         roofline = (
             least_wire(self.code, self.devices, self.link)
             * self.payload
@@ -224,14 +226,20 @@ def collective(
 
 
 def _over(link: Link, hw: Device, payload: FloatArray, count: FloatArray, code: int) -> Estimate:
+    """Return the cost over one link. Unless the user named the link or measured over it, the
+    devices may be connected in another way ("unstated")."""
     section, constants, residual = _ready(hw)
-    link = replace(link, stated=link.stated or hw.own_link)
+    several = np.asarray(count > 1, dtype=np.float64)
     e = Messages(
         np.full(payload.shape, code), payload, np.maximum(count, 2.0), link, count > 1
     ).estimate(constants)
+    loadings = dict(e.loadings)
     if section.status == "default" and link.connection in UNFITTED:
-        e = replace(e, loadings={**e.loadings, "default": np.asarray(count > 1, dtype=np.float64)})
-    return e.on_grid(residual, section)
+        loadings["default"] = several
+    if link.family == "pcie" and not (link.stated or hw.own_link):
+        # other paths over PCIe have similar rates of large payloads, NVLink bridges do not
+        loadings["unstated"] = several - (0.0 if hw.bridge else 0.8 * e.loadings["link"])
+    return replace(e, loadings=loadings).on_grid(residual, section)
 
 
 class Collective(Operator):

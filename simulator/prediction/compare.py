@@ -113,10 +113,11 @@ def request_results(
     reject: Reject = rejecting,
 ) -> Results:
     """Return the results of requests that differ only in shape, by request, pruning and device.
-    Workloads differ between devices where the token budget of the engine does."""
+    Workloads differ between devices where the engine's arithmetic or token budget does."""
+    models = [p.model for p in prunings if p.model is not None]
     parts = [
         results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
-        for some, devices in by_budget(requests, hardware)
+        for some, devices in by_budget(requests, hardware, models)
     ]
     if len(parts) == 1:
         return parts[0]

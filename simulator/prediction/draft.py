@@ -26,8 +26,9 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model
-from simulator.prediction.notes import dense_notes, overridden, uncalibrated
+from simulator.prediction.notes import computed_wide, dense_notes, overridden, uncalibrated
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.requests import computed_on
 from simulator.prediction.result import Results
 from simulator.prediction.table import speedups
 from simulator.pruning import prune as pruned_by
@@ -173,7 +174,8 @@ def draft(
     rows = list[Draft]()
     for many in listed("batch", batch):
         request = Request(model=target, batch=many, **settings)
-        rounds = _Rounds.of(request, drafter, target_prune, counts, hw)
+        computed = computed_on(request, hw, [drafter.model])
+        rounds = _Rounds.of(computed, drafter, target_prune, counts, hw)
         rows += [row for case in cases for row in rounds.rows(*case)]
     return Drafts(
         target=_named(target, Pruning.read(target_prune) if target_prune else None),
@@ -187,6 +189,7 @@ def draft(
         rows=tuple(rows),
         notes=(
             *overridden(request, (target, drafter.model)),
+            *computed_wide(request, [hw], [drafter.model]),
             *dense_notes(rounds.timed, request, [hw]),
             *uncalibrated(rounds.timed),
         ),

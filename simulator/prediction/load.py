@@ -30,7 +30,7 @@ from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.energy import NORMAL_90
 from simulator.prediction.limits import Limits
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.requests import kind_text
+from simulator.prediction.requests import computed_on, kind_text
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.tariff import NO_TARIFF, Tariff
 from simulator.request import Request
@@ -254,6 +254,8 @@ class Simulation:
         """Return the simulation of a load, or of ``requests`` as they arrive."""
         if request.parallel == "pipeline":
             raise InputError("parallel pipeline: expected tensor or expert for a load")
+        models = [p.model for p in prunings if p.model is not None]
+        request = computed_on(request, hw, models)
         server = Server.of(request.engine, hw, load.options)
         if requests is None:
             requests = load.arriving(request)

@@ -76,8 +76,12 @@ def _check_budget(request: Request) -> None:
         )
 
 
-def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
-    """Return requests that differ only in shape with the token budget of their engine on a GPU."""
+def on(
+    requests: Sequence[Request], hw: HardwareProfile, models: Iterable[Model] = ()
+) -> list[Request]:
+    """Return requests that differ only in shape, of the dense and further ``models``, with the
+    arithmetic and the token budget of their engine on a GPU."""
+    requests = [computed_on(r, hw, models) for r in requests]
     first = requests[0]
     limit = load_engine(first.engine).limit(hw.memory_bytes, hw.name)
     if first.token_budget is not None or limit is None or first.phase == "decode":
@@ -87,15 +91,33 @@ def on(requests: Sequence[Request], hw: HardwareProfile) -> list[Request]:
     return [replace(r, token_budget=limit.tokens) for r in requests]
 
 
+def computed_on(request: Request, hw: HardwareProfile, models: Iterable[Model] = ()) -> Request:
+    """Return a request with the formats in which its engine runs fp8, of the dense or of further
+    ``models``, on a GPU without fp8 arithmetic: 16 bits with narrow weights. Other requests, and
+    those of engines without such kernels, stay as they are."""
+    every = (load_model(request.model), *models)
+    asked = request.dtype or next((m.dtype for m in every if m.dtype == "fp8"), "")
+    wide = next((name for name in ("bf16", "fp16") if name in hw.rates), "")
+    alone = "fp8" in load_engine(request.engine).weight_only
+    if asked != "fp8" or "fp8" in hw.rates or not (wide and alone):
+        return request
+    weight = request.weight_dtype
+    if request.dtype and not weight:  # else as each checkpoint states
+        weight = every[0].weight_dtype or "fp8"
+    return replace(request, dtype=wide, weight_dtype=weight)
+
+
 def by_budget(
-    requests: Sequence[Request], hardware: Iterable[HardwareProfile]
+    requests: Sequence[Request],
+    hardware: Iterable[HardwareProfile],
+    models: Iterable[Model] = (),
 ) -> list[tuple[list[Request], tuple[HardwareProfile, ...]]]:
-    """Return requests that differ only in shape for each token budget of their engine on some
-    devices, with the devices of that budget."""
-    groups: dict[int | None, tuple[list[Request], list[HardwareProfile]]] = {}
+    """Return requests that differ only in shape for each arithmetic and token budget of their
+    engine on some devices, with these devices."""
+    groups = dict[Request, tuple[list[Request], list[HardwareProfile]]]()
     for hw in hardware:
-        same = on(requests, hw)
-        groups.setdefault(same[0].token_budget, (same, []))[1].append(hw)
+        same = on(requests, hw, models)
+        groups.setdefault(same[0], (same, []))[1].append(hw)
     return [(same, tuple(devices)) for same, devices in groups.values()]
 
 

@@ -33,6 +33,7 @@ from simulator.operators.base import ELEMENT_BYTES
 from simulator.operators.gemm import aligned_elements, gemm_kernel
 from simulator.passes import by_formats, refusal
 from simulator.prediction.prunings import Pruning
+from simulator.prediction.requests import computed_on
 from simulator.prediction.result import Result, Results
 from simulator.prediction.table import speedup
 from simulator.prediction.wording import GAIN
@@ -143,6 +144,9 @@ def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = No
     aligned width is predicted on ``hw``. Loading and divisibility are those of the whole model;
     alignment and kernels those of its share on each device. A model that the devices cannot divide
     is judged on one device."""
+    if hw is not None:
+        models = [] if pruning.model is None else [pruning.model]
+        request = computed_on(request, hw, models)
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own

@@ -51,6 +51,7 @@ from simulator.prediction.load import (
     load_service,
 )
 from simulator.prediction.notes import (
+    computed_wide,
     dense_notes,
     differences,
     overridden,
@@ -718,7 +719,8 @@ class _Servers:
             self.without[f"{place} is excluded: {error}"] = error
             return
         models = (request.model, *(pruning.model for pruning in self.prunings))
-        self.notes.update(dict.fromkeys((*overridden(request, models), *notes)))
+        formats = (*overridden(request, models), *computed_wide(request, [hw], models))
+        self.notes.update(dict.fromkeys((*formats, *notes)))
 
     def loaded(self, request: Request, hw: HardwareProfile, results: Results) -> LoadService:
         """Return the models under the load."""

@@ -22,7 +22,13 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.model import Model
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import request_results, results_of
-from simulator.prediction.notes import above_bound, dense_notes, differences, overridden
+from simulator.prediction.notes import (
+    above_bound,
+    computed_wide,
+    dense_notes,
+    differences,
+    overridden,
+)
 from simulator.prediction.prunings import (
     KEYWORDS,
     Excluded,
@@ -97,6 +103,7 @@ def table(
         notes |= dict.fromkeys(
             (
                 *overridden(request, (request.model, *(p.model for p in prunings))),
+                *computed_wide(request, able, (p.model for p in prunings)),
                 *dense_notes(results, request, able),
                 *above_bound(results, prunings, request, able),
             )

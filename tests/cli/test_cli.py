@@ -75,7 +75,7 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --family width --option inner=-3                                   | inner
 @ --family width --option inner=3 --option inner=4                   | given twice
 @ --dtype int4                                                       | int4
-speedup llama-3.1-8b --hardware a100 --dtype fp8                     | a100_sxm_80gb has no fp8
+speedup llama-3.1-8b --hardware a100 --dtype nvfp4                   | a100_sxm_80gb has no nvfp4
 @ --link pcie                                                        | --link: expected with --devices of at least 2
 @ --devices 2 --link pci                                             | link 'pci' is unknown
 @ --devices 2 --link bridge                                          | h100_sxm has no such connection; expected one of

@@ -280,7 +280,13 @@ def test_the_program_names_the_formats(cli: Program, tmp_path: Path) -> None:
     assert err.count(f"note: {stated} --dtype bf16 --kv-dtype bf16 counts\n") == 1
     err = cli(f"{line} --weight-dtype int4 --verbose")[1]
     assert err.count(f"note: {stated} --weight-dtype int4 counts\n") == 1
-    err = cli(line.replace("h100", "a100"), status=2)[1]
+    on_a100 = line.replace("h100", "a100")
+    out, err = cli(on_a100)
+    assert "bf16 with fp8 weights and fp8 cache against bf16" in " ".join(out.split())
+    assert (
+        "note: a100_sxm_80gb has no fp8 arithmetic: vllm computes in bf16 with fp8 weights" in err
+    )
+    err = cli(f"{on_a100} --engine hf", status=2)[1]
     alone = "for fp8 weights alone: --dtype bf16 (and --weight-dtype fp8 if the checkpoint does"
     assert (
         f"a100_sxm_80gb has no fp8 arithmetic; it has fp32, tf32, fp16, bf16, int8; {alone}" in err
@@ -288,13 +294,13 @@ def test_the_program_names_the_formats(cli: Program, tmp_path: Path) -> None:
     assert err.count("\n") == 1
     blocks = config(CASES["fp8 (DeepSeek-V3)"][0])
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
-    err = cli(f"speedup {tmp_path}/blocks.json --family depth --hardware a100 --dtype bf16", 2)[1]
+    line = f"speedup {tmp_path}/blocks.json --family depth --hardware a100 --dtype bf16"
+    err = cli(f"{line} --engine trtllm", 2)[1]
     alone = (
         "it has: fp8, int8, int4; --dtype fp8 computes in them, and --weight-dtype fp8 runs alone"
     )
-    assert err == f"prunesim: vllm has no kernels for fp8_block weights alone; {alone}\n"
-    out = cli.out(f"{line.replace('h100', 'a100')} --dtype bf16")
-    assert "bf16 with fp8 weights and fp8 cache against bf16" in " ".join(out.split())
+    assert err == f"prunesim: trtllm has no kernels for fp8_block weights alone; {alone}\n"
+    assert "bf16, weights fp8_block" in cli.out(line)
 
 
 def test_what_the_request_states_wins() -> None:

@@ -123,6 +123,18 @@ def test_without_peer_access_there_is_no_engine_s_all_reduce_and_less_bandwidth(
     assert slot[1] == pytest.approx(2.0 * peers[1], rel=0.01)
 
 
+def test_a_ring_between_peers_is_more_certain_than_one_through_host_memory() -> None:
+    hw, fitted = bare("l40s"), load_hardware("l40s")
+    peers, host = (collective_time(1e8, [2, 8], hw.over(name)) for name in ("pcie", "pcie-host"))
+    half = [np.sqrt(t.upper / t.lower) - 1.0 for t in (peers, host)]
+    assert np.all(half[0] < 1.1)
+    assert half[1][1] > 5.0 * half[0][1]
+    # every stack's fit has the peers' rate, though two were timed on a host without peer access
+    for stack in ("sglang", "trtllm", "vllm"):
+        eight = collective_time(1e8, 8, fitted.on(stack)).seconds
+        assert peers.lower[1] < eight < peers.upper[1]
+
+
 def test_a_mesh_has_one_link_to_each_other_device() -> None:
     hw = bare("mi300x")
     rooflines = collective_time(1e9, [2, 8], hw).roofline_s

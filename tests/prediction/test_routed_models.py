@@ -235,3 +235,18 @@ def test_a_waterfall_tells_experts_that_stay_active_from_parts_that_are_not_prun
 def gemma() -> tuple[Workload, Workload]:
     dense = lowered("gemma-2-9b", devices=1)
     return dense, simulator.prune(dense, "depth 0.25")
+
+
+def test_gpt_oss_runs_in_the_kernels_of_its_release_and_gpu() -> None:
+    def dense(hardware: str, engine: str, phase: str = "prefill", seq: int = 8192) -> float:
+        w = simulator.lower("gpt-oss-20b", phase=phase, seq=seq, engine=engine)
+        return workload_time(w, simulator.load_hardware(hardware)).total_s
+
+    # Marlin multiplies at half of the rate of Triton's kernels on Hopper, and loads as fast
+    assert 1.5 < dense("h100", "vllm@0.11") / dense("h100", "vllm@0.14") < 2.2
+    steps = [dense("h100", engine, "decode") for engine in ("vllm@0.11", "vllm@0.14")]
+    assert 0.8 < steps[0] / steps[1] < 1.2
+    # on Ampere every release has these kernels, and sinks matter more the longer the prompt is
+    assert dense("a100", "vllm@0.11") == pytest.approx(dense("a100", "vllm@0.14"), rel=0.02)
+    sinks = [dense("a100", "vllm", seq=n) / dense("a100", "sglang", seq=n) for n in (512, 32768)]
+    assert sinks[1] > 1.5 * sinks[0]

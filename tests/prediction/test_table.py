@@ -99,23 +99,24 @@ def test_an_unsupported_combination_is_a_note_among_several_families_and_an_erro
         table(family=["semi_structured"], sparsity=[0.25, 0.5], **reference)
     with pytest.raises(InputError, match="sparsity: expected at least one"):
         table(sparsity=[])
-    two = {"family": ["depth", "width"], "dtype": "fp8"}  # not even the dense model runs on an A100
-    able = table(hardware=["h100", "a100"], **two)
-    assert {r.hardware for r in able} == {"h100_sxm"}
+    # not even the dense model runs on an A100
+    two = {"family": ["depth", "width"], "dtype": "nvfp4"}
+    able = table(hardware=["b200", "a100"], **two)
+    assert {r.hardware for r in able} == {"b200_sxm"}
     assert any(
-        note.startswith("a100_sxm_80gb is excluded: a100_sxm_80gb has no fp8")
+        note.startswith("a100_sxm_80gb is excluded: a100_sxm_80gb has no nvfp4")
         for note in able.notes
     )
-    with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
+    with pytest.raises(InputError, match="a100_sxm_80gb has no nvfp4"):
         table(hardware=["a100"], **two)
-    one: dict[str, Any] = {"prune": ["depth 0.25"], "dtype": "fp8"}
+    one: dict[str, Any] = {"prune": ["depth 0.25"], "dtype": "nvfp4"}
     excluded: dict[str, InputError] = {}
     assert [
-        e.hardware.name for e in explanations("llama-3.1-8b", ["h100", "a100"], excluded, **one)
-    ] == ["h100_sxm"]
+        e.hardware.name for e in explanations("llama-3.1-8b", ["b200", "a100"], excluded, **one)
+    ] == ["b200_sxm"]
     assert [note.partition(":")[0] for note in excluded] == ["a100_sxm_80gb in vllm is excluded"]
     for notes in (None, excluded):
-        with pytest.raises(InputError, match="a100_sxm_80gb has no fp8"):
+        with pytest.raises(InputError, match="a100_sxm_80gb has no nvfp4"):
             explanations("llama-3.1-8b", ["a100"], notes, **one)
 
 
@@ -221,3 +222,20 @@ def test_gemm_table_is_the_product() -> None:
     (sparse,) = gemm_table([2048], [4096], [4096], ["h100"], semi_structured=True)
     (dense,) = gemm_table([2048], [4096], [4096], ["h100"])
     assert sparse.seconds < dense.seconds
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8", "fp8_block"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b"])
+def test_fp8_without_its_arithmetic_runs_as_weights_alone(name: str, weight_dtype: str) -> None:
+    model, usual = simulator.load_model(name), {"hardware": ["a100"]}
+    stated = replace(model, weight_dtype=weight_dtype, dtype="fp8")
+    alone = table(models=[model], weight_dtype=weight_dtype, **usual)
+    formats = {"dtype": "fp8", "weight_dtype": weight_dtype}
+    for one in (table(models=[stated], **usual), table(models=[model], **formats, **usual)):
+        assert one[0].dense_s == alone[0].dense_s
+        assert "a100_sxm_80gb has no fp8 arithmetic: vllm computes in bf16" in str(one.notes)
+    assert "has no fp8 arithmetic" not in str(alone.notes)
+    existing = simulator.table(model, "a100", pruned=[replace(stated, name="narrow")])
+    assert existing[0].pruned_s == alone[0].dense_s
+    with pytest.raises(InputError, match="a100_sxm_80gb has no fp8 arithmetic"):
+        table(models=[stated], engine="hf", **usual)  # has no such kernels
