@@ -36,8 +36,8 @@ OWN_BYTES = (2.0**23, 2.0**24, 2.0**25, 2.0**26)
 OWN = tuple(name for name in COLLECTIVE_CONSTANTS if name.startswith("own_"))
 MOST_LAYERS = 4000  # rows that the constants of experts are fitted on; more do not change them
 # Time of an expert without tokens from which its search starts, s, and the largest loss with this
-# time, relative to the loss without, at which kernels count as visiting every expert. TensorRT-LLM's
-# block-scaled fp8 has 0.35 to 0.42 (0.25 us per expert), other tables 0.82 to 1.
+# time, relative to the loss without, at which kernels count as visiting every expert.
+# Block-scaled fp8 of TensorRT-LLM has 0.35 to 0.42 (0.25 us per expert), other tables 0.82 to 1.
 IDLE_S, IDLE_LOSS = 1e-7, 0.6
 # role of a record by index into PARTS
 PART_ROLES = np.array([-1, *(ROLES.index(name) for name in PARTS[1:])])
