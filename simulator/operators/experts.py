@@ -238,6 +238,18 @@ class Layers(Calls):
         return np.equal(self.part, PARTS.index("layer"))
 
     @cached_property
+    def position(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Coordinates of the residual: log2 of tokens per expert in use, of the width, and of
+        experts in use. Experts without tokens change no time."""
+        load = self.load
+        touched = np.maximum(load.touched, 1e-30)
+        return (
+            np.log2(np.maximum(load.rows / touched, 1e-30)),
+            np.log2(self.n),
+            np.log2(touched),
+        )
+
+    @cached_property
     def elements(self) -> FloatArray:
         """Weights of an expert in the timed products."""
         up, down = self.products
@@ -271,9 +283,9 @@ class Layers(Calls):
         inner = (2.0 + self.gated) * n
         moved = 2.0 * whole * (load.rows * (2.0 * k + inner) + 2.0 * m * k)
         io = moved / (c["e_io"] * machine.bandwidth_bytes_per_s)
-        launch = (
-            whole * (c["t0_s"] + c["expert_s"] * self.experts) + (up + 1.0 * down) * c["product_s"]
-        )
+        idle = self.experts - load.touched
+        layer_s = c["t0_s"] + c["expert_s"] * load.touched + c["idle_s"] * idle
+        launch = whole * layer_s + (up + 1.0 * down) * c["product_s"]
         computed = np.choose(
             chosen, [tiles * rows for tiles, rows in zip(load.tiles, TILES, strict=True)]
         )
@@ -320,8 +332,7 @@ class Layers(Calls):
         bytes_s = (
             self.elements * load.touched * machine.weight_bytes + streams
         ) / machine.bandwidth_bytes_per_s
-        position = np.log2(m * self.active / self.experts), np.log2(n), np.log2(self.experts)
-        octaves = [scale * np.ravel(x) for scale, x in zip(OCTAVES, position, strict=True)]
+        octaves = [scale * np.ravel(x) for scale, x in zip(OCTAVES, self.position, strict=True)]
         parts = {"compute": compute, "memory": np.maximum(memory, io), "launch": launch}
         return Estimate(
             operator="experts",
@@ -332,7 +343,7 @@ class Layers(Calls):
             bottleneck=largest_part(parts, total.shape),
             loadings=loadings,
             coordinates=np.stack(octaves, axis=1),
-            position=position,
+            position=self.position,
         )
 
 
@@ -451,4 +462,6 @@ class Experts(Operator):
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> FloatArray:
         c = _ready(hw, formats.dtype, formats.second).constants
-        return np.asarray(c["t0_s"] + c["expert_s"] * w.experts + 2.0 * c["product_s"])
+        touched = experts_touched(w.m, w.experts, w.active, w.skew)
+        each = c["expert_s"] * touched + c["idle_s"] * (w.experts - touched)
+        return np.asarray(c["t0_s"] + each + 2.0 * c["product_s"])

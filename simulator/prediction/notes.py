@@ -333,12 +333,15 @@ def better_than_bound(
         )
     kind, role = divmod(most, len(ROLES))
     row = np.flatnonzero((dense.kind == kind) & (dense.role == role))[0]
-    section = _timed(dense, hw)[1].section(section_of(dense, row), DTYPES[dense.dtype[row]])
+    label = BY_CODE[kind].label(DTYPES[dense.dtype[row]], DTYPES[dense.weight_dtype[row]])
+    section = _timed(dense, hw)[1].section(section_of(dense, row), label)
     what = BY_CODE[kind].titles[0] if dense.is_attention[row] else ROLES[role]
     both = " and ".join(
         f"{100.0 * s[most]:.0f} % {name}" for s, name in zip(share, ("dense", "pruned"))
     )
     kernels = f"{section.stack}'s kernels" if section.stack else "its kernels"
+    if kind == Kind.EXPERTS and section["idle_s"] > 0.0:
+        return f"{better} {kernels} take {seconds(section['idle_s'])} per expert without tokens"
     return f"{better} {kernels} run {what} at {both} of the roofline"
 
 

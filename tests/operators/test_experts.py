@@ -204,6 +204,40 @@ def test_fewer_experts_save_what_they_no_longer_read() -> None:
     assert (half < np.log(dense.upper / dense.seconds)).all()
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name", list_hardware())
+def test_equal_experts_in_use_take_equal_times(name: str) -> None:
+    """One token uses eight experts, of however many; both errors are the same error."""
+    hw = load_hardware(name)
+    dtype = "bf16" if "bf16" in hw.rates else "fp16" if "fp16" in hw.rates else "fp32"
+    few, many = (
+        experts_time(1, 768, 2048, number, 8, hw, skew=skew, dtype=dtype)
+        for number, skew in ((16, 0.2), (128, 0.8))
+    )
+    assert few.seconds == pytest.approx(many.seconds, rel=1e-9)
+    errors = [errors_of(of_experts, 1, 768, 2048, e, 8, hw, dtype=dtype) for e in (16, 128)]
+    a, b = (error.wide() for error in errors)
+    np.testing.assert_allclose(a, b, atol=1e-12)
+    np.testing.assert_allclose(errors[0].coordinates, errors[1].coordinates, atol=1e-9)
+
+
+@pytest.mark.quick
+def test_pruned_experts_save_no_more_than_their_bytes() -> None:
+    """Half of the experts: nothing at batch 1, more with every batch, and no more than the bound.
+    Kernels that visit every expert are the named exception."""
+    settings = {"phase": "decode", "batch": [1, 4, 16, 64]}
+    for name in ("a100", "h100", "h100@trtllm", "b200", "l40s", "rtx_4090", "mi300x"):
+        same, half = (
+            simulator.table(["qwen3-30b-a3b"], [name], prune=[f"experts {s}"], **settings)
+            for s in (0.0, 0.5)
+        )
+        assert [(r.speedup, r.lower, r.upper) for r in same] == [(1.0, 1.0, 1.0)] * 4
+        assert half[0].speedup == pytest.approx(1.0, abs=0.01)
+        assert half[0].upper < 1.03
+        assert np.all(np.diff([r.speedup for r in half]) > 0.0)
+        assert all(r.speedup < 1.01 * r.roofline_bound for r in half)
+
+
 DEFAULTS = {name: c.default("hopper") for name, c in CONSTANTS.items()}
 
 
