@@ -206,6 +206,8 @@ class Machine:
     ragged: bool = False  # skipped tiles end at once, so SMs do not run in waves
     # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
     serial: bool = False
+    # a weight-only kernel: all SMs have an equal share of the main-loop steps of all tiles
+    striped: bool = False
 
     @classmethod
     def of(cls, hw: Device, label: str = "bf16") -> Machine:
