@@ -266,6 +266,8 @@ class Estimate:
     outside: Any = None  # octaves outside the sizes that the fit saw
     # share of the time in a kernel that may differ entirely from the fitted kernel
     unlike: Any = None
+    # share of the time of products whose last tiles are nearly empty
+    edge: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0

@@ -596,6 +596,7 @@ def estimate(
         position=position,
         section=kernel.section,
         noise={"idle": idle},
+        edge=(1.0 - loadings["memory"]) * _edge(m, n) if model.machine.persistent else None,
         outside=octaves_outside_fit(coordinates, kernel.section),
         measured=(
             None
@@ -609,6 +610,18 @@ def estimate(
         if steps
         else out
     )
+
+
+EDGE_TILE = 64.0
+"""Smallest side of the tiles that large products use: error grows where the last one is nearly
+empty, as with 513 or 193 tokens, and not where it is half full, as with 161 or 225."""
+
+
+def _edge(m: Array, n: Array) -> Array:
+    """Return the square of the empty share of the last tile, of rows or of columns."""
+    tiles = [x * (1.0 / EDGE_TILE) for x in (m, n)]
+    empty = [np.where(t > 1.0, np.ceil(t) - t, 0.0) for t in tiles]
+    return np.square(np.maximum(*empty))
 
 
 def _loadings(

@@ -34,6 +34,12 @@ kernels whose blocks stay and compute several tiles (Hopper, the B200), of weigh
 share all main-loop steps among the SMs (Marlin, csrc/quantization/marlin/marlin.cu of vLLM: 8 rows
 or blocks of 16, up to 64), and of products on a CPU, whose times show no padding."""
 
+PADDED_ROWS = 256.0
+WAVE_TILE = (128.0, 256.0)
+"""Rows of a pair of tiles, and the tile, by which the rows of a table may choose how much of the
+padding of m and of the idle SMs of the last wave persistent kernels pay (CUTLASS and DeepGEMM;
+cuBLAS avoids nearly all of it with more tiles)."""
+
 WGMMA_ROWS = 64.0
 """Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). DeepGEMM's fp8 products
 have no tile with fewer rows; kernels of other formats may use n instead of m. This matters on
@@ -220,10 +226,24 @@ def analytical_time(
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0
     compute = compute + serial
+    split = np.where(unsplit <= compute, 1.0, split)
+    if machine.persistent and not (machine.ragged or machine.striped):
+        padding, wave = quantisation(m, n, model)
+        compute = compute * cube(padding * wave)
     memory, dram = memory_time(m, n, k, model, copies, load_scale)
     total = cube_root(cube(memory) + compute) + model.t0_us
-    split = np.where(unsplit <= compute, 1.0, split)
     return Analytical(total, compute, serial, memory, dram, tile, split, tiles)
+
+
+def quantisation(m: Array, n: Array, model: ReadyModel) -> tuple[Array, Array]:
+    """Return the factors on the main loop of persistent kernels from the padding of m and from the
+    idle SMs of the last wave."""
+    c = model.constants
+    tile_m, tile_n = WAVE_TILE
+    padded = np.minimum(np.ceil(m * (1.0 / PADDED_ROWS)) * PADDED_ROWS / m, 2.0)
+    waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) / model.machine.sm_count
+    idle = np.where(waves > 1.0, np.ceil(waves) / waves, 1.0)
+    return padded ** c["row_share"], idle ** c["wave_share"]
 
 
 def _packed_time(
