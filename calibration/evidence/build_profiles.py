@@ -124,9 +124,8 @@ def build(
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
     if operators:
-        recipe = replace(
-            recipe, tables=tuple(t for t in recipe.tables if t.split("/")[1] in operators), prior=""
-        )
+        tables = tuple(t for t in recipe.tables if t.split("/")[1] in operators)
+        recipe = replace(recipe, tables=tables, prior=recipe.prior if "gemm" in operators else "")
         if not recipe.tables:
             raise InputError(f"{name}: no table of {', '.join(operators)}")
     if not recipe.available(wheel, shared):
@@ -139,7 +138,7 @@ def build(
     base = datasheet(recipe.hardware)
     prior = None
     if recipe.prior:
-        related = build(recipe.prior, wheel, shared, ()).profile
+        related = build(recipe.prior, wheel, shared, operators).profile
         prior = related.calibrated(
             {key: s for key, s in related.sections.items() if key[0] == "gemm"}
         )

@@ -119,8 +119,9 @@ class GemmFit(Fit):
         names: tuple[str, ...] = ("t0", "e_tc", "tau", "b_e", "e_d", "b_hit", "c_l2", "t_s", "b_s")
         if machine.packs:
             names = ("t0", "e_tc", "e_d", "b_hit", "pack")
-        elif not machine.persistent:
-            names = (*names, "b_l2")
+        else:
+            shares = ("row_share", "wave_share")
+            names = (*names, *(shares if machine.persistent else ("b_l2",)))
         ranges = {name: CONSTANTS[name] for name in names}
         return ranges | {"b_hit": replace(ranges["b_hit"], low=machine.bandwidth_bytes_per_s)}
 

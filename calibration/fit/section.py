@@ -110,7 +110,7 @@ class Fit(ABC):
     def scale(self, errors: FloatArray, values: Values) -> float:
         """Return the section scale: the factor on correlated and independent errors that covers
         held-out rows."""
-        e = self.calls.estimate(values)
+        e = replace(self.calls.estimate(values), edge=None)  # no scale applies to edges
         return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
 
 

@@ -44,6 +44,10 @@ other architectures than :data:`EXPERTS_ON` stay."""
 EXPERTS_ON = ("ampere", "hopper")
 _INT4_EXPERTS = ("experts", "int4_wo")
 
+MARLIN = ("vllm", "sglang")
+"""Stacks whose weight-only GEMMs are Marlin's (marlin_utils.py of vLLM and SGLang). TensorRT-LLM's
+take up to twice the time with 8 to 64 tokens on an A100."""
+
 _ATTENTION = ("attention_prefill", "attention_decode", "mla_prefill", "mla_decode")
 HELD_OUT: Mapping[str, str] = MappingProxyType(
     {"gemm": "(n, k) of GEMMs", **dict.fromkeys(_ATTENTION, "heads or lengths of attention")}
@@ -562,7 +566,8 @@ class HardwareProfile(Displayed):
         Without a fitted section, bf16 and fp16 are used for each other; GEMMs in mxfp4 and mxfp6
         have the constants of fp8 with the errors of defaults. A fit of a decode kernel
         with visible tiles (``tile_rows``) is not used for a release of an engine whose kernel is
-        known to differ (``tall_tiles``).
+        known to differ (``tall_tiles``), nor a fit of weight-only GEMMs of TensorRT-LLM for
+        :data:`MARLIN`.
         """
         kind = self.link.defaults if operator == "collective" and self.link else self.architecture
         default = default_section(operator, kind)
@@ -579,7 +584,7 @@ class HardwareProfile(Displayed):
             # e_tc of an 8-bit fit includes narrow_step
             own = {**default.constants, **like.constants, "narrow_step": Fitted(1.0)}
             return Section(MappingProxyType(own))
-        if found is None or (operator == "attention_decode" and self._runs_another(found)):
+        if found is None or self._runs_another(found, operator, dtype):
             return unfitted_section(operator, kind, self.tall_tiles)
         if found.constants.keys() >= default.constants.keys():
             return found
@@ -589,9 +594,12 @@ class HardwareProfile(Displayed):
         """Return the device with the link that joins the pairs of its bridges."""
         return _beyond(self)
 
-    def _runs_another(self, section: Section) -> bool:
-        """Return whether the engine's decode kernel is known to differ from the kernel of a fit."""
-        tiles = section.constants.get("tile_rows")
+    def _runs_another(self, section: Section, operator: str, dtype: str) -> bool:
+        """Return whether the engine's kernel is known to differ from the kernel of a fit."""
+        if operator == "gemm" and dtype.endswith("_wo"):
+            stack = self.stack if self.pinned else self.engine_stack or self.stack
+            return stack in MARLIN and section.stack not in ("", *MARLIN)
+        tiles = section.constants.get("tile_rows") if operator == "attention_decode" else None
         other = (
             not self.pinned and self.engine_stack and section.stack not in ("", self.engine_stack)
         )

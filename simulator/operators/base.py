@@ -208,6 +208,8 @@ class Machine:
     ragged: bool = False  # skipped tiles end at once, so SMs do not run in waves
     # a 2:4 kernel with one plan for all shapes: a block walks the whole k of its tile
     serial: bool = False
+    # a weight-only kernel: all SMs have an equal share of the main-loop steps of all tiles
+    striped: bool = False
 
     @classmethod
     def of(cls, hw: Device, label: str = "bf16") -> Machine:
@@ -266,6 +268,8 @@ class Estimate:
     outside: Any = None  # octaves outside the sizes that the fit saw
     # share of the time in a kernel that may differ entirely from the fitted kernel
     unlike: Any = None
+    # share of the time of products whose last tiles are nearly empty
+    edge: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0

@@ -9,7 +9,7 @@ and k are tokens, the width of an expert and the hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -266,11 +266,15 @@ class Layers(Calls):
         # time per weight of a tile of each height: arithmetic of its rows, and the load into an SM
         row_s = 2.0 / (c["e_tc"] * machine.peak_flop_per_s)
         loading_s = machine.weight_bytes / (c["b_sm"] * machine.sm_count)
-        tile_s = np.maximum(TILES, c["least_rows"]) * row_s + loading_s
+        tile_s = [np.maximum(rows, c["least_rows"]) * row_s + loading_s for rows in TILES]
+        if machine.striped:  # blocks of 8 or 16 rows
+            few = np.clip(load.rows / np.maximum(load.touched, 1e-30), 8.0, TILES[0])
+            tile_s[0] = few * row_s + loading_s
         every = np.stack([tiles * s for tiles, s in zip(load.tiles, tile_s, strict=True)])
         chosen = np.argmin(every, axis=0)
         # the last tile of an SM runs alone through the whole depth of the product
-        alone = c["tail"] * TILE_COLUMNS * machine.sm_count * tile_s[chosen] * (up * k + down * n)
+        last_s = np.choose(chosen, tile_s)
+        alone = c["tail"] * TILE_COLUMNS * machine.sm_count * last_s * (up * k + down * n)
         compute = (every.min(axis=0) * self.elements + alone) * slower
         weights = self.elements * load.touched * machine.weight_bytes
         memory = weights / (c["e_d"] * machine.bandwidth_bytes_per_s) * slower
@@ -347,6 +351,11 @@ class Layers(Calls):
         )
 
 
+WEIGHT_ONLY: Values = {"b_sm": 1.39e11, "expert_s": 9.4e-9}
+"""Constants of kernels that dequantise weights in registers (Marlin) on GPUs without a fit: int4
+experts of SGLang on an A100 (aiconfigurator-core 0.12.0)."""
+
+
 class _Ready(NamedTuple):
     machine: Machine
     section: FittedValues
@@ -373,6 +382,9 @@ def _ready(hw: Device, dtype: str, weight: str) -> _Ready:
         *unfitted(section, EXPERTS_CONSTANTS, hw.architecture),
     )
     constants = {name: section[name] for name in EXPERTS_CONSTANTS}
+    if machine.weight_bytes < machine.element_bytes and section.status == "default":
+        constants |= WEIGHT_ONLY
+        machine = replace(machine, striped=True)
     return _Ready(machine, section, constants, ResidualGrid.from_arrays(section.arrays), factors)
 
 

@@ -254,6 +254,14 @@ UNLIMITED = 0.9
 (InferSim) and less in the 16-bit steps of SGLang, which take 6 % longer than with 0.81 and 16 %
 longer than with 1; the RTX 4090 reaches 1.02."""
 
+DRAM_SHARE = 0.907
+"""Share of the datasheet bandwidth if only DRAM limits it: fit of the RTX 4090, whose 128 SMs need
+7.9 GB/s each."""
+STREAMED: Values = {"ampere": 2.039e12 / 108}
+"""Bandwidth per SM, B/s, of the GPU from which the default of ``e_d`` comes (A100), where it limits
+the share. With it, the share is 0.81 on an RTX 3090, whose steps of llama.cpp in fp16 reach 0.80
+with everything between the GEMMs (XiongjieDai/GPU-Benchmarks-on-LLM-Inference)."""
+
 EDGE = 1e-4
 """Steps before the last node at which a coordinate of the residual stops."""
 
@@ -312,11 +320,14 @@ def gemm_kernel(
     weight_bytes = element_bytes(weight, "weight dtype")
     peak = rate.flop_per_s
     label = label_of(dtype, weight)
-    own = label == dtype or (("gemm", label) in hw.sections and dtype in LABELS.get(label, ()))
+    own = label == dtype or (
+        dtype in LABELS.get(label, ()) and hw.section("gemm", label).status != "default"
+    )
     section = hw.section("gemm", label if own else dtype)
     c = {name: float(section[name]) for name in GEMM_CONSTANTS}
     if section.status == "default":
         c["e_tc"] = clocked(c["e_tc"] * (1.0 if element >= 2.0 else c["narrow_step"]), hw)
+        c["e_d"] = streamed(c["e_d"], hw)
     load_scale = 1.0
     pad_m = 1.0
     serial = False
@@ -356,6 +367,7 @@ def gemm_kernel(
     if weight_only and not own:
         c |= weight_only_constants(c, ELEMENT_BYTES[weight] / element)
         factors.append("quantised")
+    striped = weight_only and not own and hw.architecture != "cpu"
     rows = WGMMA_ROWS if element == 1.0 else hw.tall_tiles[0] if hw.tall_tiles else 1.0
     hopper_default = section.status == "default" and hw.architecture == "hopper"
     machine = replace(
@@ -365,6 +377,7 @@ def gemm_kernel(
         least_rows=rows if hopper_default and not weight_only else 1.0,
         ragged=kernel in GROUPS,
         serial=serial,
+        striped=striped,
     )
     residual = ResidualGrid.from_arrays(section.arrays)
     if residual is not None:
@@ -388,6 +401,16 @@ def gemm_kernel(
         ),
         assumed=assumed,
     )
+
+
+def streamed(e_d: float, hw: Device) -> float:
+    """Return the default share of the datasheet bandwidth. The loads that the SMs of the A100 have
+    in flight limit its share; GPUs whose SMs share less bandwidth come closer to
+    :data:`DRAM_SHARE`."""
+    if hw.architecture not in STREAMED:
+        return e_d
+    waits = (1.0 / e_d - 1.0 / DRAM_SHARE) * hw.bandwidth_bytes_per_s / hw.sm_count
+    return 1.0 / (1.0 / DRAM_SHARE + max(waits, 0.0) / STREAMED[hw.architecture])
 
 
 def clocked(e_tc: float, hw: Device) -> float:
@@ -548,6 +571,8 @@ def estimate(
     parts = [loadings[part] for part in ("compute", "memory") if part in kernel.assumed]
     if parts:
         loadings["sparse24 default"] = sum(parts)
+    if "quantised" in kernel.unfitted:  # narrow weights are read at the rate of wide weights
+        loadings["quantised"] = 1.0 - 0.5 * (loadings["memory"] - loadings["l2"])
     if "generic" in kernel.unfitted:  # all GPUs achieve a similar share of the DRAM bandwidth
         loadings["generic"] = 1.0 - (loadings["memory"] - loadings["l2"])
     time = a.total_us * factor
@@ -571,6 +596,7 @@ def estimate(
         position=position,
         section=kernel.section,
         noise={"idle": idle},
+        edge=(1.0 - loadings["memory"]) * _edge(m, n) if model.machine.persistent else None,
         outside=octaves_outside_fit(coordinates, kernel.section),
         measured=(
             None
@@ -584,6 +610,18 @@ def estimate(
         if steps
         else out
     )
+
+
+EDGE_TILE = 64.0
+"""Smallest side of the tiles that large products use: error grows where the last one is nearly
+empty, as with 513 or 193 tokens, and not where it is half full, as with 161 or 225."""
+
+
+def _edge(m: Array, n: Array) -> Array:
+    """Return the square of the empty share of the last tile, of rows or of columns."""
+    tiles = [x * (1.0 / EDGE_TILE) for x in (m, n)]
+    empty = [np.where(t > 1.0, np.ceil(t) - t, 0.0) for t in tiles]
+    return np.square(np.maximum(*empty))
 
 
 def _loadings(
@@ -662,9 +700,8 @@ def _details(
     tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
     padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
     blocks = tiles * split / machine.sm_count
-    idle = np.where(
-        blocks > 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks, 1.0 / blocks
-    )
+    whole = 1.0 if machine.persistent else np.ceil(blocks) / blocks
+    idle = 1.0 if machine.striped else np.where(blocks > 1.0, whole, 1.0 / blocks)
     slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
     return {
         "tile_m": tile_m,

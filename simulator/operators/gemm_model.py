@@ -26,11 +26,19 @@ LINE_BYTES = 128.0
 MENUS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "stationary": ((32, 64), (64, 64), (64, 128), (64, 256), (128, 64), (128, 256)),
     "persistent": ((16, 64), (64, 64), (64, 128), (64, 192), (64, 256), (128, 256)),
+    "striped": ((8, 128), (16, 128), (32, 128), (48, 128), (64, 256)),
     "packing": ((1, 1),),
 }
-"""Tiles of cuBLAS kernels (rows of m x columns of n): of kernels that launch one block per tile, of
-kernels whose blocks stay and compute several tiles (Hopper, the B200), and of products on a CPU,
-whose times show no padding."""
+"""Tiles (rows of m x columns of n): of cuBLAS kernels that launch one block per tile, of cuBLAS
+kernels whose blocks stay and compute several tiles (Hopper, the B200), of weight-only kernels that
+share all main-loop steps among the SMs (Marlin, csrc/quantization/marlin/marlin.cu of vLLM: 8 rows
+or blocks of 16, up to 64), and of products on a CPU, whose times show no padding."""
+
+PADDED_ROWS = 256.0
+WAVE_TILE = (128.0, 256.0)
+"""Rows of a pair of tiles, and the tile, by which the rows of a table may choose how much of the
+padding of m and of the idle SMs of the last wave persistent kernels pay (CUTLASS and DeepGEMM;
+cuBLAS avoids nearly all of it with more tiles)."""
 
 WGMMA_ROWS = 64.0
 """Rows of a warpgroup's matrix instruction on Hopper (PTX ISA, wgmma: m64). DeepGEMM's fp8 products
@@ -93,7 +101,8 @@ def ready_model(machine: Machine, constants: RowValues, dtype: Any = np.float64)
         name: value if isinstance(value, np.ndarray) else float(value)
         for name, value in constants.items()
     }
-    menu = "packing" if machine.packs else "persistent" if machine.persistent else "stationary"
+    menu = "persistent" if machine.persistent else "stationary"
+    menu = "packing" if machine.packs else "striped" if machine.striped else menu
     tiles = [tile if tile[0] >= machine.least_rows else tile[::-1] for tile in MENUS[menu]]
     tile_m, tile_n = np.array(tiles, dtype=np.float64).T[:, :, None]
     # scales of nvfp4 lie elsewhere
@@ -193,9 +202,10 @@ def analytical_time(
     tiles = np.ceil(m / model.tile_m) * np.ceil(n / model.tile_n)
     steps = np.ceil(k / model.step_elements)
     # a division: the reciprocal's rounding would make 132 tiles on 132 SMs two waves
-    even = machine.persistent or machine.ragged
+    even = machine.persistent or machine.ragged or machine.striped
     waves = np.maximum(tiles / sm, 1.0) if even else np.ceil(tiles / sm)
-    whole = cube(waves * (steps * step + model.epilogue_us))
+    each = np.maximum(tiles / sm, 1.0 / steps) if machine.striped else waves
+    whole = cube(each * (steps * step) + waves * model.epilogue_us)
     # split-K: SMs that would idle share the k-steps of a tile; a second pass adds the partial sums
     split = np.minimum(
         np.maximum(np.floor(sm / tiles), 1.0), np.clip(np.floor(k / 128.0), 1.0, 64.0)
@@ -207,7 +217,7 @@ def analytical_time(
         feed = tiles * (model.feed_us * step_scale)
         whole = whole + cube(steps * feed)
         shared = shared + cube(split * chunk * feed)
-    shared[(tiles > sm) | machine.serial] = np.inf
+    shared[(tiles > sm) | machine.serial | machine.striped] = np.inf
     best = np.minimum(whole, shared)
     compute = best.min(axis=0)
     numbers = np.arange(len(best), dtype=np.int8)[:, None]
@@ -216,10 +226,24 @@ def analytical_time(
     unsplit, split, tiles = (a.take(chosen) for a in (whole, split, tiles))
     serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0
     compute = compute + serial
+    split = np.where(unsplit <= compute, 1.0, split)
+    if machine.persistent and not (machine.ragged or machine.striped):
+        padding, wave = quantisation(m, n, model)
+        compute = compute * cube(padding * wave)
     memory, dram = memory_time(m, n, k, model, copies, load_scale)
     total = cube_root(cube(memory) + compute) + model.t0_us
-    split = np.where(unsplit <= compute, 1.0, split)
     return Analytical(total, compute, serial, memory, dram, tile, split, tiles)
+
+
+def quantisation(m: Array, n: Array, model: ReadyModel) -> tuple[Array, Array]:
+    """Return the factors on the main loop of persistent kernels from the padding of m and from the
+    idle SMs of the last wave."""
+    c = model.constants
+    tile_m, tile_n = WAVE_TILE
+    padded = np.minimum(np.ceil(m * (1.0 / PADDED_ROWS)) * PADDED_ROWS / m, 2.0)
+    waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) / model.machine.sm_count
+    idle = np.where(waves > 1.0, np.ceil(waves) / waves, 1.0)
+    return padded ** c["row_share"], idle ** c["wave_share"]
 
 
 def _packed_time(

@@ -37,8 +37,11 @@ def test_gemm_names_the_stack_whose_kernels_it_times(cli: Any) -> None:
     # GEMMs were timed on random inputs for SGLang, not for vLLM
     rows = cli.json("gemm 64 4096 4096 --hardware a100,a100@vllm,a100@trtllm")
     assert [r["stack"] for r in rows] == ["sglang", "vllm", "trtllm"]
-    # a format that vLLM's tables lack is another stack's
-    (stood_in,) = cli.json("gemm 64 4096 4096 --hardware a100 --weight-dtype int4")
-    assert (stood_in["stack"], stood_in["status"]) == ("trtllm", "inherited")
+    # a format that vLLM's tables lack is another stack's, unless its kernels are known to differ
+    fp8 = "--dtype fp8 --weight-dtype fp8_block"
+    (stood_in,) = cli.json(f"gemm 64 4096 4096 --hardware h100@vllm {fp8}")
+    assert (stood_in["stack"], stood_in["status"]) == ("sglang", "inherited")
+    (marlin,) = cli.json("gemm 64 4096 4096 --hardware a100 --weight-dtype int4")
+    assert (marlin["stack"], marlin["status"]) == ("", "default")
     assert "not fitted" in cli.out("gemm 64 4096 4096 --hardware t4 --dtype fp16")
     assert " own " in cli.out("gemm 64 4096 4096 --hardware cpu --dtype fp32")

@@ -245,6 +245,23 @@ def test_weights_alone_save_no_arithmetic(name: str, weights: str) -> None:
     assert few[1].sum() < 0.95 * few[0].sum()
 
 
+@pytest.mark.parametrize("name", ["a100@vllm", "h100", "rtx_3090", "rtx_4090", "l40s"])
+def test_few_tokens_with_narrow_weights_wait_for_memory(name: str) -> None:
+    """Marlin dequantises in registers: up to 16 tokens take little more than the bytes."""
+    t = gemm_time(np.array([1, 8, 16]), 14336, 4096, load_hardware(name), weight_dtype="int4")
+    assert (t.bottlenecks == "memory").all()
+    dense = gemm_time(1, 14336, 4096, load_hardware(name)).seconds
+    assert (t.seconds < 0.4 * dense).all()
+
+
+def test_sections_of_another_weight_only_kernel_are_not_used() -> None:
+    few = {
+        name: gemm_time(16, 8192, 8192, load_hardware(name), weight_dtype="int4").seconds
+        for name in ("a100@vllm", "a100@sglang", "a100@trtllm")
+    }
+    assert max(few["a100@vllm"], few["a100@sglang"]) < 0.8 * few["a100@trtllm"]
+
+
 def test_the_clock_follows_the_power_per_flop() -> None:
     h100 = load_hardware("h100_sxm")
     assert clocked(0.8, h100) == pytest.approx(0.8, rel=0.01)
