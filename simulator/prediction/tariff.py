@@ -15,7 +15,7 @@ from simulator.request import Real
 from simulator.units import parse_number
 
 if TYPE_CHECKING:
-    from simulator.prediction.result import Result
+    from simulator.prediction.requests import Predicted
 
 KWH_J = 3.6e6
 ENDS = ("", "_lower", "_upper")
@@ -180,7 +180,7 @@ class Energy(Displayed):
     energy_saved_upper: float
 
     @classmethod
-    def of(cls, result: Result, tariff: Tariff = NO_TARIFF) -> Energy:
+    def of(cls, result: Predicted, tariff: Tariff = NO_TARIFF) -> Energy:
         """Return the energy of a prediction.
 
         Parameters
@@ -211,7 +211,7 @@ class Energy(Displayed):
         return f"{dense:.3g} to {pruned:.3g} J per token, {100.0 * self.energy_saved:.1f} % saved"
 
 
-def energy_fields(result: Result, tariff: Tariff | None) -> dict[str, Any]:
+def energy_fields(result: Predicted, tariff: Tariff | None) -> dict[str, Any]:
     """Return the fields of a prediction's energy, if it is requested."""
     return {} if tariff is None else Energy.of(result, tariff).to_dict()
 
