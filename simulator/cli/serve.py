@@ -264,7 +264,6 @@ def _print(services: Sequence[Service], verbose: bool) -> None:
 def _print_one(service: Service, verbose: bool) -> None:
     """Print the operating points of a service, and sentences on the models that are not in the
     conclusion."""
-    from simulator.prediction.load_sentences import ENERGY, load_columns
     from simulator.prediction.service import LIMITS, MEMORY
     from simulator.prediction.service_sentences import equal_memory, failing_text, ranked
 
@@ -276,16 +275,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     title = f"{first.model} on {first.setting}{more}"
     render.show(render.first_fitting(layouts, render.width()), title)
     if first.numbers:
-        points = [row for row in _rows(service, shown) if not isinstance(row, str)]
-        columns = render.columns(
-            points,
-            ("<at", lambda p: p.point),
-            ("<model", lambda p: p.name),
-            ("in\nflight", lambda p: f"{p.concurrency:,}"),
-        )
-        columns += [render.Column(*column) for column in load_columns(points, ENERGY).items()]
-        print()
-        render.show(columns, "energy per output token")
+        _print_energy([row for row in _rows(service, shown) if not isinstance(row, str)])
     print(
         f"\nintervals of {render.percent(first.level)}; ratio: tokens/s over those of the dense"
         " model"
@@ -294,8 +284,8 @@ def _print_one(service: Service, verbose: bool) -> None:
         "time to first token includes the server's time and depends on how requests arrive; its"
         " interval covers both"
     )
-    fitting = service.kinds[MEMORY]
-    lines = [equal_memory(fitting[0], fitting[i]) for i in shown if i not in (0, order[0])]
+    points = service.kinds[MEMORY]
+    lines = [equal_memory(points[0], points[i]) for i in shown if i not in (0, order[0])]
     lines += [
         f"{point.name} in {point.engine}: will it run? {answer.sentence}"
         for point, answer in zip(service.points[1:], service.runs)
@@ -394,6 +384,20 @@ def _layouts(
 
     for request, detail in ((True, 2), (True, 1), (False, 2), (False, 1), (True, 0), (False, 0)):
         yield list(layout(request, detail))
+
+
+def _print_energy(points: Sequence[OperatingPoint]) -> None:
+    from simulator.prediction.load_sentences import ENERGY, load_columns
+
+    names = render.columns(
+        points,
+        ("<at", lambda p: p.point),
+        ("<model", lambda p: p.name),
+        ("in\nflight", lambda p: f"{p.concurrency:,}"),
+    )
+    energy = [render.Column(*column) for column in load_columns(points, ENERGY).items()]
+    print()
+    render.show([*names, *energy], "energy per output token")
 
 
 def _rate(p: OperatingPoint) -> str:

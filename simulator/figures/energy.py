@@ -3,7 +3,8 @@ against that of time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,19 +26,24 @@ def energies_of(results: Sequence[Result], tariff: Tariff) -> Figure:
     names = {r: label(r.name) if axis == "sparsity" else r.pruning for r in results}
     looks = styles_of({names[r]: r.family for r in results})
     groups = by_key(results, lambda r: _title(r, axis))
-    handles = [
-        *(layout.entry(n, **style.marks()) for n, style in {"dense": DENSE, **looks}.items()),
-        layout.entry(layout.interval(results[0].level), color=INK, linewidth=0.6),
-        layout.entry("as much energy as time", color=GREY, linestyle=":"),
-    ]
     with paper_style():
-        figure, axes, _ = layout.panel_list(2 * len(groups), 2.2, 0.4, 2, handles=handles)
+        figure, axes, _ = layout.panel_list(
+            2 * len(groups), 2.2, 0.4, 2, handles=_handles(looks, results[0])
+        )
         for (title, group), left, right in zip(groups.items(), axes[::2], axes[1::2]):
             left.set_title(title, pad=5)
             for name, some in by_key(group, names.__getitem__).items():
                 _draw((left, right), looks[name], some, tariff, axis)
             _finish(left, right, axis, group[0])
         return layout.laid_out(figure)
+
+
+def _handles(looks: Mapping[str, Style], first: Result) -> list[Any]:
+    return [
+        *(layout.entry(n, **style.marks()) for n, style in {"dense": DENSE, **looks}.items()),
+        layout.entry(layout.interval(first.level), color=INK, linewidth=0.6),
+        layout.entry("as much energy as time", color=GREY, linestyle=":"),
+    ]
 
 
 def _title(r: Result, axis: str) -> str:

@@ -80,6 +80,7 @@ class Drafts(Displayed):
     hardware: str
     engine: str
     devices: int
+    power_limit: float | None  # of each device, W
     seq: int
     level: float
     shared: bool  # whether the draft runs layers of the target, so weights and cache are shared
@@ -183,6 +184,7 @@ def draft(
         hardware=hw.label,
         engine=request.engine,
         devices=request.devices,
+        power_limit=request.power_limit,
         seq=request.seq,
         level=request.level,
         shared=drafter.shared,

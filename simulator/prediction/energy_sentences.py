@@ -36,12 +36,15 @@ def of_energy(results: Sequence[Result], tariff: Tariff) -> list[str]:
 def _sentence(r: Result, tariff: Tariff) -> str:
     energy = Energy.of(r, tariff)
     dense, pruned = energy.dense_joules_per_token, energy.pruned_joules_per_token
-    saved = saved_text(*ends_of(energy, "energy_saved"))
-    apart = energy.energy_saved - (1.0 - 1.0 / r.speedup)
+    saved, lower, upper = ends_of(energy, "energy_saved")
+    joules = f"{dense:.3g} to {pruned:.3g} J per token"
+    if saved < 0.0:
+        return f"{r.pruning} takes {saved_text(-saved, -upper, -lower)} more energy on {setting(r)}: {joules}."
+    apart = saved - (1.0 - 1.0 / r.speedup)
     against = "as much as" if abs(apart) < EQUAL else "more than" if apart > 0.0 else "less than"
     return (
-        f"{r.pruning} saves {saved} of the energy on {setting(r)}, {against} of the time, because"
-        f" {_reason(r, against)}: {dense:.3g} to {pruned:.3g} J per token."
+        f"{r.pruning} saves {saved_text(saved, lower, upper)} of the energy on {setting(r)}, {against}"
+        f" of the time, because {_reason(r, against)}: {joules}."
     )
 
 

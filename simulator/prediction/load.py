@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from simulator.arguments import SHARE, Range, number
+from simulator.arrays import FloatArray
 from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
@@ -336,15 +337,10 @@ class SimulatedModel:
         return self.simulation.run(self.times[TYPICAL], self.replicas)
 
     @cached_property
-    def runs(self) -> list[Served]:
-        """The runs with each error."""
-        return self.each(lambda times: self.simulation.run(times, self.replicas))
-
-    @cached_property
     def numbers(self) -> dict[str, list[float]]:
         """Numbers of the service with each error."""
-        limits = self.simulation.limits
-        rows = [_numbers(run, limits) for run in self.runs]
+        limits, run = self.simulation.limits, self.simulation.run
+        rows = self.each(lambda times: _numbers(run(times, self.replicas), limits))
         out = {name: [row[name] for row in rows] for name in rows[0]}
         if limits.named:
             out["largest_rate"] = self.largest_rates
@@ -372,23 +368,26 @@ class SimulatedModel:
     @cached_property
     def energy(self) -> dict[str, list[float]]:
         """Watts of a device and energy per output token, with each error of times and then both
-        ends of each part of the power. Idle power is drawn from the first arrival to the last
-        token."""
-        tables, tariff = self.simulation.tables, self.simulation.tariff or NO_TARIFF
-        power, devices = tables.power, self.simulation.request.devices * self.replicas
-        half = NORMAL_90 * level_scale(tables.level)
+        ends of each part of the power."""
+        run, tables = self.simulation.run, self.simulation.tables
+        power, half = tables.power, NORMAL_90 * level_scale(tables.level)
         ends = np.exp(half * np.kron(np.diag(power.log_sd), [[-1.0], [1.0]]))
-        cases = [(errors, run, power.watts) for errors, run in zip(self.errors, self.runs)]
-        cases += [(TYPICAL, self.typical, power.watts * end) for end in ends]
-        out: dict[str, list[float]] = {"watts": [], "joules_per_token": []}
-        for errors, run, watts in cases:
-            work = tables.work(watts).at(self.index, errors)
-            of_steps = sum(_joules(steps, work, power.limit - watts[0]) for steps in run.steps)
-            mean = watts[0] + of_steps / (self.replicas * run.duration)
-            joules = tariff.total(mean * devices * run.duration, run.duration, devices)
-            out["watts"].append(mean)
-            out["joules_per_token"].append(joules / run.requests.output.sum())
-        return out
+        rows = self.each(
+            lambda times: self._use(run(times, self.replicas), times.errors, power.watts)
+        )
+        rows += [self._use(self.typical, TYPICAL, power.watts * end) for end in ends]
+        return dict(zip(("watts", "joules_per_token"), map(list, zip(*rows))))
+
+    def _use(self, run: Served, errors: Errors, watts: FloatArray) -> tuple[float, float]:
+        """Return the watts of a device and the energy per output token of a run. Idle power is
+        drawn from the first arrival to the last token."""
+        tables, tariff = self.simulation.tables, self.simulation.tariff or NO_TARIFF
+        work = tables.work(watts).at(self.index, errors)
+        of_steps = sum(_joules(steps, work, tables.power.limit - watts[0]) for steps in run.steps)
+        mean = float(watts[0] + of_steps / (self.replicas * run.duration))
+        devices = self.simulation.request.devices * self.replicas
+        joules = tariff.total(mean * devices * run.duration, run.duration, devices)
+        return mean, joules / float(run.requests.output.sum())
 
     def cost(self, price: float) -> Interval:
         """Return the cost of a million output tokens."""

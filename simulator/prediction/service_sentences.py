@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from simulator.display import few
+from simulator.prediction.energy_sentences import saved_text
 from simulator.prediction.runnable import runs_clause
 from simulator.prediction.service import LIMITS, MEMORY, OperatingPoint, Service
 from simulator.prediction.wording import (
@@ -31,6 +32,8 @@ def of_service(service: Service) -> list[str]:
     if LIMITS in kinds:
         last = kinds[LIMITS][0], kinds[LIMITS][ranked(service, LIMITS)[0]]
         out.append(within_limits(service, *last))
+    if saved := last[1].numbers.get("energy_saved"):
+        out[-1] = f"{out[-1][:-1]}; it saves {saved_text(*saved)} of the energy per token."
     dense, pruned = (point.cost_output for point in last)
     if not math.isnan(pruned):
         instead = "" if math.isnan(dense) else f" instead of {money(dense)}"

@@ -15,7 +15,7 @@ from simulator.request import Real
 from simulator.units import parse_number
 
 if TYPE_CHECKING:
-    from simulator.prediction.result import Result
+    from simulator.prediction.requests import Predicted
 
 KWH_J = 3.6e6
 ENDS = ("", "_lower", "_upper")
@@ -180,7 +180,7 @@ class Energy(Displayed):
     energy_saved_upper: float
 
     @classmethod
-    def of(cls, result: Result, tariff: Tariff = NO_TARIFF) -> Energy:
+    def of(cls, result: Predicted, tariff: Tariff = NO_TARIFF) -> Energy:
         """Return the energy of a prediction.
 
         Parameters
@@ -211,32 +211,33 @@ class Energy(Displayed):
         return f"{dense:.3g} to {pruned:.3g} J per token, {100.0 * self.energy_saved:.1f} % saved"
 
 
-def energy_fields(result: Result, tariff: Tariff | None) -> dict[str, Any]:
+def energy_fields(result: Predicted, tariff: Tariff | None) -> dict[str, Any]:
     """Return the fields of a prediction's energy, if it is requested."""
     return {} if tariff is None else Energy.of(result, tariff).to_dict()
 
 
 def energy_of(columns: Mapping[str, Any], tariff: Tariff = NO_TARIFF) -> dict[str, Any]:
     """Return the fields of :class:`Energy` from the columns of results, or the fields of one."""
-    devices, requests = columns["devices"], np.asarray(columns["batch"], dtype=np.float64)
-    phase = np.asarray(columns["phase"])
-    each = np.where(phase == "prefill", columns["seq"], np.maximum(columns["new_tokens"], 1))
-    whole = np.where(phase == "decode", np.nan, requests)
-    out: dict[str, Any] = {}
-    for model in ("dense", "pruned"):
-        out[f"{model}_watts"] = columns[f"{model}_watts"]
-        for end, time in zip(ENDS, ("_s", "_lower", "_upper")):
-            joules = tariff.total(
-                columns[f"{model}_joules{end}"], columns[f"{model}{time}"], devices
-            )
-            out[f"{model}_joules_per_token{end}"] = joules / (requests * each)
-            out[f"{model}_joules_per_request{end}"] = joules / whole
-        per_token = out[f"{model}_joules_per_token"]
-        out[f"{model}_tokens_per_joule"] = 1.0 / per_token
-        out |= {f"{model}_{name}": v for name, v in tariff.per_million(per_token).items()}
-    hosts = tariff.host_watts * devices * columns["dense_s"]
+    out = {**_of_model("dense", columns, tariff), **_of_model("pruned", columns, tariff)}
+    hosts = tariff.host_watts * columns["devices"] * columns["dense_s"]
     share = hosts / (columns["dense_joules"] + hosts)
     for end in ENDS:
         saved, of_time = columns[f"energy_saved{end}"], 1.0 - 1.0 / columns[f"speedup{end}"]
         out[f"energy_saved{end}"] = (1.0 - share) * saved + share * of_time
     return out
+
+
+def _of_model(model: str, columns: Mapping[str, Any], tariff: Tariff) -> dict[str, Any]:
+    phase, requests = np.asarray(columns["phase"]), 1.0 * columns["batch"]
+    new = np.maximum(columns["new_tokens"], 1)
+    tokens = requests * np.where(phase == "prefill", columns["seq"], new)
+    whole = np.where(phase == "decode", np.nan, requests)
+    out = {f"{model}_watts": columns[f"{model}_watts"]}
+    for end, time in zip(ENDS, ("_s", "_lower", "_upper")):
+        joules, seconds = columns[f"{model}_joules{end}"], columns[f"{model}{time}"]
+        total = tariff.total(joules, seconds, columns["devices"])
+        out[f"{model}_joules_per_token{end}"] = total / tokens
+        out[f"{model}_joules_per_request{end}"] = total / whole
+    per_token = out[f"{model}_joules_per_token"]
+    out[f"{model}_tokens_per_joule"] = 1.0 / per_token
+    return out | {f"{model}_{name}": v for name, v in tariff.per_million(per_token).items()}

@@ -54,6 +54,7 @@ from simulator.workload import Workload, WorkloadBatch, sums
 
 _HOST, _LAUNCH, _COMPUTE = map(BOTTLENECKS.index, ("host", "launch", "compute"))
 _BLOCK_SPARSE = int(Kernel.BLOCK_SPARSE)
+_LEAST_SLOWER = 1e-9  # log, where a power limit binds and slows no kernel
 _CHUNK = 64  # few enough for the second-level cache
 
 Errors = list[tuple[Any, Uncertainty]]
@@ -336,7 +337,8 @@ def _under(p: PredictedPass, limit: float) -> PredictedPass:
     row_s = p.row_s * factor
     group_s = p.workloads.groups.sums(row_s) + p.group_gap_s
     slowed = replace(p, row_s=row_s, group_s=group_s)
-    return replace(slowed, slower=np.log(slowed.total_s / p.total_s))
+    binds = np.where((bound > 1.0).any(axis=1), _LEAST_SLOWER, 0.0)
+    return replace(slowed, slower=np.maximum(np.log(slowed.total_s / p.total_s), binds))
 
 
 def _shape_times(

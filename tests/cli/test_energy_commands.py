@@ -89,6 +89,7 @@ def test_a_power_limit_is_named_in_the_answer_and_in_a_note(cli: Any) -> None:
         f"serve {ASKED}",
         f"serve {ASKED} --requests 20 --new-tokens 8",
         "advise llama-3.1-8b --hardware h100 --target 1.2",
+        "draft llama-3.1-8b --hardware h100 --prune 'depth 0.5'",
     ):
         out, err = cli(f"{line} --power-limit 450")
         assert "h100_sxm under 450 W (assumed)" in " ".join(out.split()), line

@@ -150,6 +150,7 @@ CAUSES = [
         {"phase": "prefill", "power_limit": 400.0},
         "as much as of the time, because the power limit binds for both",
     ),
+    ({"prune": "low_rank 0.05", "batch": 64}, "^low_rank at 5 % takes .* more energy on h100"),
     ({"prune": "sparse_attention 0.5", "batch": 256}, "less than of the time, .*arithmetic falls"),
 ]
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 
 from simulator import Request, load_hardware, lower, workload_time
+from simulator.power import PARTS
 from simulator.serving.server import Server
 from simulator.serving.steps import Errors, StepTables, step_tables
 
@@ -41,6 +42,15 @@ def test_a_mixed_step_reads_the_weights_once() -> None:
     prompt, decode = times.step(256, 128, 1), times.decode(64, 1000)
     mixed = times.step(256, 128, 1, 64, 1000)
     assert max(prompt, decode) < mixed < 0.75 * (prompt + decode)
+
+
+def test_a_mixed_step_takes_the_energy_of_the_weights_once() -> None:
+    watts = tables().power.watts
+    work = tables().work(watts).at()
+    apart = work.step(256, 128, 1) + work.decode(64, 1000)
+    weights_s = 15.0e9 / H100.bandwidth_bytes_per_s  # of 7.5 billion parameters
+    saved = apart - work.step(256, 128, 1, 64, 1000)
+    assert saved == pytest.approx(watts[PARTS.index("memory")] * weights_s, rel=0.15)
 
 
 def test_errors_scale_the_steps_that_they_concern() -> None:
