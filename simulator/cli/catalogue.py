@@ -151,7 +151,7 @@ def _drawn(hw: HardwareProfile) -> str:
     idle, active, memory, compute = power.watts
     moving, computing = (min(idle + active + part, power.limit) for part in (memory, compute))
     about = section.provenance
-    known = f"{section.status}: {about.source}" if about else "assumed"
+    known = f"{section.status}: {about.source.partition(' (')[0]}" if about else "assumed"
     full = f"{moving:.0f} W at full bandwidth, {computing:.0f} W at full arithmetic"
     return f"{idle:.0f} W idle, {full} ({known})"
 

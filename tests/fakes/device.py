@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory
@@ -42,6 +42,8 @@ class PoweredDevice(ReplayDevice):
     limit_w: float = field(default=math.inf, kw_only=True)
     update_s: float = field(default=0.1, kw_only=True)
     scatter: float = field(default=0.0, kw_only=True)  # of the power of an operator, log
+    counts: bool = field(default=True, kw_only=True)  # else it reports only its present power
+    _now_w: float = field(default=math.nan, kw_only=True)
     _work_j: float = field(default=0.0, kw_only=True)
     _counter: tuple[float, float] = field(default=(-1.0, 0.0), kw_only=True)
 
@@ -56,10 +58,20 @@ class PoweredDevice(ReplayDevice):
 
     def play(self, operator: Operator, loops: int) -> float:
         seconds = super().play(operator, loops)
-        self._work_j += loops * seconds * (self.watts(operator, seconds) - self.idle_w)
+        self._now_w = self.watts(operator, seconds)
+        self._work_j += loops * seconds * (self._now_w - self.idle_w)
         return seconds
 
+    def rest(self, seconds: float) -> None:
+        self._now_w = self.idle_w
+        super().rest(seconds)
+
+    def snapshot(self) -> Snapshot:
+        return replace(super().snapshot(), power_w=self._now_w)
+
     def energy_j(self) -> Reading:
+        if not self.counts:
+            return UNKNOWN
         if self.clock() - self._counter[0] >= self.update_s:
             self._counter = self.clock(), self.idle_w * self.clock() + self._work_j
         return self._counter[1]

@@ -19,6 +19,7 @@ from calibration.measure.plan import FIT, Rates, in_order
 from calibration.measure.power import idle_power
 from calibration.measure.run import run
 from calibration.measure.timing import Protocol
+from calibration.records.importers import import_table
 from calibration.records.store import Header, content_records, read_store, records_of
 from calibration.records.timing_table import Records
 from calibration.runners.runs import RunOptions, fit_run, measure_into
@@ -77,6 +78,14 @@ def test_the_constants_of_a_planted_device_are_found_again() -> None:
                 assert section[part] == pytest.approx(share, rel=0.1), part
 
 
+def test_a_device_without_counter_is_measured_by_samples_of_its_power() -> None:
+    device = planted(counts=False)
+    assert idle_power(device)["method"] == "power: mean of 1 s by samples"
+    section = fit_measured_power(measured(device), UNFITTED).section
+    assert section["idle"] == pytest.approx(shares(device)["idle"], rel=0.05)
+    assert section["memory"] == pytest.approx(shares(device)["memory"], rel=0.1)
+
+
 def test_errors_cover_the_constants_of_noisy_devices() -> None:
     inside = []
     for seed in range(10):
@@ -108,6 +117,8 @@ def test_a_calibration_writes_the_section_and_how_it_was_measured(tmp_path: Path
     measure_into(tmp_path / "run", PoweredDevice(FAST), RunOptions(100.0, hardware="h100"))
     header = read_store(tmp_path / "run" / "records.jsonl").header
     assert header.extra["method"] == "power: mean of 1 s by an energy counter"
+    records = import_table(tmp_path / "run" / "records.jsonl", hw=H100).records
+    assert records.is_operator("idle")[records.watts > 0.0].any()
     fitted = fit_run(tmp_path / "run").fit.profile
     again = simulator.load_hardware(tmp_path / "run" / "profile.yaml").section("power", "*")
     assert again.status == "calibrated"
@@ -117,7 +128,7 @@ def test_a_calibration_writes_the_section_and_how_it_was_measured(tmp_path: Path
     assert again.constants == fitted.section("power", "*").constants
 
 
-def test_a_device_without_counter_has_no_powers_and_old_tables_keep_their_digest(
+def test_a_device_without_readings_has_no_powers_and_old_tables_keep_their_digest(
     tmp_path: Path,
 ) -> None:
     device = ReplayDevice(FAST)
