@@ -120,6 +120,13 @@ class Host:
         passes, work = each_pass + server, launched + sequences
         return 2 if passes and work and self.correlation < 1.0 else int(bool(passes or work))
 
+    @property
+    def widest_log_sd(self) -> float:
+        """Largest standard deviation of the logs of the host's times; 1 without host time."""
+        sds = self.pass_log_sd, self.server_log_sd, self.launch_log_sd, self.sequence_log_sd
+        parts = self.each_pass, self.server, self.launch, self.each_sequence
+        return max((sd for sd, part in zip(sds, parts) if part.any() and sd > 0.0), default=1.0)
+
     def speeds(self, first: Any, second: Any) -> tuple[FloatArray, FloatArray]:
         """Return ``work`` and ``passes`` from two independent standard normals; ``first`` is
         ``passes``, and ``second`` the part of ``work`` that does not depend on it."""

@@ -53,7 +53,7 @@ def compare(
     p, dense = forward_passes(batch, hw, level), batch.dense
     times = prediction_intervals(p, level, dense, dense_s)
     served = serving(p, times, level)
-    code, share = p.bottleneck
+    code, share = p.bottleneck(times.device_share)
     default_parts, default_share = _uncalibrated(p, dense)
     roofline_bound = batch.bound(p.ideal_s)
     gain = roofline_bound - 1.0

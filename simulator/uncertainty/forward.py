@@ -181,14 +181,14 @@ class PredictedPass:
         """Whether the host takes most of the time (W,)."""
         return np.asarray(self.device_share < 0.5)
 
-    @property
-    def bottleneck(self) -> tuple[CodeArray, FloatArray]:
-        """Codes (W,) of the bottlenecks with the largest share of the time, and these shares."""
+    def bottleneck(self, device_share: FloatArray) -> tuple[CodeArray, FloatArray]:
+        """Return codes (W,) of the bottlenecks with the largest share of the time, and these
+        shares; ``device_share`` (W,) follows the device."""
         cell = self.workloads.owner * len(BOTTLENECKS) + self.bottleneck_of_row
         share = sums(cell, self.row_s, (len(self.workloads), len(BOTTLENECKS)))
         share[:, _LAUNCH] += self.gap_s
-        share *= (self.device_share / np.maximum(share.sum(axis=1), 1e-300))[:, None]
-        share[:, _HOST] += 1.0 - self.device_share
+        share *= (device_share / np.maximum(share.sum(axis=1), 1e-300))[:, None]
+        share[:, _HOST] += 1.0 - device_share
         return share.argmax(axis=1).astype(np.int8), share.max(axis=1)
 
     @cached_property

@@ -201,6 +201,25 @@ def test_a_time_that_no_host_and_no_kernel_explains_is_ignored() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_slow_host_explains_a_long_step(engine: str) -> None:
+    dense = lowered(engine, "decode", batch=1)
+    pruned = prune(dense, "depth", 0.25)
+    usual, _ = compared(dense, pruned)
+    c, inferred = compared(dense, pruned, dense_s=0.03)
+    assert inferred.consistent
+    assert inferred.host_bound
+    assert 10.0 < inferred.host < 200.0
+    assert c.dense_lower[0] < 0.03 < c.dense_upper[0]
+    # the scheduler does not run faster for fewer layers: the same seconds are gained
+    gained = c.dense_s[1] - c.pruned_s[1]
+    assert gained == pytest.approx(usual.dense_s[1] - usual.pruned_s[1], rel=0.1)
+    assert c.speedup_lower[1] < 1.0 < c.speedup[1] < 1.1
+    # no host is 300 times slower than the typical one
+    assert not compared(dense, pruned, dense_s=0.3)[1].consistent
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("engine", ["", "vllm", "hf", "reference"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5])
