@@ -127,10 +127,11 @@ def test_a_field_of_the_request_is_declared_in_one_place(tmp_path: Path) -> None
 
 def test_operators_are_told_apart_and_none_is_forgotten() -> None:
     assert len(BY_CODE) == len(OPERATORS) == len({operator.name for operator in OPERATORS})
-    # and "runtime"
-    assert len(CONSTANTS) == sum(len(operator.constants) for operator in OPERATORS) + 1
+    # and "runtime" and "power"
+    assert len(CONSTANTS) == sum(len(operator.constants) for operator in OPERATORS) + 2
     assert all(len(operator.titles) in (0, len(operator.constants)) for operator in OPERATORS)
-    assert set(SECTIONS.values()) == CONSTANTS.keys()
+    # powers are no times of operators
+    assert {*SECTIONS.values(), "power"} == CONSTANTS.keys()
 
 
 @pytest.mark.parametrize("code", [5, MOST_CODES, 127, -1])

@@ -55,6 +55,7 @@ HELD_OUT: Mapping[str, str] = MappingProxyType(
         "elementwise": "sizes of tensors",
         "collective": "sizes of messages",
         "experts": "models with experts",
+        "power": "models",
     }
 )
 """Sizes that no held-out row has in common with the rows of its fit, by operator."""

@@ -39,13 +39,13 @@ def _sentence(r: Result, tariff: Tariff) -> str:
     saved, lower, upper = ends_of(energy, "energy_saved")
     joules = f"{dense:.3g} to {pruned:.3g} J per token"
     if saved < 0.0:
-        return f"{r.pruning} takes {saved_text(-saved, -upper, -lower)} more energy on {setting(r)}: {joules}."
+        more = saved_text(-saved, -upper, -lower)
+        return f"{r.pruning} takes {more} more energy on {setting(r)}: {joules}."
     apart = saved - (1.0 - 1.0 / r.speedup)
     against = "as much as" if abs(apart) < EQUAL else "more than" if apart > 0.0 else "less than"
-    return (
-        f"{r.pruning} saves {saved_text(saved, lower, upper)} of the energy on {setting(r)}, {against}"
-        f" of the time, because {_reason(r, against)}: {joules}."
-    )
+    share = saved_text(saved, lower, upper)
+    return f"{r.pruning} saves {share} of the energy on {setting(r)}, {against} of the time, because"
+        f" {_reason(r, against)}: {joules}."
 
 
 def _reason(r: Result, against: str) -> str:

@@ -304,6 +304,6 @@ def test_the_program(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 2
         assert reason in capsys.readouterr().err
     with pytest.raises(
-        InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 16"
+        InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 17"
     ):
         filled("engines", ["| a |"])
