@@ -44,8 +44,10 @@ def _sentence(r: Result, tariff: Tariff) -> str:
     apart = saved - (1.0 - 1.0 / r.speedup)
     against = "as much as" if abs(apart) < EQUAL else "more than" if apart > 0.0 else "less than"
     share = saved_text(saved, lower, upper)
-    return f"{r.pruning} saves {share} of the energy on {setting(r)}, {against} of the time, because"
+    return (
+        f"{r.pruning} saves {share} of the energy on {setting(r)}, {against} of the time, because"
         f" {_reason(r, against)}: {joules}."
+    )
 
 
 def _reason(r: Result, against: str) -> str:
