@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -203,15 +203,11 @@ class CpuReader:
     def __init__(self, cpus: Iterable[int], root: Path = Path("/")) -> None:
         self.cpus = tuple(sorted(cpus))
         self._root = root
-        # last reading of each package, and the energy of all packages since the first, J
-        self._packages = dict.fromkeys(self._rapl(), 0.0)
+        names = sorted(root.glob("sys/class/powercap/*-rapl:*/name"))
+        packages = (name.parent for name in names if self._text(name).startswith("package"))
+        # last reading of each package, and the energy of all packages, J
+        self._packages = dict.fromkeys(packages, 0.0)
         self._energy_j = 0.0
-
-    def _rapl(self) -> Iterator[Path]:
-        for zone in sorted(self._root.glob("sys/class/powercap/*-rapl:*")):
-            with suppress(OSError):
-                if (zone / "name").read_text(encoding="utf-8").startswith("package"):
-                    yield zone
 
     def energy_j(self) -> Reading:
         """Return the growing energy of all packages, J, by RAPL (Linux,

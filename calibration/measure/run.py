@@ -219,15 +219,14 @@ class _Run:
         return record
 
     def _measure(self, item: Item, protocol: Protocol, record: Row) -> None:
-        op = item.operator
-        if reason := self.device.refuses(op):
+        if reason := self.device.refuses(item.operator):
             raise Unsupported(reason)
         discarded = 0
         best: Row = {}  # the attempt that other processes disturbed least
         least = 0.0  # share of waiting in the best attempt
         for attempt in range(1, MAX_ATTEMPTS + 1):
             prepared = None  # frees the operands of the last attempt before new operands are made
-            prepared = self.device.prepare(op)
+            prepared = self.device.prepare(item.operator)
             before = self.device.snapshot()
             timing = measure(self.interrupt.watched(prepared.sample), protocol, self.device.clock)
             after = self.device.snapshot()

@@ -9,7 +9,6 @@ imported only to run a model.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -444,8 +443,8 @@ def _energies(record: Mapping[str, Any]) -> Row:
         for name in ("dense_j", "pruned_j")
     )
     saved = 1.0 - pruned / dense
-    values = map(np.median, (dense, pruned, saved)), (saved.min(), saved.max())
-    return dict(zip(ENERGIES, map(float, itertools.chain(*values)), strict=True))
+    values = *map(np.median, (dense, pruned, saved)), saved.min(), saved.max()
+    return dict(zip(ENERGIES, map(float, values), strict=True))
 
 
 def _as_executed(case: Case, record: Mapping[str, Any], hw: HardwareProfile) -> Case:
