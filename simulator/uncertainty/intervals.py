@@ -51,7 +51,8 @@ time, and the standard deviations by which they are slower at least (assumed); t
 uniform. In the deviation of a measured time, a slow host counts with this least number. Slow hosts
 are real: the B200 of ML.ENERGY 3.0 takes 30 ms per token with any model and batch
 (calibration/evidence/measurements/steady.csv), and the typical time per pass of its engine is 0.2
-ms. Hosts that were measured on the machine are normal."""
+ms. Hosts that were measured on the machine, and hosts that launch every kernel, are normal: long
+times of eager Transformers are those of its kernels (SliceGPT in published_speedups.csv)."""
 
 _ENDS = ([(0, 0)], [(0, 0), (-1, 0), (1, 0)], [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
 """Hosts at which passes are evaluated: factors on the half-width of ``first`` and ``second``, by
@@ -294,11 +295,12 @@ class _Posterior:
     log: FloatArray  # (n, m) of measured over predicted time
     whole: FloatArray  # (n, m) variance of this log
     prior: FloatArray  # (n, m) -2 ln of a host's probability over that of the typical host
+    most: float  # standard deviations with which a slow host counts in a deviation
 
     @classmethod
     def of(cls, p: PredictedPass, variance: float, dense_s: float) -> _Posterior:
-        measured = measured_engine(p.engine, p.hw)[1] is not None
-        slowest = 0.0 if measured else math.log(SLOWEST) / p.host.widest_log_sd
+        known = measured_engine(p.engine, p.hw)[1] is not None or bool(p.host.launch.any())
+        slowest = 0.0 if known else math.log(SLOWEST) / p.host.widest_log_sd
         first, second = _grids(p.host.unknowns, slowest)
         speeds = p.host.speeds(first[:, None], second)
         segment = p.workloads.groups.segment
@@ -309,7 +311,8 @@ class _Posterior:
         prior = _rarity(first, slowest)[:, None] + _rarity(second, slowest)
         whole = share**2 * variance + sum(_of_engine(p)) + MEASURED_LOG_SD**2
         share, log, whole = (np.broadcast_to(one, prior.shape) for one in (share, log, whole))
-        return cls(first, second, predicted, share, log, whole, prior)
+        most = SLOW_SD if slowest else math.inf
+        return cls(first, second, predicted, share, log, whole, prior, most)
 
     @property
     def log_weight(self) -> FloatArray:
@@ -353,7 +356,7 @@ def _hosts_given(
     log_weight = grid.log_weight
     best = np.unravel_index(int(log_weight.argmax()), log_weight.shape)
     normal = grid.first[best[0]], grid.second[best[1]]
-    host = sum(float(min(x, SLOW_SD)) ** 2 for x in normal)
+    host = sum(float(min(x, grid.most)) ** 2 for x in normal)
     deviation = float(np.sqrt(host + grid.log[best] ** 2 / grid.whole[best]))
     hosts = _hosts_of(grid.first, grid.second, log_weight, scale, p.host.unknowns)
     speeds = p.host.speeds(*hosts)
