@@ -121,8 +121,8 @@ class Result(Displayed):
     ideal : bool
         Whether the work that pruning adds is excluded.
     dense_memory_bytes, pruned_memory_bytes, capacity_bytes : float
-        Memory needed on the fullest device, and the memory that a device has (in serve: that the
-        engine takes), bytes.
+        Memory needed on the fullest device, and the memory of a device that the engine uses
+        (:class:`simulator.capacity.DeviceMemory`), bytes.
     dense_fits, pruned_fits : bool
         Whether the memory suffices.
     dense_largest_batch, pruned_largest_batch : int
