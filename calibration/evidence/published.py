@@ -52,7 +52,7 @@ from simulator.workload import Workload, WorkloadBatch
 
 MISS = 0.10  # relative error from which the likely reason is printed
 # generation of serving runs where the source does not state the version
-NO_VERSION: Mapping[str, str] = {"vllm": "v1"}
+NO_VERSION: Mapping[str, str] = {"vllm": "v1", "trtllm": "pytorch"}
 NOT_USED: Mapping[str, int] = {  # published end-to-end speedups that do not ship, by reason
     "GPU or batch not stated (LLM-Pruner, ShortGPT, FP8 2:4 in vLLM)": 11,
     "share of the attention computed not stated (MInference, A-Shape, InfLLM)": 51,

@@ -10,6 +10,7 @@ stacks whose kernels it runs, and a hardware profile has the fitted sections of 
 The annotations of the dataclasses are the schema of the file.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -590,7 +591,7 @@ def load_engine(name_or_path: str) -> Engine:
         Name or alias of a shipped engine (case, blanks, dashes, dots and underscores do not
         matter), path of a YAML file, or "" for bare kernels in a CUDA graph. ``@`` and a version,
         or the name of a generation, select a generation: ``vllm@0.6``, ``vllm@v1``. Without it the
-        engine is its newest generation.
+        engine is its newest generation, and its host times are more uncertain.
 
     Returns
     -------
@@ -712,6 +713,21 @@ def _as_of(engine: Engine, generation: Generation) -> Engine:
     return replace(engine, title=generation.title, generation=generation.name, **generation.values)
 
 
+def _of_some_release(engine: Engine) -> Engine:
+    """Return an engine whose release is not named: its newest generation, with host times that may
+    also be those of the generation before. Two equally probable values have a standard deviation
+    of half their distance."""
+    newest, *before = (_as_of(engine, g) for g in engine.generations[:-3:-1])
+    wider = {}
+    for name in ("each_pass", "each_sequence") if before else ():
+        value, earlier = (getattr(one, name).value for one in (newest, before[0]))
+        if min(value, earlier) > 0.0:
+            host = getattr(newest, name)
+            log_sd = math.hypot(host.log_sd, 0.5 * math.log(earlier / value))
+            wider[name] = replace(host, log_sd=log_sd)
+    return replace(newest, **wider)
+
+
 def _read(path: Path) -> tuple[Engine | None, Problems]:
     problems = Problems(str(path))
     text = read_text(path, problems)
@@ -733,7 +749,7 @@ def _read(path: Path) -> tuple[Engine | None, Problems]:
     if len(problems):
         return None, problems
     generations = _generations(file.generations, root.at("generations").items, engine)
-    return _as_of(replace(engine, generations=generations), generations[-1]), problems
+    return _of_some_release(replace(engine, generations=generations)), problems
 
 
 def _check_generations(releases: Sequence[_Release], node: Node, problems: Problems) -> None:

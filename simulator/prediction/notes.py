@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ from simulator.prediction.requests import batch_name, by_key, computed_on, on
 from simulator.prediction.result import Results
 from simulator.request import SETTINGS, Request
 from simulator.uncertainty.forward import operator_times
-from simulator.uncertainty.intervals import Inferred
+from simulator.uncertainty.intervals import Inferred, workload_time
 from simulator.uncertainty.operators import OperatorTimes
 from simulator.units import seconds
 from simulator.workload import Workload
@@ -153,10 +154,34 @@ def dense_notes(
             yield joined
         if far := beyond_measured(dense, hw):
             yield far
+        if request.dense_s is None and (releases := other_releases(dense, hw, request)):
+            yield releases
         if request.dense_s is not None and (inferred := inferred_by(dense, hw, request)):
             yield inferred_line(inferred, hw.label, request.dense_s)
         if other := fallback(hw, dense):
             yield other
+
+
+def other_releases(dense: Workload, hw: HardwareProfile, request: Request) -> str:
+    """Return a note on releases of an engine that is named without one, if their time of the dense
+    workload is outside the interval; else ""."""
+    engine = load_engine(request.engine)
+    if not engine.generations or "@" in engine.name or engine.name in hw.engines:
+        return ""
+    usual = workload_time(dense, hw, request.level)
+    outside = {}
+    for generation in engine.generations[:-1]:
+        named = replace(request, engine=f"{request.engine}@{generation.name}")
+        time = workload_time(lower(*on([named], hw)), hw).total_s
+        if not usual.total_lower_s <= time <= usual.total_upper_s:
+            outside[generation.name] = f"{generation.title}: {seconds(time)}"
+    if not outside:
+        return ""
+    return (
+        f"{hw.label}: at {batch_name(dense.meta.phase)} {dense.meta.batch}, other releases are"
+        f" outside the interval ({'; '.join(outside.values())}); name yours, such as --engine"
+        f" {engine.name}@{[*outside][-1]}"
+    )
 
 
 def _too_large(dense: Workload, hw: HardwareProfile, largest: int) -> str:

@@ -121,7 +121,8 @@ def test_a_generation_overrides_what_it_names_and_nothing_else(mine: Path) -> No
         "mine@0.7",
         "Before 0.8",
     )
-    assert (newest.each_pass.value, newest.each_pass.log_sd, first.each_pass.value) == (
+    named = load_engine(f"{mine}@second")
+    assert (named.each_pass.value, named.each_pass.log_sd, first.each_pass.value) == (
         1e-4,
         0.9,
         1e-3,
@@ -132,6 +133,37 @@ def test_a_generation_overrides_what_it_names_and_nothing_else(mine: Path) -> No
         {"mlp_norm": 7, "rotary": 2},
     )
     assert load_engine(f"{mine}@second").launches == newest.launches
+
+
+def test_a_name_without_a_release_means_some_recent_release(mine: Path) -> None:
+    """The host may be that of the generation before: ten times as slow in this file."""
+    bare, named = load_engine(str(mine)), load_engine(f"{mine}@second")
+    assert bare.each_pass.value == named.each_pass.value
+    apart = np.log(10.0) / 2.0
+    assert bare.each_pass.log_sd == pytest.approx(np.hypot(named.each_pass.log_sd, apart))
+    settings = {"phase": "decode", "batch": 128}
+    some, newest, before = (
+        simulator.predict("qwen2.5-7b", "depth 0.25", "h100", engine=engine, **settings)
+        for engine in ("vllm", "vllm@0.20", "vllm@0.11")
+    )
+    assert some.dense_s == newest.dense_s
+    assert some.dense_lower <= newest.dense_lower
+    assert newest.dense_upper < some.dense_upper
+    assert some.dense_lower < before.dense_s < some.dense_upper
+    assert newest.upper - newest.lower < some.upper - some.lower
+
+
+def test_a_note_names_releases_outside_the_interval() -> None:
+    def notes(engine: str) -> list[str]:
+        found = simulator.table(
+            ["qwen2.5-7b"], ["h100"], prune=["depth 0.25"], phase="decode", batch=128, engine=engine
+        )
+        return [note for note in found.notes if "other releases" in note]
+
+    (note,) = notes("vllm")
+    assert note.startswith("h100_sxm: at batch 128, other releases are outside the interval (vLLM")
+    assert note.endswith("name yours, such as --engine vllm@v0")
+    assert not notes("vllm@0.20") + notes("sglang@0.5.10")
 
 
 @pytest.mark.parametrize(
