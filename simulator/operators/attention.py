@@ -164,6 +164,7 @@ class Parts(NamedTuple):
     total_s: FloatArray  # without residual
     by_bottleneck: Mapping[str, FloatArray | float]  # "launch", the fixed time, is the last
     loadings: Mapping[str, FloatArray]  # derivative of log time by the log of each part
+    waves: FloatArray | None = None  # units over those that run at once
 
 
 class PrefillWork(NamedTuple):
@@ -340,7 +341,7 @@ def decode_core(work: DecodeWork, device: Machine, c: Values) -> Parts:
     loadings: dict[str, FloatArray] = {"launch": c["t0_s"] / total}
     loadings |= {name: part * part * rest for name, part in parts.items()}
     loadings["merge"] = merge / total
-    return Parts(total, {**parts, "launch": fixed}, loadings)
+    return Parts(total, {**parts, "launch": fixed}, loadings, units * splits / slots)
 
 
 # stacks that run Triton kernels where latent attention has no kernel of its own
@@ -462,6 +463,8 @@ class AttentionCalls(Calls):
             coordinates=np.array([np.log2(size).ravel() for size in sizes]).T,
             position=position,
             unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
+            waves=parts.waves,
+            idle=None if parts.waves is None else np.log(np.ceil(parts.waves) / parts.waves),
         )
 
 
@@ -641,3 +644,6 @@ class DecodeAttention(Attention):
             calls, heads=calls.heads * np.maximum(calls.q_len, 1.0), q_len=np.ones_like(calls.q_len)
         )
         yield slice(None), decode(calls, hw, formats.dtype, formats.second)
+
+    def idling(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
+        return self.estimates(w, hw, formats)

@@ -270,6 +270,10 @@ class Estimate:
     unlike: Any = None
     # share of the time of products whose last tiles are nearly empty
     edge: Any = None
+    # blocks of an operator over the blocks that the SMs run at once, and the log of the most time
+    # that idle SMs in the last wave cost; of GEMMs where `details` are asked for
+    waves: Any = None
+    idle: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0
@@ -681,6 +685,10 @@ class Operator(ABC):
         """Yield rows whose kernels have steps of the waterfall between roofline and kernel, in
         ``Estimate.details``."""
         return iter(())
+
+    def idling(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
+        """Yield rows whose blocks run in waves, with ``Estimate.waves``."""
+        return self.effects(w, hw, formats)
 
 
 class Cached(Operator):

@@ -50,8 +50,11 @@ from simulator.operators.gemm_model import (
     ReadyModel,
     analytical_time,
     cube,
+    quantisation,
+    quantises,
     ready_model,
     weight_only_constants,
+    wide_waves,
 )
 
 _CONSTANTS, _ERRORS = read_constants("gemm")
@@ -605,11 +608,16 @@ def estimate(
         ),
         unit_s=1e-6,
     )
-    return (
-        replace(out, details=_details(kernel, out, a, factor, *(given[x] for x in "mnk")))
-        if steps
-        else out
-    )
+    if not steps:
+        return out
+    waves = a.tiles * a.split * (1.0 / machine.sm_count)
+    if quantises(machine):
+        idle, waves = (
+            loadings["compute"] * np.log(quantisation(m, n, model)[1]),
+            wide_waves(m, n, machine),
+        )
+    details = _details(kernel, out, a, factor, *(given[x] for x in "mnk"))
+    return replace(out, details=details, waves=waves * np.ones(len(m)), idle=idle * np.ones(len(m)))
 
 
 EDGE_TILE = 64.0
@@ -700,7 +708,12 @@ def _details(
     tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
     padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
     blocks = tiles * split / machine.sm_count
-    whole = 1.0 if machine.persistent else np.ceil(blocks) / blocks
+    whole: Array | float = np.ceil(blocks) / blocks
+    if quantises(machine):
+        padding, whole = quantisation(m, n, model)
+        padded = padded * padding
+    elif machine.persistent:
+        whole = 1.0
     idle = 1.0 if machine.striped else np.where(blocks > 1.0, whole, 1.0 / blocks)
     slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
     return {

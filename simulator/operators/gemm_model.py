@@ -227,7 +227,7 @@ def analytical_time(
     serial: Array | float = cube(steps * model.serial_us) if machine.serial else 0.0
     compute = compute + serial
     split = np.where(unsplit <= compute, 1.0, split)
-    if machine.persistent and not (machine.ragged or machine.striped):
+    if quantises(machine):
         padding, wave = quantisation(m, n, model)
         compute = compute * cube(padding * wave)
     memory, dram = memory_time(m, n, k, model, copies, load_scale)
@@ -235,13 +235,24 @@ def analytical_time(
     return Analytical(total, compute, serial, memory, dram, tile, split, tiles)
 
 
-def quantisation(m: Array, n: Array, model: ReadyModel) -> tuple[Array, Array]:
-    """Return the factors on the main loop of persistent kernels from the padding of m and from the
-    idle SMs of the last wave."""
-    c = model.constants
+def quantises(machine: Machine) -> bool:
+    """Return whether the kernels pay a fitted share of :func:`quantisation`."""
+    return machine.persistent and not (machine.ragged or machine.striped)
+
+
+def wide_waves(m: Array, n: Array, machine: Machine) -> Array:
+    """Return the waves of tiles of :data:`WAVE_TILE`."""
     tile_m, tile_n = WAVE_TILE
+    tiles = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n))
+    return np.asarray(tiles / machine.sm_count)
+
+
+def quantisation(m: Array, n: Array, model: ReadyModel) -> tuple[Array, Array]:
+    """Return the factors on the main loop from the padding of m and from the idle SMs of the last
+    wave."""
+    c = model.constants
     padded = np.minimum(np.ceil(m * (1.0 / PADDED_ROWS)) * PADDED_ROWS / m, 2.0)
-    waves = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n)) / model.machine.sm_count
+    waves = wide_waves(m, n, model.machine)
     idle = np.where(waves > 1.0, np.ceil(waves) / waves, 1.0)
     return padded ** c["row_share"], idle ** c["wave_share"]
 

@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from simulator.arguments import SECONDS, listed, number
 from simulator.arrays import FloatArray
-from simulator.codes import EXPERTS
+from simulator.codes import EXPERTS, ROLES
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -209,6 +209,54 @@ def _effects(p: PredictedPass) -> dict[str, FloatArray]:
     return effects
 
 
+class LastWaves(NamedTuple):
+    """Effect on a speedup of SMs that idle in the last wave of blocks."""
+
+    log_factor: float  # log of the predicted speedup over that with equally filled waves
+    role: str  # of the operators that lose or gain most
+    filled: tuple[tuple[float, float], ...]  # waves, and whole waves, of dense and pruned
+
+
+def last_waves(p: PredictedPass) -> LastWaves | None:
+    """Return the effect of the last waves of GEMMs and decode attention, None without any. Waves
+    explain a role's deviation from the speedup of its roofline at most as far as dense and pruned
+    fill them differently."""
+    w, owner = p.workloads.rows, p.workloads.owner
+    idle, waves = np.zeros(len(w)), np.zeros(len(w))
+    for operator, rows, formats in p.workloads.operators:
+        for some, e in operator.idling(rows, p.hw, formats):
+            index = rows.at[some]
+            idle[index], waves[index] = np.ravel(e.idle), np.ravel(e.waves)
+    runs = (waves > 0.0) & (p.ideal_s > 0.0)
+
+    def by_role(values: FloatArray) -> FloatArray:
+        return np.array(
+            [np.bincount(w.role, values * (runs & (owner == i)), len(ROLES)) for i in (0, 1)]
+        )
+
+    times = by_role(p.row_s)
+    common = np.flatnonzero((times[0] > 0.0) & (times[1] > 0.0))
+    if not len(common):
+        return None
+    (dense, pruned), (least, least_pruned), (lost, lost_pruned) = (
+        [part[common] for part in parts]
+        for parts in (times, by_role(p.ideal_s), by_role(p.row_s * idle))
+    )
+    deviation = np.log(dense / pruned / (least / least_pruned))
+    fuller = lost / dense - lost_pruned / pruned
+    explained = np.sign(fuller) * np.minimum(
+        np.abs(fuller), np.maximum(np.sign(fuller) * deviation, 0.0)
+    )
+    effect = explained * pruned / p.device_s[1]
+    role = int(common[np.argmax(np.abs(effect))])
+    longest = [
+        rows[np.argmax(p.row_s[rows])]
+        for rows in (np.flatnonzero(runs & (owner == i) & (w.role == role)) for i in (0, 1))
+    ]
+    filled = tuple((float(waves[i]), float(np.ceil(waves[i]))) for i in longest)
+    return LastWaves(float(effect.sum()), ROLES[role], filled)
+
+
 def _fixed(p: PredictedPass) -> FloatArray:
     """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
@@ -242,6 +290,14 @@ class Explanation(HasResult):
             return self.inferred.layer_s if self.inferred.host_bound else 0.0
         p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
         return float(p.host.layer[0]) if p.host_bound.any() else 0.0
+
+    @cached_property
+    def last_waves(self) -> LastWaves | None:
+        """Effect of idle SMs on the speedup; None on a CPU."""
+        if self.hardware.architecture == "cpu":
+            return None
+        batch = WorkloadBatch.of([self.dense, self.pruned])
+        return last_waves(forward_passes(batch, self.hardware))
 
     @cached_property
     def budget(self) -> KernelBudget | None:

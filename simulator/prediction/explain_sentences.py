@@ -22,6 +22,7 @@ from simulator.units import percent, ratio, seconds, seconds_between
 
 # a conclusion names the steps of a waterfall with factors below this value or above its inverse
 NOTABLE = 0.985
+WAVES = 0.03  # log of a speedup from which a conclusion names the waves
 
 
 def conclusion(e: Explanation) -> str:
@@ -48,7 +49,7 @@ def conclusion(e: Explanation) -> str:
         parts.append("the pruned model is as fast as the dense one")
     elif r.speedup_lower <= 1 and r.sparsity > 0:
         parts.append("the interval includes 1.00x, so a gain is uncertain")
-    return f"{'; '.join(parts)}.{_host_bound(e)}"
+    return f"{'; '.join(parts)}.{_waves(e)}{_host_bound(e)}"
 
 
 def conclusions(explained: Sequence[Explanation]) -> list[str]:
@@ -64,6 +65,22 @@ def conclusions(explained: Sequence[Explanation]) -> list[str]:
     both = " to ".join(f"{speedup_text(r)} on {setting(r)}" for r in ends)
     name = f"{first.pruning}{several} of {first.model}"
     return [*large, f"{name}, {settings} settings: predicted {both}."]
+
+
+def _waves(e: Explanation) -> str:
+    """Return how differently dense and pruned fill the SMs, if that changes the speedup by more
+    than a few percent."""
+    found = e.last_waves
+    if found is None or abs(found.log_factor) < WAVES:
+        return ""
+    dense, pruned = (
+        f"{percent(part / whole)} of {whole:.0f} waves" for part, whole in found.filled
+    )
+    factor = ratio(math.exp(found.log_factor))
+    return (
+        f" Waves of thread blocks on {e.hardware.sm_count} SMs explain x{factor}:"
+        f" {found.role} fills {pruned} (dense: {dense})."
+    )
 
 
 def _host_bound(e: Explanation) -> str:

@@ -262,6 +262,20 @@ def test_sections_of_another_weight_only_kernel_are_not_used() -> None:
     assert max(few["a100@vllm"], few["a100@sglang"]) < 0.8 * few["a100@trtllm"]
 
 
+def test_a_step_of_a_persistent_kernel_is_inside() -> None:
+    """TensorRT-LLM's tables: cuBLAS changes the kernel at 1,025 tokens, and CUTLASS kernels in
+    nvfp4 begin a wave that hardly fills."""
+    bf16 = gemm_time(np.array([1024, 1025]), 5120, 5120, load_hardware("h100@trtllm"))
+    assert (bf16.lower < np.array([69.8e-6, 105.0e-6])).all()
+    assert (bf16.upper > np.array([69.8e-6, 105.0e-6])).all()
+    width = np.log(bf16.upper / bf16.lower)
+    assert width[1] > 1.3 * width[0]  # only past the edge
+    b200 = load_hardware("b200@trtllm")
+    for m, n in ((1152, 4096), (2304, 2048)):  # 144 tiles of 128 x 256 on 148 SMs
+        whole, begun = gemm_time(np.array([m, m + 1]), n, 8192, b200, dtype="nvfp4").seconds
+        assert 1.4 < begun / whole < 2.0
+
+
 def test_the_clock_follows_the_power_per_flop() -> None:
     h100 = load_hardware("h100_sxm")
     assert clocked(0.8, h100) == pytest.approx(0.8, rel=0.01)
