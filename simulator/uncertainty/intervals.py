@@ -319,6 +319,11 @@ class _Posterior:
         square = self.log * self.log / self.whole
         return np.asarray(-0.5 * (self.prior + square + np.log(self.whole)))
 
+    def deviation(self, i: int, j: int) -> float:
+        """Return the standard deviations between measured and predicted time on one host."""
+        host = sum(float(min(x, self.most)) ** 2 for x in (self.first[i], self.second[j]))
+        return math.sqrt(host + float(self.log[i, j] ** 2 / self.whole[i, j]))
+
     @property
     def typical_s(self) -> float:
         """Time of the pass on the typical host, s."""
@@ -355,9 +360,7 @@ def _hosts_given(
     grid = _Posterior.of(p, variance, dense_s)
     log_weight = grid.log_weight
     best = np.unravel_index(int(log_weight.argmax()), log_weight.shape)
-    normal = grid.first[best[0]], grid.second[best[1]]
-    host = sum(float(min(x, grid.most)) ** 2 for x in normal)
-    deviation = float(np.sqrt(host + grid.log[best] ** 2 / grid.whole[best]))
+    deviation = grid.deviation(int(best[0]), int(best[1]))
     hosts = _hosts_of(grid.first, grid.second, log_weight, scale, p.host.unknowns)
     speeds = p.host.speeds(*hosts)
     usual = float(p.host_s[0])
