@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from simulator.models.sublayers import (
     SharedCacheAttention,
 )
 from simulator.models.sublayers.base import Sublayer
+from simulator.models.tables import read_names
 
 # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
 MAX_HEADER_BYTES = 8_000_000
@@ -215,75 +216,29 @@ MLP = r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT = ROUTED + r"experts\.\d{1,5}\."
 EXPERTS = ROUTED + r"experts\."
-_DELTA = r"linear_attn\."
-LAYER = tuple(
-    (re.compile(pattern), tuple(axes.split()))
-    for pattern, axes in {
-        ATTENTION + "q_proj": "q h",
-        ATTENTION + "[kv]_proj": "kv h",
-        ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
-        ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
-        ATTENTION + "q_(?:norm|layernorm)": "q_norm",
-        ATTENTION + "k_(?:norm|layernorm)": "k_norm",
-        ATTENTION + "sinks": "heads",
-        ATTENTION + "q_a_proj": "q_rank h",
-        ATTENTION + "q_a_layernorm": "q_rank",
-        ATTENTION + "q_b_proj": "q q_rank",
-        ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
-        ATTENTION + "kv_a_layernorm": "rank",
-        ATTENTION + "kv_b_proj": "kv_b rank",
-        ATTENTION + "linear_attn": "h h",
-        _DELTA + "in_proj_qkvz": "delta_in h",
-        _DELTA + "in_proj_ba": "2delta h",
-        _DELTA + "conv1d": "channels 1 conv",
-        _DELTA + "(?:dt_bias|A_log)": "delta",
-        _DELTA + "norm": "value",
-        _DELTA + "out_proj": "h values",
-        MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
-        MLP + "gate_up_proj": "2i h",
-        MLP + "(?:down_proj|fc2|dense_4h_to_h)": "out i",
-        "attn_shortcut_Q": "h h",
-        "mlp_shortcut_Q": "h out",
-        "mlp.linear_mlp": "h h",
-        ROUTED + "(?:gate|router)": "E h",
-        "mlp.gate.e_score_correction_bias": "E",
-        "mlp.shared_expert_gate": "1 h",
-        EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
-        EXPERT + "(?:w2|down_proj)": "h e",
-        EXPERTS + "gate_up_proj": "E h 2e",
-        EXPERTS + "down_proj": "E e h",
-        EXPERTS + "gate_up_proj_bias": "E 2e",
-        EXPERTS + "down_proj_bias": "E h",
-        "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": (
-            "h"
-        ),
-    }.items()
-)
-OUTSIDE = tuple(
-    (re.compile(pattern), tuple(axes.split()))
-    for pattern, axes in {
-        "embed_tokens|embed_in": "V h",
-        "lm_head|embed_out": "V H",
-        "embed_positions": "P h",
-        "norm|final_layer_?norm": "H",
-    }.items()
-)
+_PREFIXES = {
+    **{"attention": ATTENTION, "delta": r"linear_attn\.", "mlp": MLP, "": ""},
+    **{"routed": ROUTED, "expert": EXPERT, "experts": EXPERTS},
+}
+_NAMES = read_names("tensors")
+
+Axes = Sequence[tuple[re.Pattern[str], tuple[str, ...]]]
+
+
+def _axes(prefix: str, names: Mapping[str, str]) -> Axes:
+    """Return the axes of names with a prefix."""
+    return [(re.compile(prefix + name), tuple(axes.split())) for name, axes in names.items()]
+
+
+LAYER: Axes = [
+    pair for kind, names in _NAMES["layer"].items() for pair in _axes(_PREFIXES[kind], names)
+]
+OUTSIDE = _axes("", _NAMES["outside"])
 WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
 """Weights in the format of the residual stream."""
 
 _FACTOR = re.compile(r"(?:(.*\.)?([qkvo]|gate|up|down)_([uv])_proj|(.+)\.([AB])Linear)")
-_ROLES = {
-    **{
-        "qkv_proj": "qkv",
-        "query_key_value": "qkv",
-        "out_proj": "o",
-        "dense": "o",
-        "fc1": "up",
-        "dense_h_to_4h": "up",
-    },
-    **{"fc2": "down", "dense_4h_to_h": "down"},
-    **{f"{role}_proj": role for role in ("q", "k", "v", "o", "gate", "up", "gate_up", "down")},
-}
+_ROLES: Mapping[str, str] = _NAMES["roles"]
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
@@ -298,9 +253,7 @@ def factor_of(module: str) -> tuple[str, str, bool]:
     return base, _ROLES.get(base.rsplit(".", 1)[-1], ""), letter == "A"
 
 
-def axes_of(
-    module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]
-) -> tuple[str, ...]:
+def axes_of(module: str, table: Axes) -> tuple[str, ...]:
     """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank
     " and its role."""
     base, role, makes = factor_of(module)
@@ -427,15 +380,7 @@ def _by_scales(
     return Weight((out, inputs or rows * 32 // bits), dtype)
 
 
-NAMED = frozenset(
-    [
-        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
-        *("gemma3_text", "phi3", "opt", "gpt_neox", "olmo2", "olmo3", "granite", "smollm3"),
-        *("nemotron", "nemotron-nas", "seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
-        *("glm4_moe", "glm4v_moe_text", "llama4_text", "deepseek_v2", "deepseek_v3", "kimi_k2"),
-        *("qwen3_next", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
-    ]
-)
+NAMED = frozenset(_NAMES["named"])
 """Architectures whose tensors have the names in :data:`LAYER` and :data:`OUTSIDE`."""
 
 MAX_WIDTH = 10_000_000
