@@ -27,6 +27,7 @@ from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.model import Layer
 from simulator.models.sublayers import Attention, Experts, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
+from simulator.models.tables import read_names
 
 
 def model_fields(kind: Architecture, read: Reader) -> ConfigFields:
@@ -216,31 +217,11 @@ def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> li
     return out
 
 
-WITHOUT_EFFECT = frozenset(
-    [
-        # of training and generation
-        *("num_beam_groups", "num_labels", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
-        # layers that predict further tokens, which are not timed; also keys with the part "mtp"
-        "num_nextn_predict_layers",
-        # groups of experts among which a router chooses
-        *("n_group", "topk_group", "num_expert_group"),
-        "ep_size",  # devices that shared experts in training
-        # of images
-        *("image_size", "patch_size", "num_channels"),
-        # sizes that follow from others
-        *("qk_head_dim", "pad_head_dim_to_multiple_of", "chunk_size_feed_forward"),
-        "ep_size",  # devices that shared experts in training
-    ]
-)
+_NAMES = read_names("keys")
+WITHOUT_EFFECT = frozenset(key for keys in _NAMES["without_effect"].values() for key in keys)
 """Keys that name layers, heads or sizes and change no operator."""
 
-_SIZED = frozenset(
-    [
-        *("layer", "layers", "head", "heads", "hidden", "intermediate", "ffn", "inner", "width"),
-        *("widths", "dim", "dims", "size", "sizes", "expert", "experts", "block", "blocks"),
-        *("channel", "channels", "pruned", "rank", "ranks", "skip", "depth"),
-    ]
-)
+_SIZED = frozenset(_NAMES["sized"])
 """Parts of the names of keys that can change a layer."""
 
 _CLOSE = 0.93  # ratio of difflib from which a key is a misspelt known key
