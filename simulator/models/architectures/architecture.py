@@ -41,6 +41,10 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)  # usual name of a key -> its own name
     # defaults of shape keys that published files omit
     absent: Mapping[str, int] = field(default_factory=dict)
+    # field -> key and default of a flag, and values of the field with and without it
+    choices: Mapping[str, tuple[str, bool, str, str]] = field(default_factory=dict)
+    # field -> key of a soft cap, and whether there is a cap without the key
+    caps: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
     blocks: bool = False  # whether block_configs states the layers
     unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
@@ -75,7 +79,11 @@ class Architecture:
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
-            "inner": read.integer(self.inner, self.widening * hidden or None) if self.inner else 0,
+            "inner": (
+                read.integer(self.inner, self.widening * hidden or None)
+                if self.inner
+                else self.widening * hidden
+            ),
             "layers": layers,
             "vocab": read.integer("vocab_size", self.absent.get("vocab")),
             "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
@@ -85,6 +93,11 @@ class Architecture:
                 else read.windows(layers, self.window, self.windowed)
             ),
             **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
+            **{name: read.capped(key, absent) for name, (key, absent) in self.caps.items()},
+            **{
+                name: some if read.flag(key, default) else other
+                for name, (key, default, some, other) in self.choices.items()
+            },
             "max_positions": positions,
             "learned_positions": 0 if self.learned is None else positions + self.learned,
             **self.fixed,
@@ -123,7 +136,7 @@ def attention_of(values: ConfigFields) -> Attention:
     """Return the usual attention, without a window."""
     flags = (
         *("qkv_bias", "o_bias", "sinks", "output_norm", "two_softmaxes", "masks"),
-        *("scales", "channel_scales"),
+        *("scales", "channel_scales", "gate_bias"),
     )
     return Attention(
         heads=values["heads"],
@@ -173,13 +186,18 @@ def routed(
     read: Reader,
     values: ConfigFields,
     count: str,
-    width: int,
+    width: int = 0,
     shared: int = 0,
     dense: Callable[[int], bool] = lambda layer: False,
+    copies: int = 0,
     **others: Any,
 ) -> ConfigFields:
     """Return the MLPs of layers with experts, whose number is the key ``count``; layers that are
-    ``dense`` have an MLP. ``others`` are further fields of the experts."""
+    ``dense`` have an MLP. ``width`` is that of an expert (0: the key moe_intermediate_size),
+    ``shared`` that of shared experts, or of so many ``copies`` of an expert. ``others`` are further
+    fields of the experts."""
+    width = width or read.integer("moe_intermediate_size")
+    shared = shared or copies * width
     experts = read.integer(count)
     layers = values["layers"]
     active = read.integers("num_experts_per_tok", values.get("active"), layers, high=experts)
@@ -206,6 +224,19 @@ def dense_layers(read: Reader, layers: int, first: int) -> Callable[[int], bool]
     types = read.types("mlp_layer_types", layers, ("dense", "sparse"))
     start = read.integer("first_k_dense_replace", first, low=0)
     return lambda layer: types[layer] == "dense" if types else layer < start
+
+
+def all_but_each(number: int) -> Callable[[int], bool]:
+    """Return the rule for all layers except each so many."""
+    return lambda layer: (layer + 1) % number > 0
+
+
+def turning(
+    values: ConfigFields, windows: Sequence[int], rotary: Sequence[int] = ()
+) -> ConfigFields:
+    """Return layers with these windows; those with a window, or as ``rotary`` states, have rotary
+    positions."""
+    return {"windows": windows, "attentions": rotated(values, [*map(bool, rotary or windows)])}
 
 
 def rotated(values: ConfigFields, rotary: Sequence[bool]) -> list[Attention]:

@@ -81,14 +81,6 @@ def _cpmant(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"other_parameters": vectors + biases * values["heads"]}
 
 
-def _phi(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"qk_norm": "layer" if read.flag("qk_layernorm", values["head_norms"]) else ""}
-
-
-def _stablelm(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"qk_norm": "width" if read.flag("qk_layernorm") else ""}
-
-
 def _modernbert(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which the first has no norm before its attention."""
     layers = values["layers"]
@@ -98,7 +90,6 @@ def _modernbert(read: Reader, values: ConfigFields) -> ConfigFields:
     local = [t == "sliding_attention" for t in types] or [i % step > 0 for i in range(layers)]
     plain = attention_of(values)
     return {
-        "norm": "layer" if read.flag("norm_bias") else "layer_without_bias",
         "windows": tuple(window if inside else 0 for inside in local),
         "attentions": [replace(plain, norms=(False, False))] + [plain] * (layers - 1),
         "other_parameters": values["hidden"] * read.flag("classifier_bias"),
@@ -109,17 +100,12 @@ TABLE = read_table(
     "classic",
     more={
         "gpt_bigcode": _bigcode,
-        "openai-gpt": lambda read, values: {"inner": 4 * values["hidden"]},
         "gpt_neo": _gpt_neo,
         "gptj": _gptj,
         "gpt_neox_japanese": _neox_japanese,
-        "bloom": lambda read, values: {"inner": 4 * values["hidden"]},
         "mpt": _times_hidden("expansion_ratio"),
         "falcon": _falcon,
         "cpmant": _cpmant,
-        "phi": _phi,
-        "persimmon": _phi,
-        "stablelm": _stablelm,
         "modernbert-decoder": _modernbert,
     },
 )

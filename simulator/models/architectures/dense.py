@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
+    all_but_each,
     attention_of,
     mlp_of,
     read_table,
     rotary_layers,
     rotated,
+    turning,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 
@@ -31,40 +33,25 @@ def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
 
 
-def _gemma(read: Reader, values: ConfigFields, absent: bool = True) -> ConfigFields:
-    caps = {
-        "attention_softcap": "attn_logit_softcapping",
-        "logit_softcap": "final_logit_softcapping",
-    }
-    return {name: read.capped(key, absent) for name, key in caps.items()}
-
-
 def _gemma3(read: Reader, values: ConfigFields) -> ConfigFields:
     step = read.integer("sliding_window_pattern", read.integer("_sliding_window_pattern", 6))
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
-    return {"windows": windows} | _gemma(read, values, absent=False)
+    return {"windows": read.windows(values["layers"], 4096, all_but_each(step))}
 
 
 def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
     width = read.integer("word_embed_proj_dim", values["hidden"])
     before = values["pre_norms"]
     return {
-        "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
         "post_norms": not before,
         "final_norm": before and not read.flag("_remove_final_layer_norm"),
         "embedding_width": 0 if width == values["hidden"] else width,
     }
 
 
-def _cohere(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"qk_norm": "width" if read.flag("use_qk_norm") else ""}
-
-
 def _cohere2(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers with a window and rotary positions, or neither."""
     step = read.integer("sliding_window_pattern", 4)
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
-    return {"windows": windows, "attentions": rotated(values, [w > 0 for w in windows])}
+    return turning(values, read.windows(values["layers"], 4096, all_but_each(step)))
 
 
 def _compass(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -80,9 +67,9 @@ def _exaone4(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of which those with a window have rotary positions, or all without windows."""
     # published files state the pattern as letters, beside a list
     step = 4 if read.has("layer_types") else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
+    windows = read.windows(values["layers"], 4096, all_but_each(step))
     whole = not read.or_none("sliding_window", 4096)
-    return {"windows": windows, "attentions": rotated(values, [whole or w > 0 for w in windows])}
+    return turning(values, windows, [1] * len(windows) if whole else ())
 
 
 def granite_swa(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -91,10 +78,6 @@ def granite_swa(read: Reader, values: ConfigFields) -> ConfigFields:
     expected = f"a list of {layers} numbers"
     bases = read.items("layer_rope_theta", [1] * layers, expected, lambda base: True, layers)
     return {"attentions": rotated(values, [bool(base) for base in bases])}
-
-
-def _nanochat(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"logit_softcap": read.capped("final_logit_softcapping", absent=True)}
 
 
 def _doge(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -150,13 +133,10 @@ TABLE = read_table(
     more={
         "qwen2": _qwen,
         "qwen3": _qwen,
-        "gemma2": _gemma,
         "gemma3_text": _gemma3,
         "opt": _opt,
         "smollm3": _smollm3,
-        "cohere": _cohere,
         "exaone4": _exaone4,
-        "nanochat": _nanochat,
         "doge": _doge,
         "dory": _dory,
         "granite_swa": granite_swa,
@@ -168,7 +148,7 @@ TABLE = read_table(
         "gemma2": lambda layer: layer % 2 == 0,
         "cwm": lambda layer: layer % 4 > 0,
         "granite_swa": lambda layer: layer % 4 > 0,
-        "olmo3": lambda layer: (layer + 1) % 4 > 0,
+        "olmo3": all_but_each(4),
         "cohere_compass_text": lambda layer: False,
     },
     many={

@@ -11,8 +11,8 @@ from simulator.models.architectures.architecture import (
     dense_layers,
     read_table,
     rotary_layers,
-    rotated,
     routed,
+    turning,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
@@ -28,14 +28,13 @@ def qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
     shared = (
         read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
     )
-    width = read.integer("moe_intermediate_size")
 
     def dense(layer: int) -> bool:
         return layer in plain or (layer + 1) % step > 0
 
     # Transformers 5 saves Qwen3's number of experts under another name
     count = "num_local_experts" if "num_local_experts" in read.data else "num_experts"
-    return routed(read, values, count, width, shared, dense)
+    return routed(read, values, count, shared=shared, dense=dense)
 
 
 def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -49,11 +48,9 @@ def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = read.integer("moe_intermediate_size")
     start = read.integer("first_k_dense_replace", 1, low=0)
-    wide = read.or_none("n_shared_experts", 1) * width
-    layers = routed(read, values, "n_routed_experts", width, wide, lambda i: i < start)
-    return {"qk_norm": "head" if read.flag("use_qk_norm") else ""} | layers
+    copies = read.or_none("n_shared_experts", 1)
+    return routed(read, values, "n_routed_experts", dense=lambda i: i < start, copies=copies)
 
 
 def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -68,7 +65,7 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     read.raw("intermediate_size_mlp")  # layers with experts ignore it
     inner = read.integer("intermediate_size_mlp") if len(with_experts) < layers else 0
     width = values["inner"]
-    fields = routed(
+    mlps = routed(
         read,
         {**values, "inner": inner},
         "num_local_experts",
@@ -77,13 +74,11 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
         lambda i: i not in with_experts,
     )
     rotary = rotary_layers(read, layers)
-    norm = "unit" if read.flag("use_qk_norm", True) else ""
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
-    windows = tuple(chunk if inside else 0 for inside in chunked)
-    attentions = rotated({**values, "qk_norm": norm}, rotary)
-    return {"windows": windows, "qk_norm": norm, "attentions": attentions} | fields
+    windows = [chunk if inside else 0 for inside in chunked]
+    return turning(values, windows, rotary) | mlps
 
 
 def mixture(shared: int | None = None, first: int | None = None) -> Rule:
@@ -91,11 +86,10 @@ def mixture(shared: int | None = None, first: int | None = None) -> Rule:
     of first layers without experts; None: no such key."""
 
     def more(read: Reader, values: ConfigFields) -> ConfigFields:
-        width = read.integer("moe_intermediate_size")
-        wide = 0 if shared is None else read.or_none("num_shared_experts", shared) * width
+        copies = 0 if shared is None else read.or_none("num_shared_experts", shared)
         layers = values["layers"]
         dense = (lambda layer: False) if first is None else dense_layers(read, layers, first)
-        return routed(read, values, "num_experts", width, wide, dense)
+        return routed(read, values, "num_experts", dense=dense, copies=copies)
 
     return more
 
@@ -109,17 +103,16 @@ def _dbrx(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _ernie(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
-    width = read.integer("moe_intermediate_size")
     first = read.integer("moe_layer_start_index", 1, low=0)
     step = read.integer("moe_layer_interval", 1)
     end = read.integer("moe_layer_end_index", -1, low=-1)
     last = layers - 1 if end == -1 else end
-    wide = read.or_none("num_shared_experts", 2) * width
+    copies = read.or_none("num_shared_experts", 2)
 
     def dense(layer: int) -> bool:
         return not first <= layer <= last or (layer + 1) % step > 0
 
-    return routed(read, values, "num_experts", width, wide, dense)
+    return routed(read, values, "num_experts", dense=dense, copies=copies)
 
 
 def granite_shared(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -153,11 +146,6 @@ def _minimax_m2(read: Reader, values: ConfigFields) -> ConfigFields:
     return _local_experts(read, values) | {"rotary_dim": rotary}
 
 
-def _normed_heads(read: Reader, values: ConfigFields) -> ConfigFields:
-    norm = "head" if read.flag("use_qk_norm", True) else ""
-    return {"qk_norm": norm} | mixture(shared=1, first=1)(read, values)
-
-
 def _olmoe(read: Reader, values: ConfigFields) -> ConfigFields:
     hidden = values["hidden"]
     heads = values["heads"]
@@ -183,16 +171,13 @@ def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
             norm="unit",
             qkv_bias=usual.qkv_bias,
             o_bias=usual.o_bias,
-            channel_kernel=read.integer("cca_time0", 2),
-            head_kernel=read.integer("cca_time1", 2),
+            **read.fields("zaya attention"),
         )
 
-    width = read.integer("moe_intermediate_size")
     mlps = routed(
         read,
         values,
         "num_experts",
-        width,
         zero_experts=1,
         router_inner=read.integer("router_hidden_size", 256),
         router_carry=True,
@@ -227,7 +212,7 @@ TABLE = read_table(
         "minimax_m2": _minimax_m2,
         "olmoe": _olmoe,
         "phimoe": _local_experts,
-        "sarvam_moe": _normed_heads,
+        "sarvam_moe": mixture(shared=1, first=1),
         "solar_open": mixture(shared=1),
         "zaya": _zaya,
     },

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
+    all_but_each,
     attention_of,
     dense_layers,
     read_table,
-    rotated,
     routed,
+    turning,
 )
 from simulator.models.architectures.dense import granite_swa
 from simulator.models.architectures.experts import granite_shared, mixture
@@ -19,11 +20,9 @@ from simulator.models.sublayers import Attention
 
 def _afmoe(read: Reader, values: ConfigFields) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
-    windows = read.windows(values["layers"], 1024, lambda layer: (layer + 1) % every > 0)
+    windows = read.windows(values["layers"], 1024, all_but_each(every))
     gates = {"gates": values["heads"] * values["head_dim"]}
-    attentions = rotated(values | gates, [window > 0 for window in windows])
-    mlps = mixture(shared=2, first=1)(read, values)
-    return {"windows": windows, "attentions": attentions} | mlps
+    return turning(values | gates, windows) | mixture(shared=2, first=1)(read, values)
 
 
 def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -44,8 +43,7 @@ def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     mlps = routed(read, values | plain, "num_experts", width, shared, dense)["mlps"]
     return {
         "norm": "layer_without_bias" if read.raw("rms_norm_eps") is None else "rms",
-        "windows": windows,
-        "attentions": rotated(values, rotary),
+        **turning(values, windows, rotary),
         "mlps": [replace(mlp, joins=True) for mlp in mlps],
     }
 
@@ -62,10 +60,9 @@ def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     # a text pattern is accepted beside layer_types alone
     listed = read.raw("layer_types") is not None
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(layers, 4096, lambda layer: (layer + 1) % step > 0)
-    attentions = rotated(values, [window > 0 or not any(windows) for window in windows])
-    mlps = mixture(shared=1, first=1)(read, values)
-    return {"windows": windows, "attentions": attentions} | mlps
+    windows = read.windows(layers, 4096, all_but_each(step))
+    rotary = () if any(windows) else [1] * layers
+    return turning(values, windows, rotary) | mixture(shared=1, first=1)(read, values)
 
 
 def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -75,13 +72,13 @@ def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
     windows = read.windows(
         layers, 513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1
     )
-    width = read.integer("moe_intermediate_size")
-    wide = read.integer("shared_expert_intermediate_size", 1024, low=0)
-    mlps = routed(
-        read, values, "num_experts", width, wide, lambda i: i in plain or (i + 1) % step > 0
-    )
-    attentions = rotated(values, [window > 0 for window in windows])
-    return {"windows": windows, "attentions": attentions} | mlps
+    shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
+
+    def dense(layer: int) -> bool:
+        return layer in plain or (layer + 1) % step > 0
+
+    mlps = routed(read, values, "num_experts", shared=shared, dense=dense)
+    return turning(values, windows) | mlps
 
 
 def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -103,9 +100,9 @@ def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
         gates = heads * features if gating == "per-element" else heads
         return replace(usual, heads=heads, gates=gates, rotary=rotary)
 
-    width = read.integer("moe_intermediate_size")
-    wide = read.integer("shared_expert_intermediate_size", 512, low=0)
-    mlps = routed(read, values, "num_experts", width, wide, dense_layers(read, layers, 1))
+    shared = read.integer("shared_expert_intermediate_size", 512, low=0)
+    dense = dense_layers(read, layers, 1)
+    mlps = routed(read, values, "num_experts", shared=shared, dense=dense)
     return {"attentions": list(map(attention, heads, values["windows"]))} | mlps
 
 

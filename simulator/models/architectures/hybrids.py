@@ -72,12 +72,9 @@ def _mamba(norm: str = "") -> Rule:
         hidden = values["hidden"]
         mixer = Mamba(
             channels=read.integer("intermediate_size", read.integer("expand", 2) * hidden),
-            state=read.integer("state_size", 16),
             rank=_rank(read, "time_step_rank", hidden),
-            conv=read.integer("conv_kernel", 4),
-            conv_bias=read.flag("use_conv_bias", True),
-            bias=read.flag("use_bias"),
             norm=norm,
+            **read.fields("mamba"),
         )
         return {"sublayers": [(mixer,)] * values["layers"]}
 
@@ -86,34 +83,18 @@ def _mamba(norm: str = "") -> Rule:
 
 def _mamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return layers of Mamba-2 alone."""
-    heads = read.integer("num_heads", 128)
-    channels = read.integer("head_dim", 64)
+    mixer = Mamba2(**read.fields("mamba2"))
     inner = read.integer("expand", 2) * values["hidden"]
-    if heads * channels != inner:
-        wrong = f"expected {inner} / head_dim {channels}, as expand x hidden_size is {inner}"
-        raise read.fail("num_heads", f"{wrong}, got {heads}")
-    state = read.integer("state_size", 128)
-    return {
-        "sublayers": [(_plain_mamba2(read, heads, channels, state, chunk=256),)] * values["layers"]
-    }
+    if mixer.inner != inner:
+        wrong = f"expected {inner} / head_dim {mixer.channels}, as expand x hidden_size is {inner}"
+        raise read.fail("num_heads", f"{wrong}, got {mixer.heads}")
+    return {"sublayers": [(_grouped(read, "n_groups", mixer),)] * values["layers"]}
 
 
-def _plain_mamba2(read: Reader, heads: int, channels: int, state: int, chunk: int) -> Mamba2:
-    """Return Mamba-2 from keys without a beginning; ``chunk`` is a default."""
-    return Mamba2(
-        heads=heads,
-        channels=channels,
-        state=state,
-        groups=_groups(read, "n_groups", 8, heads),
-        conv=read.integer("conv_kernel", 4),
-        chunk=read.integer("chunk_size", chunk),
-        conv_bias=read.flag("use_conv_bias", True),
-        bias=read.flag("use_bias"),
-    )
-
-
-def _groups(read: Reader, key: str, default: int, heads: int) -> int:
-    return read.divisor(key, read.integer(key, default), heads, "the number of Mamba heads")
+def _grouped(read: Reader, key: str, mixer: Mamba2) -> Mamba2:
+    """Return Mamba-2 whose groups, which a key states, divide its heads."""
+    read.divisor(key, mixer.groups, mixer.heads, "the number of Mamba heads")
+    return mixer
 
 
 def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
@@ -125,17 +106,8 @@ def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mam
         raise read.fail(
             "mamba_n_heads", f"expected a divisor of {inner}, the width of all heads, got {heads}"
         )
-    mixer = Mamba2(
-        heads=heads,
-        channels=channels,
-        state=read.integer("mamba_d_state", 256),
-        groups=_groups(read, "mamba_n_groups", 1, heads),
-        conv=read.integer("mamba_d_conv", 4),
-        chunk=read.integer("mamba_chunk_size", 256),
-        conv_bias=read.flag("mamba_conv_bias", True),
-        bias=read.flag("mamba_proj_bias"),
-    )
-    return replace(mixer, **changes)
+    mixer = Mamba2(heads=heads, channels=channels, **read.fields("hybrid mamba2"), **changes)
+    return _grouped(read, "mamba_n_groups", mixer)
 
 
 def _bamba(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -234,21 +206,17 @@ def _nemotron_layer(read: Reader, kind: str, values: ConfigFields) -> Sublayer:
 
 
 def _nemotron_mamba(read: Reader, values: ConfigFields) -> Mamba2:
-    heads = read.integer("mamba_num_heads", 128)
-    channels = read.integer("mamba_head_dim", 64)
-    return _plain_mamba2(read, heads, channels, read.integer("ssm_state_size", 128), chunk=128)
+    return _grouped(read, "n_groups", Mamba2(**read.fields("nemotron_h mamba2")))
 
 
 def _nemotron_experts(read: Reader, values: ConfigFields) -> Experts:
     """Return experts without gates."""
-    experts = read.integer("n_routed_experts", 8)
+    sizes = read.fields("nemotron_h experts")
     return Experts(
-        experts=experts,
-        active=float(read.integer("num_experts_per_tok", 2, high=experts)),
-        inner=read.integer("moe_intermediate_size", 7688),
+        **sizes,
+        active=float(read.integer("num_experts_per_tok", 2, high=sizes["experts"])),
         gated=False,
         latent=read.or_none("moe_latent_size", 0),
-        shared_inner=read.integer("moe_shared_expert_intermediate_size", 7688),
         shared_bias=values["mlp_bias"],
         router_bias=True,
     )
@@ -265,11 +233,8 @@ def _hybrid_mamba(read: Reader, hidden: int, **others: Any) -> Mamba:
     """Return Mamba from keys that begin with ``mamba_``."""
     return Mamba(
         channels=read.integer("mamba_expand", 2) * hidden,
-        state=read.integer("mamba_d_state", 16),
         rank=_rank(read, "mamba_dt_rank", hidden),
-        conv=read.integer("mamba_d_conv", 4),
-        conv_bias=read.flag("mamba_conv_bias", True),
-        bias=read.flag("mamba_proj_bias"),
+        **read.fields("hybrid mamba"),
         **others,
     )
 
@@ -343,24 +308,16 @@ def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     hidden = values["hidden"]
-    bias = read.flag("add_bias_linear")
-    rank = read.integer("adapter_rank", 128)
     read.flag("use_conv_bias", True)  # Transformers always adds the bias
-    heads = read.integer("n_mamba_heads", 8)
-    inner = read.integer("mamba_expand", 2) * hidden
-    mixer = Mamba2(
-        heads=heads,
-        channels=inner // heads,
-        state=read.integer("mamba_d_state", 64),
-        groups=_groups(read, "mamba_ngroups", 1, heads),
-        conv=read.integer("mamba_d_conv", 4),
-        chunk=read.integer("chunk_size", 256),
-        bias=bias,
-    )
+    sizes = read.fields("zamba2 mamba2")
+    channels = read.integer("mamba_expand", 2) * hidden // sizes["heads"]
+    mixer = _grouped(read, "mamba_ngroups", Mamba2(channels=channels, **sizes))
     attention = _wide_attention(read, values, rotates=read.flag("use_mem_rope"))
-    mlp = replace(mlp_of(values), inner=read.integer("intermediate_size", 4 * hidden), bias=bias)
+    inner = read.integer("intermediate_size", 4 * hidden)
+    mlp = replace(mlp_of(values), inner=inner, bias=mixer.bias)
     blocks = read.integer("num_mem_blocks", 1)
     added = Projection(adapts=Part.MLP, norms=(False, False))
+    rank = read.integer("adapter_rank", 128)
     adapter = replace(added, features=2 * mlp.inner, rank=rank)
     queries = replace(adapter, adapts=Part.ATTENTION, reads=2, features=2 * hidden)
     adapters = (queries,) * 3 if read.flag("use_shared_attention_adapter") else ()
@@ -377,14 +334,6 @@ def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     return _shared_blocks(types, mixer, block)
 
 
-def _short_conv(positions: int) -> Callable[[Reader, ConfigFields], ShortConv]:
-    def made(read: Reader, values: ConfigFields) -> ShortConv:
-        conv = read.integer("conv_L_cache", positions)
-        return ShortConv(conv=conv, bias=read.flag("conv_bias"))
-
-    return made
-
-
 def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
     attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
@@ -397,7 +346,8 @@ def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
     if read.flag("block_auto_adjust_ff_dim", True):
         inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
     mlp = replace(mlp_of(values), inner=inner)
-    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
+    conv = ShortConv(**read.fields("lfm2"))
+    mixers = _mixers(types, full_attention=attention_of(values), conv=conv)
     return {**mixers, "mlps": [mlp] * layers}
 
 
@@ -406,15 +356,9 @@ def _lfm2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     types = _types(read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION)
     dense = read.integer("num_dense_layers", 2, low=0)
     read.flag("use_expert_bias", True)  # a buffer
-    mlps = routed(
-        read,
-        values,
-        "num_experts",
-        read.integer("moe_intermediate_size"),
-        dense=lambda layer: layer < dense,
-    )
-    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
-    return mixers | mlps
+    mlps = routed(read, values, "num_experts", dense=lambda layer: layer < dense)
+    conv = ShortConv(**read.fields("lfm2"))
+    return _mixers(types, full_attention=attention_of(values), conv=conv) | mlps
 
 
 def _lfm3(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -429,20 +373,16 @@ def _lfm3(read: Reader, values: ConfigFields) -> ConfigFields:
     window = read.integer("sliding_window", 256)
     gates = values["heads"] if read.flag("use_attention_gate", True) else 0
     attention = replace(attention_of(values), gates=gates)
-    conv = _short_conv(7)(read, values)
+    conv = ShortConv(**read.fields("lfm3"))
     windows = tuple(window if kind == sliding else 0 for kind in types)
     mixers = _mixers(types, full_attention=attention, sliding_attention=attention, conv=conv)
-    return mixers | {"windows": windows, "post_norms": read.flag("use_sandwich_norm", True)}
+    return mixers | {"windows": windows}
 
 
-def _delta_net(read: Reader, joint: str, groups: int = 16, heads: int = 32) -> DeltaNet:
-    """Return a gated delta net from keys that begin with ``linear_``; heads have defaults."""
-    key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
-    heads = read.integer("linear_num_value_heads", heads)
-    groups = read.integer("linear_num_key_heads", groups)
-    read.divisor("linear_num_key_heads", groups, heads, "linear_num_value_heads")
-    conv = read.integer("linear_conv_kernel_dim", 4)
-    return DeltaNet(heads=heads, kv_heads=groups, key=key, value=value, conv=conv, joint=joint)
+def _delta_net(read: Reader, kind: str, joint: str) -> DeltaNet:
+    net = DeltaNet(joint=joint, **read.fields(kind))
+    read.divisor("linear_num_key_heads", net.kv_heads, net.heads, "linear_num_value_heads")
+    return net
 
 
 def qwen_mixers(read: Reader, values: ConfigFields, joint: str) -> ConfigFields:
@@ -452,7 +392,7 @@ def qwen_mixers(read: Reader, values: ConfigFields, joint: str) -> ConfigFields:
     types = read.layer_types(values["layers"], (_ATTENTION, _LINEAR)) or [
         _LINEAR if (i + 1) % every else _ATTENTION for i in range(values["layers"])
     ]
-    net = _delta_net(read, joint)
+    net = _delta_net(read, "qwen delta_net", joint)
     return _mixers(types, full_attention=attention_of(values), linear_attention=net)
 
 
@@ -471,9 +411,8 @@ def _qwen3_5_moe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _beside_shared(read: Reader, values: ConfigFields) -> ConfigFields:
     """Return experts beside a shared one."""
-    width = read.integer("moe_intermediate_size")
     shared = read.integer("shared_expert_intermediate_size")
-    return routed(read, values, "num_experts", width, shared)
+    return routed(read, values, "num_experts", shared=shared)
 
 
 def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -483,7 +422,7 @@ def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
     types = _types(read, values["layers"], known, lambda layer: pattern[layer % len(pattern)])
     window = read.integer("sliding_window", 512)
     attention = attention_of(values)
-    net = _delta_net(read, "qkv", groups=8, heads=16)
+    net = _delta_net(read, "lara delta_net", "qkv")
     mixers = _mixers(
         types, full_attention=attention, sliding_attention=attention, linear_attention=net
     )
@@ -540,25 +479,22 @@ def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
     return mixers | routed(read, values, "num_local_experts", values["inner"])
 
 
-def _latent(read: Reader, values: ConfigFields, **changes: Any) -> LatentAttention:
-    return LatentAttention(
-        heads=values["heads"],
-        query_rank=read.or_none("q_lora_rank", 0),
-        rank=read.integer("kv_lora_rank", 512),
-        rotary=read.integer("qk_rope_head_dim", 64),
-        plain=read.integer("qk_nope_head_dim", 128),
-        value=read.integer("v_head_dim", 128),
-        bias=read.flag("attention_bias"),
-        **changes,
-    )
+def latent_of(
+    read: Reader, values: ConfigFields, kind: str, rank: int, **more: Any
+) -> LatentAttention:
+    """Return latent attention; ``rank`` is the default of ``q_lora_rank``."""
+    heads = values["heads"]
+    fields = {"value": values["hidden"] // heads} | read.fields(kind)
+    fields["value"] = read.integer("v_head_dim", fields["value"])
+    query_rank = read.or_none("q_lora_rank", rank)
+    return LatentAttention(heads=heads, query_rank=query_rank, **fields, **more)
 
 
 def _sparse_layers(read: Reader, values: ConfigFields, first: int) -> ConfigFields:
     """Return the MLPs of layers with experts after ``first`` layers without."""
-    width = read.integer("moe_intermediate_size")
-    shared = read.integer("n_shared_experts", 1, low=0) * width
+    copies = read.integer("n_shared_experts", 1, low=0)
     dense = dense_layers(read, values["layers"], first)
-    return routed(read, values, "num_local_experts", width, shared, dense)
+    return routed(read, values, "num_local_experts", dense=dense, copies=copies)
 
 
 def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -566,22 +502,8 @@ def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
     read.raw("linear_attn_config")
     inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
     nested = inside is not read
-    heads, size, conv = (
-        ("num_heads", "head_dim", "short_conv_kernel_size")
-        if nested
-        else ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-    )
-    features = inside.integer(size, 128)
-    net = DeltaNet(
-        heads=inside.integer(heads, 32),
-        kv_heads=inside.integer(heads, 32),
-        key=features,
-        value=features,
-        conv=inside.integer(conv, 4),
-        joint="none",
-        channel_decay=True,
-        rank=features,
-    )
+    kind = "kimi linear_attn_config" if nested else "kimi delta_net"
+    net = DeltaNet(joint="none", channel_decay=True, **inside.fields(kind))
 
     def usual(layer: int) -> str:
         if nested:  # numbers from 1
@@ -590,7 +512,7 @@ def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
     types = _types(read, layers, (_ATTENTION, _LINEAR), usual)
-    latent = _latent(read, values, rotates_positions=False)
+    latent = latent_of(read, values, "hybrid latent", 0, rotates_positions=False)
     mixers = _mixers(types, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, values, 1)
 
@@ -615,7 +537,7 @@ def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
         joint="none",
         channel_decay=True,
     )
-    latent = _latent(read, values, gate="head")
+    latent = latent_of(read, values, "hybrid latent", 0, gate="head")
     mixers = _mixers(types, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, values, 2)
 
@@ -639,9 +561,8 @@ def _relative(
         head_dim=head_dim,
         window=window,
         norm=usual.norm,
-        relative=read.integer("d_rel", 16),
         extent=window or read.integer("rel_extent", 1024),
-        conv=read.integer("conv_kernel_size", 4),
+        **read.fields("inkling attention"),
         **changes,
     )
 

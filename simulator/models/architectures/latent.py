@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from simulator.models.architectures.architecture import (
     Rule,
+    all_but_each,
     attention_of,
     mlp_of,
     read_table,
     routed,
+    turning,
 )
 from simulator.models.architectures.experts import qwen_layers
-from simulator.models.architectures.hybrids import qwen_mixers
+from simulator.models.architectures.hybrids import latent_of, qwen_mixers
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import (
     Attention,
@@ -22,25 +25,8 @@ from simulator.models.sublayers import (
     Experts,
     LatentAttention,
 )
-from simulator.models.sublayers.base import Sublayer
 from simulator.models.sublayers.entry import Entry, GatedNorm, Streams
 from simulator.models.sublayers.indexer import Compressor, Indexer
-
-
-def _latent(read: Reader, values: ConfigFields, rank: int = 1536, **more: Any) -> LatentAttention:
-    """Return latent attention; ``rank`` is the default of ``q_lora_rank``."""
-    hidden = values["hidden"]
-    heads = values["heads"]
-    return LatentAttention(
-        heads=heads,
-        query_rank=read.or_none("q_lora_rank", rank),
-        rank=read.integer("kv_lora_rank"),
-        rotary=read.integer("qk_rope_head_dim"),
-        plain=read.integer("qk_nope_head_dim"),
-        value=read.integer("v_head_dim", hidden // heads),
-        bias=read.flag("attention_bias"),
-        **more,
-    )
 
 
 def _sparse(read: Reader, layers: int, first: int) -> list[bool]:
@@ -67,9 +53,9 @@ def _flags(read: Reader, key: str, layers: int) -> list[bool]:
 
 def _experts(read: Reader, values: ConfigFields, shared: int, sparse: Sequence[bool]) -> list[Any]:
     """Return the MLP of each layer; ``shared`` is the default number of shared experts."""
-    width = read.integer("moe_intermediate_size")
-    wide = read.or_none("n_shared_experts", shared) * width
-    found = routed(read, values, "n_routed_experts", width, wide, lambda i: not sparse[i])
+    copies = read.or_none("n_shared_experts", shared)
+    dense = [not own for own in sparse]
+    found = routed(read, values, "n_routed_experts", dense=dense.__getitem__, copies=copies)
     return list(found["mlps"])
 
 
@@ -85,7 +71,7 @@ def _deepseek(
 
     def rule(read: Reader, values: ConfigFields) -> ConfigFields:
         layers = values["layers"]
-        latent = _latent(read, values, rank, **more)
+        latent = latent_of(read, values, "latent", rank, **more)
         each = attentions(read, values, latent) if attentions else [latent] * layers
         sparse = _sparse(read, layers, first)
         return {"attentions": each, "mlps": _experts(read, values, shared, sparse)}
@@ -95,16 +81,13 @@ def _deepseek(
 
 def _dense(rank: int) -> Rule:
     """Return the rule for latent attention and an MLP."""
-    return lambda read, values: {"attentions": [_latent(read, values, rank)] * values["layers"]}
+    return lambda read, values: {
+        "attentions": [latent_of(read, values, "latent", rank)] * values["layers"]
+    }
 
 
 def _index(read: Reader, rank: int, **more: Any) -> Indexer:
-    return Indexer(
-        heads=read.integer("index_n_heads"),
-        features=read.integer("index_head_dim"),
-        rank=rank,
-        **more,
-    )
+    return Indexer(rank=rank, **read.fields("indexer"), **more)
 
 
 def _indexed(read: Reader, values: ConfigFields, latent: LatentAttention) -> list[LatentAttention]:
@@ -236,33 +219,29 @@ def _ratios(read: Reader) -> dict[str, int]:
 
 
 def _compressed(read: Reader, values: ConfigFields, kind: str, ratio: int) -> CompressedAttention:
-    rank = read.integer("q_lora_rank", 1024)
+    sizes = read.fields("deepseek_v4 attention")
     width = values["head_dim"]
     heads = values["heads"]
     share = read.number("partial_rotary_factor", 64 / 512, high=1)
     rotary = read.integer("qk_rope_head_dim", max(int(width * share), 1), high=width)
-    groups = read.integer("o_groups", 8)
-    read.divisor("o_groups", groups, heads, "num_attention_heads")
+    read.divisor("o_groups", sizes["groups"], heads, "num_attention_heads")
     # an entry of few positions also covers those of the entry before it, and an indexer selects
     selects = kind == _SPARSE
     compressor = Compressor(ratio=ratio, features=width, series=1 + selects) if ratio else None
     keys = Compressor(ratio=ratio or 1, features=read.integer("index_head_dim", 128), series=2)
-    indexer = _index(read, rank, ratio=ratio, compressor=keys)
+    indexer = _index(read, sizes["query_rank"], ratio=ratio, compressor=keys)
     topk = read.integer("index_topk", 512)
     return CompressedAttention(
         heads=heads,
-        query_rank=rank,
         rank=width - rotary,
         rotary=rotary,
         plain=width - rotary,
         value=width,
-        window=read.integer("sliding_window", 128),
         sinks=True,
         topk=topk if selects else 0,
         indexer=indexer if selects else None,
         compressor=compressor,
-        groups=groups,
-        output_rank=read.integer("o_lora_rank", 1024),
+        **sizes,
     )
 
 
@@ -273,7 +252,7 @@ def _dots3(read: Reader, values: ConfigFields) -> ConfigFields:
     names = ("indexed_attention", "sliding_attention", "full_attention")
     usual = [names[i >= 2 and i % 4 != 1] for i in range(layers)]
     types = read.layer_types(layers, names) or usual
-    latent = _latent(read, values, 1024, gate="head", key_norm=True)
+    latent = latent_of(read, values, "latent", 1024, gate="head", key_norm=True)
     own = read.raw("per_layer_config") is None
     windowed = _dots3_sliding(read, latent) if own else latent
     window = read.integer("sliding_window", read.integer("sliding_window_size", 512))
@@ -284,27 +263,19 @@ def _dots3(read: Reader, values: ConfigFields) -> ConfigFields:
     slides = replace(windowed, window=window)
     attentions = [slides if kind == "sliding_attention" else full for kind in types]
     sparse = _sparse(read, layers, 1)
-    width = read.integer("moe_intermediate_size")
     shared = "moe_shared_expert_intermediate_size"
     wide = read.integer(shared, read.integer("shared_experts_intermediate_size", 1536))
     wide *= read.integer("n_shared_experts", 1)
-    found = routed(read, values, "n_routed_experts", width, wide, lambda i: not sparse[i])
+    dense = [not own for own in sparse].__getitem__
+    found = routed(read, values, "n_routed_experts", shared=wide, dense=dense)
     return {"attentions": attentions, **found}
 
 
 def _dots3_sliding(read: Reader, latent: LatentAttention) -> LatentAttention:
-    plain = read.integer("swa_qk_nope_head_dim", 192)
+    sizes = read.fields("dots3 sliding")
     read.integer("swa_num_key_value_heads", 64)
-    rotary = read.integer("swa_head_dim", 256) - plain
-    return replace(
-        latent,
-        heads=read.integer("swa_num_attention_heads", 64),
-        query_rank=read.integer("swa_q_lora_rank", 1024),
-        rank=read.integer("swa_kv_lora_rank", 1024),
-        plain=plain,
-        rotary=read.integer("swa_qk_rope_head_dim", rotary),
-        value=read.integer("swa_v_head_dim", 128),
-    )
+    rotary = read.integer("swa_head_dim", 256) - sizes["plain"]
+    return replace(latent, rotary=read.integer("swa_qk_rope_head_dim", rotary), **sizes)
 
 
 def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -316,7 +287,7 @@ def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
     has)."""
     if read.flag("router_bias"):
         raise read.fail("router_bias", "expected false (a second bias), got True")
-    latent = _latent(read, values)
+    latent = latent_of(read, values, "latent", 1536)
     mlp = mlp_of(values)
     experts = read.integer("n_routed_experts")
     none = read.or_none("zero_expert_num", 256)
@@ -340,19 +311,13 @@ def _minimax_m3(read: Reader, values: ConfigFields) -> ConfigFields:
     attention = replace(attention_of(values), rotary=read.integer("rotary_dim", 64))
     old = read.raw("sparse_attention_config") is not None
     inside = read.part("sparse_attention_config") if old else read
-
-    def size(name: str, former: str, usual: int) -> int:
-        return inside.integer(former, usual) if old else read.integer(name, usual)
-
-    heads = size("index_n_heads", "sparse_num_index_heads", 4)
-    features = size("index_head_dim", "sparse_index_dim", 128)
-    block = size("index_block_size", "sparse_block_size", 128)
-    blocks = size("index_topk_blocks", "sparse_topk_blocks", 16)
+    kind = "minimax_m3 sparse_attention_config" if old else "minimax_m3"
+    indexer = Indexer(**inside.fields(f"{kind} indexer"), weighs=False)
+    topk = math.prod(inside.fields(f"{kind} blocks").values())
     types = read.layer_types(layers, ("full_attention", "minimax_m3_sparse"))
     selecting = [kind == "minimax_m3_sparse" for kind in types]
     selecting = selecting or (_flags(inside, "sparse_attention_freq", layers) if old else [])
-    indexer = Indexer(heads=heads, features=features, weighs=False)
-    sparse = replace(attention, topk=block * blocks, indexer=indexer)
+    sparse = replace(attention, topk=topk, indexer=indexer)
     attentions = [sparse if own else attention for own in selecting or [False] * layers]
     inner = read.integer("dense_intermediate_size", 12288)
     wide = read.integer("shared_intermediate_size", 3072)
@@ -389,34 +354,19 @@ def _mimo_v2(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"attentions": [other if own else full for own in slides], "mlps": mlps}
 
 
-def _windowed(
-    read: Reader, values: ConfigFields, attention: Attention, window: int, every: int
-) -> list[Sublayer]:
-    """Return layers with a window and rotary positions, and layers with neither."""
-    layers = values["layers"]
-    windows = read.windows(layers, window, lambda i: (i + 1) % every > 0)
-    still = replace(attention, rotary=0)
-    return [replace(attention, window=size) if size else still for size in windows]
-
-
 def _beam(read: Reader, values: ConfigFields) -> ConfigFields:
-    heads = values["heads"]
-    features = values["head_dim"]
-    attention = replace(attention_of(values), gates=heads * features, gate_bias=True)
-    width = read.integer("moe_intermediate_size")
-    sparse = _sparse(read, values["layers"], 3)
-    found = routed(read, values, "num_experts", width, dense=lambda i: not sparse[i])
-    softcap = read.capped("final_logit_softcapping", True)
-    attentions = _windowed(read, values, attention, 512, 6)
-    return {"attentions": attentions, "logit_softcap": softcap, **found}
+    layers = values["layers"]
+    gates = {"gates": values["heads"] * values["head_dim"]}
+    dense = [not own for own in _sparse(read, layers, 3)]
+    mlps = routed(read, values, "num_experts", dense=dense.__getitem__)
+    return turning(values | gates, read.windows(layers, 512, all_but_each(6))) | mlps
 
 
 def _kolibri(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = read.integer("moe_intermediate_size")
     shared = read.integer("shared_expert_intermediate_size", 512, low=0)
     count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    attentions = _windowed(read, values, attention_of(values), 513, 5)
-    return {"attentions": attentions, **routed(read, values, count, width, shared)}
+    layers = turning(values, read.windows(values["layers"], 513, all_but_each(5)))
+    return layers | routed(read, values, count, shared=shared)
 
 
 def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -424,15 +374,8 @@ def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
     between them, the residual is several streams."""
     if read.raw("ple_layer_ids"):
         raise read.fail("ple_layer_ids", "expected none: embeddings of n-grams are not supported")
-    ratio = read.integer("indexer_compress_ratio")
     read.integer("indexer_kv_heads", 1, high=1)
-    indexer = Indexer(
-        heads=read.integer("indexer_n_heads"),
-        features=read.integer("indexer_head_dim"),
-        weighs=False,
-        joint=True,
-        ratio=ratio,
-    )
+    indexer = Indexer(**read.fields("qwen4 indexer"), weighs=False, joint=True)
     topk = read.integer("indexer_budget")
     types = read.raw("layer_types")
     if isinstance(types, list):  # released files write the name of attention to all positions

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError
+from simulator.models.tables import read_names
+
+_KEYS: Mapping[str, Mapping[str, Sequence[Any]]] = read_names("fields")
+"""Kind of sublayer or object -> its fields -> key and default of each; null: the key is needed."""
 
 # values of keys by name: fields of the model and of its usual sublayers; "attentions" and "mlps"
 # are the sublayers of each layer, if layers differ; "sublayers" are all those of each layer
@@ -90,6 +94,16 @@ class Reader:
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
+    def fields(self, kind: str) -> ConfigFields:
+        """Return the fields of a kind of :data:`_KEYS`: flags, where the default is one, and whole
+        numbers."""
+        return {
+            name: self.flag(key, default)
+            if isinstance(default, bool)
+            else self.integer(key, default)
+            for name, (key, default) in _KEYS[kind].items()
+        }
 
     def capped(self, key: str, absent: bool) -> bool:
         """Return whether a soft cap is set; null means no cap."""

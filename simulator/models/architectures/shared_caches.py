@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.models.architectures.architecture import (
+    all_but_each,
     mlp_of,
     read_table,
     routed,
@@ -46,7 +47,7 @@ def _inputs(read: Reader, low: int) -> list[LayerInputs]:
 
 def _gemma3n(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
-    windows = read.windows(layers, 512, lambda layer: (layer + 1) % 5 > 0)
+    windows = read.windows(layers, 512, all_but_each(5))
     attentions = [_attention(values, reads_cache=shares) for shares in _sharing(read, windows, 15)]
     streams = read.integer("altup_num_inputs", 4, low=2)
     inputs = _inputs(read, low=1)
@@ -58,12 +59,11 @@ def _gemma3n(read: Reader, values: ConfigFields) -> ConfigFields:
         "others": ((laurel,), (AltUp(streams=streams), *inputs)),
         "streams": streams,
         "other_parameters": inputs[0].width,  # norm of the projected inputs
-        "logit_softcap": read.capped("final_logit_softcapping", True),
     }
 
 
 def _gemma4(read: Reader, values: ConfigFields) -> ConfigFields:
-    windows = read.windows(values["layers"], 512, lambda layer: (layer + 1) % 6 > 0)
+    windows = read.windows(values["layers"], 512, all_but_each(6))
     windows = (*windows[:-1], 0)  # Transformers gives the last layer full attention
     bidirectional = ("vision",)  # "all" makes an encoder
     read.value(
@@ -91,7 +91,6 @@ def _gemma4(read: Reader, values: ConfigFields) -> ConfigFields:
         "mlps": mlps,
         "others": ((), tuple(inputs)),
         "other_parameters": sum(one.width for one in inputs),  # norm of the projected inputs
-        "logit_softcap": read.capped("final_logit_softcapping", False),
     }
 
 
@@ -101,15 +100,7 @@ def _gemma4_experts(read: Reader, values: ConfigFields) -> ConfigFields:
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             read.raw(key)  # without effect
         return fields
-    width = read.integer("moe_intermediate_size")
-    experts = routed(
-        read,
-        values,
-        "num_experts",
-        width,
-        values["inner"],
-        branch_norms=True,
-    )["mlps"]
+    experts = routed(read, values, "num_experts", shared=values["inner"], branch_norms=True)["mlps"]
     mlps = [replace(some, shared_inner=mlp.inner) for some, mlp in zip(experts, fields["mlps"])]
     return fields | {"mlps": mlps}
 
