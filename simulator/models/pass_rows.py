@@ -222,6 +222,11 @@ class PassRows:
             written = k * float(DTYPE_BYTES[lowering.dtype] / DTYPE_BYTES[lowering.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
+    def output(self, sublayer: Weights, inputs: Any, bias: bool = False) -> OperatorRows:
+        """Yield the output projection of a mixer, after the conversion of its inputs."""
+        yield from self.quantized("o", sublayer.part, inputs)
+        yield from self.product(sublayer, "o", self.hidden, inputs, bias)
+
     def residual_projection(self, sublayer: Weights, n: Any) -> OperatorRows:
         """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
         adds."""
@@ -248,13 +253,13 @@ class PassRows:
         role: str,
         part: Part,
         n: Any,
-        read: Any,
-        write: Any,
+        read: Any = None,
+        write: Any = None,
         params: Any = 0,
         tokens: int = 0,
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
-        are in elements."""
+        are in elements, by default the features."""
         stream = self.lowering.stream_dtype
         tokens = tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
@@ -265,8 +270,8 @@ class PassRows:
             "m": tokens,
             "n": n,
             "params": params * self.owns,
-            "read_bytes": size * read,
-            "write_bytes": size * write,
+            "read_bytes": size * (n if read is None else read),
+            "write_bytes": size * (n if write is None else write),
             "dtype": stream,
             "weight_dtype": stream,
         }
@@ -274,7 +279,7 @@ class PassRows:
     def rotary(self, features: Any) -> OperatorRows:
         """Yield the rotation of ``features`` of queries and keys."""
         if present(features):
-            yield self.move("rotary", Part.ATTENTION, features, features, features)
+            yield self.move("rotary", Part.ATTENTION, features)
 
     def cache_write(self, elements: Any, heads: Any, kv_heads: Any) -> OperatorRow:
         """Return the row that writes the cache; a joined cache is extended, a copied one is then

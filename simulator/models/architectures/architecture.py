@@ -50,6 +50,17 @@ class Architecture:
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
     more: Rule = lambda read, values: {}  # further rules
 
+    def _stated(self, read: Reader) -> ConfigFields:
+        """Return the fields that flags and soft caps state."""
+        return {
+            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
+            **{name: read.capped(key, absent) for name, (key, absent) in self.caps.items()},
+            **{
+                name: some if read.flag(key, default) else other
+                for name, (key, default, some, other) in self.choices.items()
+            },
+        }
+
     def values(self, read: Reader) -> ConfigFields:
         hidden = read.integer("hidden_size")
         heads = read.integer("num_attention_heads", self.absent.get("heads"))
@@ -92,12 +103,7 @@ class Architecture:
                 if self.window is None
                 else read.windows(layers, self.window, self.windowed)
             ),
-            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
-            **{name: read.capped(key, absent) for name, (key, absent) in self.caps.items()},
-            **{
-                name: some if read.flag(key, default) else other
-                for name, (key, default, some, other) in self.choices.items()
-            },
+            **self._stated(read),
             "max_positions": positions,
             "learned_positions": 0 if self.learned is None else positions + self.learned,
             **self.fixed,

@@ -59,6 +59,11 @@ class Sublayer:
     PART: ClassVar[Part] = Part.ATTENTION
     # sizes that can differ between layers of one structure; pruning changes some of them
     SIZES: ClassVar[tuple[str, ...]] = ()
+    # sizes that devices divide among them, each with the texts of its SharedSize
+    DIVIDED: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    COPIED: ClassVar[tuple[str, ...]] = ()  # those of which further devices hold copies
+    # sizes that pruning changes: name, such as "KV heads", and field or property
+    NAMED: ClassVar[tuple[tuple[str, str], ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
     WHOLE: ClassVar[tuple[str, ...]] = ()
     LABEL: ClassVar[str] = ""  # name of the kind; "": a small addition to other sublayers
@@ -115,15 +120,21 @@ class Sublayer:
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         """Return the sizes that tensor or expert parallel divides among devices."""
-        return ()
+        return tuple(
+            SharedSize(words, getattr(self, name), prune, name in self.COPIED)
+            for name, words, prune in self.DIVIDED
+        )
 
     def share(self: S, devices: int, parallel: str) -> S:
         """Return the part of the sublayer that each of several devices computes."""
-        return self
+        parts: dict[str, Any] = {
+            name: max(getattr(self, name) // devices, int(name in self.COPIED))
+            for name, *_ in self.DIVIDED
+        }
+        return replace(self, **parts)
 
     def sizes(self) -> BySize:
-        """Return the sizes that pruning changes by name, such as "KV heads"."""
-        return {}
+        return {name: getattr(self, field) for name, field in self.NAMED}
 
     def narrower(self: S, shares: BySize, align: int, inner: int | None) -> S:
         """Return the sublayer without shares of its parts: "attention" (KV heads with their query

@@ -55,9 +55,9 @@ class CompressedAttention(LatentAttention):
         yield from p.quantized("qkv", part, hidden)
         for role in ("q_a", "kv_a"):
             yield p.gemm(role, part, *weights[role])
-        yield p.move("latent_norm", part, self.normed, self.normed, self.normed, self.normed)
+        yield p.move("latent_norm", part, self.normed, params=self.normed)
         yield p.gemm("q_b", part, *weights["q_b"])
-        yield p.move("qk_norm", part, queries, queries, queries)
+        yield p.move("qk_norm", part, queries)
         yield from p.rotary((heads + 1) * self.rotary)
         yield p.cache_write(self.cached, heads, heads)
         ratio = 0

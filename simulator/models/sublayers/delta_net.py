@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.codes import Kind
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,12 @@ class DeltaNet(Sublayer):
     the decay of the state. In Kimi's delta attention every feature of a key has a decay."""
 
     SIZES = ("heads", "kv_heads")
+    DIVIDED = (
+        ("heads", "{} attention heads", "width heads={}"),
+        ("kv_heads", "{} key/value heads", "width attention={}"),
+    )
+    COPIED = ("kv_heads",)
+    NAMED = (("value heads", "heads"), ("key heads", "kv_heads"))
     LABEL = "gated delta net"
     WHOLE = ("delta_in", "delta_ba", "delta_rank", "delta_up")
 
@@ -101,19 +107,6 @@ class DeltaNet(Sublayer):
         weights = self.stored(hidden)
         return weights + self.state_parameters + self.value
 
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (
-            SharedSize("{} attention heads", self.heads, "width heads={}"),
-            SharedSize("{} key/value heads", self.kv_heads, "width attention={}", copies=True),
-        )
-
-    def share(self, devices: int, parallel: str) -> DeltaNet:
-        kv_heads = max(self.kv_heads // devices, 1)
-        return replace(self, heads=self.heads // devices, kv_heads=kv_heads)
-
-    def sizes(self) -> BySize:
-        return {"value heads": self.heads, "key heads": self.kv_heads}
-
     def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone
         groups = remaining(self.kv_heads, shares["attention"])
@@ -152,5 +145,4 @@ class DeltaNet(Sublayer):
             kv_len=p.kept(self.conv),
         )
         yield p.move("gated_norm", part, values, 2 * values, values, self.value)
-        yield from p.quantized("o", part, values)
-        yield from p.product(self, "o", hidden, values)
+        yield from p.output(self, values)

@@ -221,7 +221,7 @@ class Experts(Sublayer):
             yield from p.product(self, "latent_out", *latents["latent_out"], self.shared_bias)
         if self.branch_norms:
             yield p.norm_after(part, adds=False)
-            yield p.move("residual", part, hidden, 2 * hidden, hidden)
+            yield p.move("residual", part, hidden, 2 * hidden)
 
     def _router_rows(self, p: PassRows) -> OperatorRows:
         part = self.part
@@ -233,7 +233,7 @@ class Experts(Sublayer):
                 yield row | {"params": row["params"] + bias * n * p.owns}
             if role == "router_in":
                 owned = (1 + self.router_carry) * inner
-                yield p.move("mlp_norm", part, inner, inner, inner, owned)
+                yield p.move("mlp_norm", part, inner, params=owned)
 
     def _select(self, p: PassRows, tokens: int, devices: int) -> OperatorRow:
         """Return the kernel that changes which experts each token uses."""

@@ -90,7 +90,7 @@ class Indexer:
         if self.compressor is not None:
             yield from self.compressor.rows(p)
         owned = 0 if self.compressor is not None else self.own
-        yield p.move("index_norm", part, made, made, made, owned)
+        yield p.move("index_norm", part, made, params=owned)
         paged = p.lowering.engine.cache == "paged"
         yield {
             "kind": Kind.INDEXER,

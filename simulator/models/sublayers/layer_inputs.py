@@ -46,5 +46,5 @@ class LayerInputs(Sublayer):
         hidden = p.hidden
         width = self.width
         yield p.gemm("layer_gate", part, width, hidden)
-        yield p.move("activation", part, width, 2 * width, width)
+        yield p.move("activation", part, width, 2 * width)
         yield p.gemm("layer_output", part, hidden, width)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, aligned, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -16,6 +16,8 @@ class Mamba(Sublayer):
     depend on the input."""
 
     SIZES = ("channels", "state")
+    DIVIDED = (("channels", "{} Mamba channels", "width mamba_heads={}"),)
+    NAMED = (("Mamba heads", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba"
     WHOLE = ("mamba_in", "mamba_x", "mamba_dt")
 
@@ -73,15 +75,6 @@ class Mamba(Sublayer):
         biases = self.bias * (2 * self.channels + hidden)
         return weights + conv + self.state_parameters + self.norm_weights + biases
 
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("{} Mamba channels", self.channels, "width mamba_heads={}"),)
-
-    def share(self, devices: int, parallel: str) -> Mamba:
-        return replace(self, channels=self.channels // devices)
-
-    def sizes(self) -> BySize:
-        return {"Mamba heads": self.channels, "Mamba state": self.state}
-
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba:
         if shares["mamba_channels"] > 0:
             raise InputError(
@@ -107,10 +100,9 @@ class Mamba(Sublayer):
             yield from p.collective("all_reduce", part, p.tokens, self.selected)
         if self.norm:
             moved = self.selected
-            yield p.move("mamba_norm", part, moved, moved, moved, self.norm_weights)
+            yield p.move("mamba_norm", part, moved, params=self.norm_weights)
         for _ in range(self.heads):
             yield from p.product(self, "mamba_dt", each, self.rank)
         owned = self.state_parameters * p.owns
         yield p.recurrence("mamba", channels, self.heads, self.state, 1, params=owned)
-        yield from p.quantized("o", part, channels)
-        yield from p.product(self, "o", p.hidden, channels, self.bias)
+        yield from p.output(self, channels, self.bias)

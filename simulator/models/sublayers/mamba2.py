@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -14,6 +14,12 @@ class Mamba2(Sublayer):
     """One projection makes gate, x, B, C and step sizes; heads share B and C in groups."""
 
     SIZES = ("heads", "channels", "state", "groups")
+    DIVIDED = (
+        ("heads", "{} Mamba heads", "width mamba_heads={}"),
+        ("groups", "{} Mamba groups", "width mamba_heads={}"),
+    )
+    COPIED = ("groups",)
+    NAMED = (("Mamba heads", "heads"), ("Mamba channels", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba-2"
     WHOLE = ("mamba_in",)
 
@@ -60,23 +66,6 @@ class Mamba2(Sublayer):
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
         return weights + conv + self.state_parameters + self.norm * self.inner + biases
 
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (
-            SharedSize("{} Mamba heads", self.heads, "width mamba_heads={}"),
-            SharedSize("{} Mamba groups", self.groups, "width mamba_heads={}", copies=True),
-        )
-
-    def share(self, devices: int, parallel: str) -> Mamba2:
-        groups = max(self.groups // devices, 1)
-        return replace(self, heads=self.heads // devices, groups=groups)
-
-    def sizes(self) -> BySize:
-        return {
-            "Mamba heads": self.heads,
-            "Mamba channels": self.channels,
-            "Mamba state": self.state,
-        }
-
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba2:
         # groups keep equal numbers of heads (arXiv 2504.11409, section 3.1)
         heads = remaining(self.heads // self.groups, shares["mamba_heads"]) * self.groups
@@ -96,5 +85,4 @@ class Mamba2(Sublayer):
         yield p.recurrence("mamba", *sizes, block=self.chunk, params=owned)
         role = "gated_norm" if self.norm else "output_gate"
         yield p.move(role, part, inner, 2 * inner, inner, self.norm * inner)
-        yield from p.quantized("o", part, inner)
-        yield from p.product(self, "o", p.hidden, inner, self.bias)
+        yield from p.output(self, inner, self.bias)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from simulator.codes import Part
 from simulator.models.form import present
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned
+from simulator.models.sublayers.base import BySize, Sublayer, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class Mlp(Sublayer):
     PART = Part.MLP
     LABEL = "MLP"
     SIZES = ("inner", "out")
+    DIVIDED = (("inner", "an MLP width of {}", "width mlp={}"),)
+    NAMED = (("inner width", "inner"),)
 
     inner: int
     gated: bool = True
@@ -59,15 +61,6 @@ class Mlp(Sublayer):
         others."""
         return (2 if self.channel_scales else self.inner_norm) * self.inner
 
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("an MLP width of {}", self.inner, "width mlp={}"),)
-
-    def share(self, devices: int, parallel: str) -> Mlp:
-        return replace(self, inner=self.inner // devices)
-
-    def sizes(self) -> BySize:
-        return {"inner width": self.inner}
-
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mlp:
         if not shares["mlp"]:
             return self
@@ -83,7 +76,7 @@ class Mlp(Sublayer):
         read = (2 if self.gated else 1) * inner
         yield p.move("activation", part, inner, read, inner, self.scalars)
         if self.inner_norm:
-            yield p.move("inner_norm", part, inner, inner, inner, self.inner_weights)
+            yield p.move("inner_norm", part, inner, params=self.inner_weights)
         yield from p.quantized("down", part, inner)
         bias = self.bias or self.down_bias
         yield from p.product(self, "down", self.outputs(hidden), inner, bias)

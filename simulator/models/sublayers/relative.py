@@ -88,7 +88,7 @@ class Blocks(Entry):
             for _ in range(many):
                 yield p.wide_gemm(role, part, n, k)
         if self.sources:
-            yield p.move("entry", part, p.hidden, self.sources * p.hidden, p.hidden)
+            yield p.move("entry", part, p.hidden, self.sources * p.hidden)
 
     def after(self, p: PassRows, part: Part) -> OperatorRows:
         row = convolution(p, p.hidden, self.conv, part=part, role="output_conv")

@@ -68,11 +68,10 @@ class ShortConv(Sublayer):
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         channels = p.hidden // self.parts
-        gate = p.move("conv_gate", part, channels, 2 * channels, channels)
+        gate = p.move("conv_gate", part, channels, 2 * channels)
         yield from p.quantized("qkv", part, p.hidden)
         yield from p.product(self, "conv_in", 3 * channels, p.hidden, self.bias)
         yield gate
         yield convolution(p, channels, self.conv, self.bias)
         yield gate
-        yield from p.quantized("o", part, channels)
-        yield from p.product(self, "o", p.hidden, channels, self.bias)
+        yield from p.output(self, channels, self.bias)
