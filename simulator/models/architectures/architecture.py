@@ -45,6 +45,10 @@ class Architecture:
     choices: Mapping[str, tuple[str, bool, str, str]] = field(default_factory=dict)
     # field -> key of a soft cap, and whether there is a cap without the key
     caps: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    # experts: key of their number, whether their width is that of an MLP, keys and defaults of the
+    # width of a shared MLP or of the number of shared experts, and default number of first layers
+    # without experts
+    experts: Mapping[str, Any] | None = None
     blocks: bool = False  # whether block_configs states the layers
     unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
@@ -108,6 +112,8 @@ class Architecture:
             "learned_positions": 0 if self.learned is None else positions + self.learned,
             **self.fixed,
         }
+        if self.experts is not None:
+            values |= _stated_experts(read, values, **self.experts)
         values |= self.more(read, values)
         read.divisor("num_key_value_heads", values["kv_heads"], heads, "num_attention_heads")
         return values
@@ -222,6 +228,27 @@ def routed(
     by_active = {many: replace(routed, active=float(many)) for many in set(active)}
     mlps = [plain if dense(layer) else by_active[many] for layer, many in enumerate(active)]
     return {"mlps": mlps}
+
+
+def _stated_experts(
+    read: Reader,
+    values: ConfigFields,
+    count: str,
+    whole: bool = False,
+    shared: tuple[str, int] | None = None,
+    copies: tuple[str, int] | None = None,
+    first: int | None = None,
+) -> ConfigFields:
+    """Return the MLPs of layers with experts, as a table states them."""
+    return routed(
+        read,
+        values,
+        count,
+        values["inner"] if whole else 0,
+        read.integer(*shared, low=0) if shared else 0,
+        (lambda layer: False) if first is None else dense_layers(read, values["layers"], first),
+        read.or_none(*copies) if copies else 0,
+    )
 
 
 def dense_layers(read: Reader, layers: int, first: int) -> Callable[[int], bool]:

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 from simulator.codes import Part
 from simulator.models.architectures.architecture import (
-    Rule,
     attention_of,
-    dense_layers,
     read_table,
     rotary_layers,
     routed,
@@ -16,10 +14,6 @@ from simulator.models.architectures.architecture import (
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
-
-
-def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
-    return routed(read, values, "num_local_experts", values["inner"])
 
 
 def qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -81,19 +75,6 @@ def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
     return turning(values, windows, rotary) | mlps
 
 
-def mixture(shared: int | None = None, first: int | None = None) -> Rule:
-    """Return the rule for experts in the usual keys, with the default numbers of shared experts and
-    of first layers without experts; None: no such key."""
-
-    def more(read: Reader, values: ConfigFields) -> ConfigFields:
-        copies = 0 if shared is None else read.or_none("num_shared_experts", shared)
-        layers = values["layers"]
-        dense = (lambda layer: False) if first is None else dense_layers(read, layers, first)
-        return routed(read, values, "num_experts", dense=dense, copies=copies)
-
-    return more
-
-
 def _dbrx(read: Reader, values: ConfigFields) -> ConfigFields:
     ffn = replace(read.part("ffn_config"), names_of={"num_experts_per_tok": "moe_top_k"})
     width = ffn.integer("ffn_hidden_size")
@@ -113,11 +94,6 @@ def _ernie(read: Reader, values: ConfigFields) -> ConfigFields:
         return not first <= layer <= last or (layer + 1) % step > 0
 
     return routed(read, values, "num_experts", dense=dense, copies=copies)
-
-
-def granite_shared(read: Reader, values: ConfigFields) -> ConfigFields:
-    shared = read.integer("shared_intermediate_size", 0, low=0)
-    return routed(read, values, "num_local_experts", values["inner"], shared)
 
 
 def _hunyuan(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -143,7 +119,7 @@ def _jetmoe(read: Reader, values: ConfigFields) -> ConfigFields:
 
 def _minimax_m2(read: Reader, values: ConfigFields) -> ConfigFields:
     rotary = read.integer("rotary_dim", values["rotary_dim"], high=values["head_dim"])
-    return _local_experts(read, values) | {"rotary_dim": rotary}
+    return {"rotary_dim": rotary}
 
 
 def _olmoe(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -151,7 +127,7 @@ def _olmoe(read: Reader, values: ConfigFields) -> ConfigFields:
     heads = values["heads"]
     if heads * values["head_dim"] != hidden:  # the norm of queries has hidden_size weights
         raise read.fail("head_dim", f"expected hidden_size {hidden} / {heads} query heads")
-    return mixture()(read, values)
+    return {}
 
 
 def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -194,26 +170,16 @@ def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
 TABLE = read_table(
     "experts",
     more={
-        "mixtral": _local_experts,
         "qwen2_moe": _qwen_experts,
         "qwen3_moe": _qwen_experts,
-        "gpt_oss": _local_experts,
         "glm4_moe": _glm4_moe,
         "llama4_text": _llama4,
-        "aria_text": mixture(shared=2),
         "dbrx": _dbrx,
         "ernie4_5_moe": _ernie,
-        "granitemoe": _local_experts,
-        "granitemoeshared": granite_shared,
         "hunyuan_v1_moe": _hunyuan,
-        "hy_v3": mixture(shared=1, first=1),
         "jetmoe": _jetmoe,
-        "mellum": mixture(first=0),
         "minimax_m2": _minimax_m2,
         "olmoe": _olmoe,
-        "phimoe": _local_experts,
-        "sarvam_moe": mixture(shared=1, first=1),
-        "solar_open": mixture(shared=1),
         "zaya": _zaya,
     },
     windowed={

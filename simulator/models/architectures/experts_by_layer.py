@@ -13,7 +13,6 @@ from simulator.models.architectures.architecture import (
     turning,
 )
 from simulator.models.architectures.dense import granite_swa
-from simulator.models.architectures.experts import granite_shared, mixture
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import Attention
 
@@ -22,7 +21,7 @@ def _afmoe(read: Reader, values: ConfigFields) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
     windows = read.windows(values["layers"], 1024, all_but_each(every))
     gates = {"gates": values["heads"] * values["head_dim"]}
-    return turning(values | gates, windows) | mixture(shared=2, first=1)(read, values)
+    return turning(values | gates, windows)
 
 
 def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -51,8 +50,7 @@ def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
 def _dots1(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
     last = read.integer("max_window_layers", layers, low=0)
-    windows = read.windows(layers, 4096, lambda layer: layer >= last)
-    return {"windows": windows} | mixture(shared=0, first=0)(read, values)
+    return {"windows": read.windows(layers, 4096, lambda layer: layer >= last)}
 
 
 def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -62,7 +60,7 @@ def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
     windows = read.windows(layers, 4096, all_but_each(step))
     rotary = () if any(windows) else [1] * layers
-    return turning(values, windows, rotary) | mixture(shared=1, first=1)(read, values)
+    return turning(values, windows, rotary)
 
 
 def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -114,9 +112,7 @@ TABLE = read_table(
         "dots1": _dots1,
         "exaone_moe": _exaone_moe,
         "flint": _flint,
-        "granitemoe_swa": lambda read, values: (
-            granite_swa(read, values) | granite_shared(read, values)
-        ),
+        "granitemoe_swa": granite_swa,
         "laguna": _laguna,
     },
     windowed={

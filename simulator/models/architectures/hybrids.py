@@ -60,6 +60,13 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
     return {"attentions": [kinds[kind] for kind in types]}
 
 
+def _mixed(
+    read: Reader, values: ConfigFields, usual: Callable[[int], str], **kinds: Sublayer
+) -> ConfigFields:
+    """Return the mixer of each layer, by its type."""
+    return _mixers(_types(read, values["layers"], (*kinds,), usual), **kinds)
+
+
 def _rank(read: Reader, key: str, hidden: int) -> int:
     """Return the rank of Mamba's step sizes."""
     return math.ceil(hidden / 16) if read.raw(key) in (None, "auto") else read.integer(key)
@@ -139,7 +146,6 @@ def _granite(read: Reader, values: ConfigFields) -> ConfigFields:
     MLP alone."""
     hidden = values["hidden"]
     layers = values["layers"]
-    types = _types(read, layers, (_ATTENTION, _LINEAR), lambda layer: _LINEAR)
     mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
     attention = replace(attention_of(values), rotary=rotates * values["rotary_dim"])
@@ -148,7 +154,10 @@ def _granite(read: Reader, values: ConfigFields) -> ConfigFields:
         mlps = routed(read, values, "num_local_experts", values["inner"], shared)
     else:
         mlps = {"mlps": [replace(mlp_of(values), inner=shared)] * layers}
-    return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
+    mixers = _mixed(
+        read, values, lambda layer: _LINEAR, full_attention=attention, linear_attention=mixer
+    )
+    return mixers | mlps
 
 
 def _nemotron_types(read: Reader) -> list[str]:
@@ -337,9 +346,10 @@ def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
 def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
     layers = values["layers"]
     attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
-    types = _types(
-        read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION if layer in attends else "conv"
-    )
+
+    def usual(layer: int) -> str:
+        return _ATTENTION if layer in attends else "conv"
+
     inner = values["inner"]
     size = read.integer("block_multiple_of", 256)
     factor = read.number("block_ffn_dim_multiplier", 1.0, high=1000)
@@ -347,36 +357,37 @@ def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
         inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
     mlp = replace(mlp_of(values), inner=inner)
     conv = ShortConv(**read.fields("lfm2"))
-    mixers = _mixers(types, full_attention=attention_of(values), conv=conv)
+    mixers = _mixed(read, values, usual, full_attention=attention_of(values), conv=conv)
     return {**mixers, "mlps": [mlp] * layers}
 
 
 def _lfm2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    types = _types(read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION)
     dense = read.integer("num_dense_layers", 2, low=0)
     read.flag("use_expert_bias", True)  # a buffer
     mlps = routed(read, values, "num_experts", dense=lambda layer: layer < dense)
+    attention = attention_of(values)
     conv = ShortConv(**read.fields("lfm2"))
-    return _mixers(types, full_attention=attention_of(values), conv=conv) | mlps
+    mixers = _mixed(read, values, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
+    return mixers | mlps
 
 
 def _lfm3(read: Reader, values: ConfigFields) -> ConfigFields:
-    sliding = "sliding_attention"
-
     def usual(layer: int) -> str:
         if layer % 4 == 2:
             return _ATTENTION
-        return sliding if layer % 4 == 0 and layer else "conv"
+        return "sliding_attention" if layer % 4 == 0 and layer else "conv"
 
-    types = _types(read, values["layers"], (_ATTENTION, sliding, "conv"), usual)
     window = read.integer("sliding_window", 256)
     gates = values["heads"] if read.flag("use_attention_gate", True) else 0
     attention = replace(attention_of(values), gates=gates)
-    conv = ShortConv(**read.fields("lfm3"))
-    windows = tuple(window if kind == sliding else 0 for kind in types)
-    mixers = _mixers(types, full_attention=attention, sliding_attention=attention, conv=conv)
-    return mixers | {"windows": windows}
+    return _mixed(
+        read,
+        values,
+        usual,
+        full_attention=attention,
+        sliding_attention=replace(attention, window=window),
+        conv=ShortConv(**read.fields("lfm3")),
+    )
 
 
 def _delta_net(read: Reader, kind: str, joint: str) -> DeltaNet:
@@ -418,16 +429,16 @@ def _beside_shared(read: Reader, values: ConfigFields) -> ConfigFields:
 def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
     sliding = "sliding_attention"
     pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
-    known = (_ATTENTION, sliding, _LINEAR)
-    types = _types(read, values["layers"], known, lambda layer: pattern[layer % len(pattern)])
-    window = read.integer("sliding_window", 512)
     attention = attention_of(values)
-    net = _delta_net(read, "lara delta_net", "qkv")
-    mixers = _mixers(
-        types, full_attention=attention, sliding_attention=attention, linear_attention=net
+    mixers = _mixed(
+        read,
+        values,
+        lambda layer: pattern[layer % len(pattern)],
+        full_attention=attention,
+        sliding_attention=replace(attention, window=read.integer("sliding_window", 512)),
+        linear_attention=_delta_net(read, "lara delta_net", "qkv"),
     )
-    windows = tuple(window if kind == sliding else 0 for kind in types)
-    return mixers | _beside_shared(read, values) | {"windows": windows}
+    return mixers | _beside_shared(read, values)
 
 
 def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
@@ -461,12 +472,6 @@ def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
 
 
 def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
-    types = _types(
-        read,
-        values["layers"],
-        (_ATTENTION, _LINEAR),
-        lambda layer: _LINEAR if layer % 2 else _ATTENTION,
-    )
     lightning = LightningAttention(
         heads=values["heads"],
         head_dim=values["head_dim"],
@@ -475,8 +480,13 @@ def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
     attention = replace(
         attention_of(values), rotary=read.integer("rotary_dim", values["rotary_dim"])
     )
-    mixers = _mixers(types, full_attention=attention, linear_attention=lightning)
-    return mixers | routed(read, values, "num_local_experts", values["inner"])
+    return _mixed(
+        read,
+        values,
+        lambda layer: _LINEAR if layer % 2 else _ATTENTION,
+        full_attention=attention,
+        linear_attention=lightning,
+    )
 
 
 def latent_of(
@@ -511,20 +521,17 @@ def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
             return _ATTENTION if attends else _LINEAR
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
-    types = _types(read, layers, (_ATTENTION, _LINEAR), usual)
     latent = latent_of(read, values, "hybrid latent", 0, rotates_positions=False)
-    mixers = _mixers(types, full_attention=latent, linear_attention=net)
+    mixers = _mixed(read, values, usual, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, values, 1)
 
 
 def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
     group = read.integer("layer_group_size", 6)
-    types = _types(
-        read,
-        values["layers"],
-        (_ATTENTION, _LINEAR),
-        lambda layer: _LINEAR if (layer + 1) % group else _ATTENTION,
-    )
+
+    def usual(layer: int) -> str:
+        return _LINEAR if (layer + 1) % group else _ATTENTION
+
     # Transformers saves the rotary size of latent attention as head_dim
     features = read.integer("linear_head_dim", read.integer("head_dim", 128))
     heads = read.integer("linear_num_heads", values["heads"])
@@ -538,7 +545,7 @@ def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
         channel_decay=True,
     )
     latent = latent_of(read, values, "hybrid latent", 0, gate="head")
-    mixers = _mixers(types, full_attention=latent, linear_attention=net)
+    mixers = _mixed(read, values, usual, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, values, 2)
 
 
