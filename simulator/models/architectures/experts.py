@@ -16,11 +16,11 @@ from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
 
 
-def qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
+def qwen_layers(read: Reader) -> ConfigFields:
     step = read.integer("decoder_sparse_step", 1)
-    plain = read.numbers("mlp_only_layers", [], values["layers"])
+    plain = read.numbers("mlp_only_layers", [], read["layers"])
     shared = (
-        read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+        read.integer("shared_expert_intermediate_size", low=0) if read.get("shared_gate") else 0
     )
 
     def dense(layer: int) -> bool:
@@ -28,62 +28,60 @@ def qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
 
     # Transformers 5 saves Qwen3's number of experts under another name
     count = "num_local_experts" if "num_local_experts" in read.data else "num_experts"
-    return routed(read, values, count, shared=shared, dense=dense)
+    return routed(read, count, shared=shared, dense=dense)
 
 
-def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
+def _qwen_experts(read: Reader) -> ConfigFields:
     used = read.flag("use_sliding_window")
     first = read.integer("max_window_layers", 28, low=0)
-    every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
-    windows = read.windows(
-        values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used
-    )
-    return {"windows": windows} | qwen_layers(read, values)
+    every = not read.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
+    windows = read.windows(4096, lambda i: every or (i % 2 == 0 and i < first), used)
+    return {"windows": windows} | qwen_layers(read)
 
 
-def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
+def _glm4_moe(read: Reader) -> ConfigFields:
     start = read.integer("first_k_dense_replace", 1, low=0)
     copies = read.or_none("n_shared_experts", 1)
-    return routed(read, values, "n_routed_experts", dense=lambda i: i < start, copies=copies)
+    return routed(read, "n_routed_experts", dense=lambda i: i < start, copies=copies)
 
 
-def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
+def _llama4(read: Reader) -> ConfigFields:
     """Return layers with experts or an MLP; their attention has rotary positions and chunks, or
     neither.
 
     A chunk of positions is timed as a sliding window, which is exact up to its length and computes
     more beyond."""
-    layers = values["layers"]
+    layers = read["layers"]
     step = read.integer("interleave_moe_layer_step", 1)
     with_experts = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
     read.raw("intermediate_size_mlp")  # layers with experts ignore it
     inner = read.integer("intermediate_size_mlp") if len(with_experts) < layers else 0
-    width = values["inner"]
+    width = read["inner"]
     mlps = routed(
-        read,
-        {**values, "inner": inner},
+        read.with_fields(inner=inner),
         "num_local_experts",
         width,
         width,
         lambda i: i not in with_experts,
     )
-    rotary = rotary_layers(read, layers)
+    rotary = rotary_layers(read)
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = [chunk if inside else 0 for inside in chunked]
-    return turning(values, windows, rotary) | mlps
+    return turning(read, windows, rotary) | mlps
 
 
-def _dbrx(read: Reader, values: ConfigFields) -> ConfigFields:
-    ffn = replace(read.part("ffn_config"), names_of={"num_experts_per_tok": "moe_top_k"})
+def _dbrx(read: Reader) -> ConfigFields:
+    keys = {"num_experts_per_tok": "moe_top_k"}
+    ffn = replace(read.part("ffn_config"), names_of=keys, values=read.values)
     width = ffn.integer("ffn_hidden_size")
     groups = read.part("attn_config").integer("kv_n_heads")
-    return {"kv_heads": groups} | routed(ffn, values, "moe_num_experts", width)
+    return {"kv_heads": groups} | routed(ffn, "moe_num_experts", width)
 
 
-def _ernie(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _ernie(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     first = read.integer("moe_layer_start_index", 1, low=0)
     step = read.integer("moe_layer_interval", 1)
     end = read.integer("moe_layer_end_index", -1, low=-1)
@@ -93,50 +91,50 @@ def _ernie(read: Reader, values: ConfigFields) -> ConfigFields:
     def dense(layer: int) -> bool:
         return not first <= layer <= last or (layer + 1) % step > 0
 
-    return routed(read, values, "num_experts", dense=dense, copies=copies)
+    return routed(read, "num_experts", dense=dense, copies=copies)
 
 
-def _hunyuan(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = values["inner"]
-    return routed(read, values, "num_experts", width, width)
+def _hunyuan(read: Reader) -> ConfigFields:
+    width = read["inner"]
+    return routed(read, "num_experts", width, width)
 
 
-def _jetmoe(read: Reader, values: ConfigFields) -> ConfigFields:
-    mlps = routed(read, values, "num_local_experts", values["inner"], output_bias=True)["mlps"]
-    groups = values["kv_heads"]
+def _jetmoe(read: Reader) -> ConfigFields:
+    mlps = routed(read, "num_local_experts", read["inner"], output_bias=True)["mlps"]
+    groups = read["kv_heads"]
     active = int(mlps[0].active)
     attention = AttentionExperts(
         heads=groups * active,
         kv_heads=groups,
-        head_dim=values["head_dim"],
-        rotary=values["head_dim"],
+        head_dim=read["head_dim"],
+        rotary=read["head_dim"],
         o_bias=True,
         experts=mlps[0].experts,
         active=active,
     )
-    return {"attentions": [attention] * values["layers"], "mlps": mlps}
+    return {"attentions": [attention] * read["layers"], "mlps": mlps}
 
 
-def _minimax_m2(read: Reader, values: ConfigFields) -> ConfigFields:
-    rotary = read.integer("rotary_dim", values["rotary_dim"], high=values["head_dim"])
+def _minimax_m2(read: Reader) -> ConfigFields:
+    rotary = read.integer("rotary_dim", read["rotary_dim"], high=read["head_dim"])
     return {"rotary_dim": rotary}
 
 
-def _olmoe(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden = values["hidden"]
-    heads = values["heads"]
-    if heads * values["head_dim"] != hidden:  # the norm of queries has hidden_size weights
+def _olmoe(read: Reader) -> ConfigFields:
+    hidden = read["hidden"]
+    heads = read["heads"]
+    if heads * read["head_dim"] != hidden:  # the norm of queries has hidden_size weights
         raise read.fail("head_dim", f"expected hidden_size {hidden} / {heads} query heads")
     return {}
 
 
-def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    hidden = values["hidden"]
+def _zaya(read: Reader) -> ConfigFields:
+    layers = read["layers"]
+    hidden = read["hidden"]
     types = read.layer_types(layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * layers
     window = read.or_none("sliding_window", 0)
     shares = {kind: read.rotary("partial_rotary_factor", 0.5, kind) for kind in set(types)}
-    usual = attention_of(values)
+    usual = attention_of(read)
 
     def attention(kind: str) -> ConvolvedAttention:
         return ConvolvedAttention(
@@ -152,7 +150,6 @@ def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
 
     mlps = routed(
         read,
-        values,
         "num_experts",
         zero_experts=1,
         router_inner=read.integer("router_hidden_size", 256),

@@ -17,15 +17,13 @@ from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import Attention
 
 
-def _afmoe(read: Reader, values: ConfigFields) -> ConfigFields:
+def _afmoe(read: Reader) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
-    windows = read.windows(values["layers"], 1024, all_but_each(every))
-    gates = {"gates": values["heads"] * values["head_dim"]}
-    return turning(values | gates, windows)
+    windows = read.windows(1024, all_but_each(every))
+    return turning(read.with_fields(gates=read["heads"] * read["head_dim"]), windows)
 
 
-def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _cohere2_moe(read: Reader) -> ConfigFields:
     first = read.integer("first_k_dense_replace", 0, low=0)
     prefix = read.integer("prefix_dense_sliding_window_pattern", 1)
     step = read.integer("sliding_window_pattern", 4)
@@ -33,63 +31,61 @@ def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     def windowed(layer: int) -> bool:
         return (layer + 1) % prefix > 0 if layer < first else (layer - first + 1) % step > 0
 
-    windows = read.windows(layers, 4096, windowed)
-    dense = dense_layers(read, layers, first)
+    windows = read.windows(4096, windowed)
+    dense = dense_layers(read, first)
     rotary = [window > 0 or (dense(i) and prefix == 1) for i, window in enumerate(windows)]
-    width = values["inner"]
+    width = read["inner"]
     shared = read.integer("num_shared_experts", 0, low=0) * width
-    plain = {"inner": read.integer("prefix_dense_intermediate_size", width)}
-    mlps = routed(read, values | plain, "num_experts", width, shared, dense)["mlps"]
+    plain = read.with_fields(inner=read.integer("prefix_dense_intermediate_size", width))
+    mlps = routed(plain, "num_experts", width, shared, dense)["mlps"]
     return {
         "norm": "layer_without_bias" if read.raw("rms_norm_eps") is None else "rms",
-        **turning(values, windows, rotary),
+        **turning(read, windows, rotary),
         "mlps": [replace(mlp, joins=True) for mlp in mlps],
     }
 
 
-def _dots1(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _dots1(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     last = read.integer("max_window_layers", layers, low=0)
-    return {"windows": read.windows(layers, 4096, lambda layer: layer >= last)}
+    return {"windows": read.windows(4096, lambda layer: layer >= last)}
 
 
-def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _exaone_moe(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     # a text pattern is accepted beside layer_types alone
     listed = read.raw("layer_types") is not None
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(layers, 4096, all_but_each(step))
+    windows = read.windows(4096, all_but_each(step))
     rotary = () if any(windows) else [1] * layers
-    return turning(values, windows, rotary)
+    return turning(read, windows, rotary)
 
 
-def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _flint(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     step = read.integer("decoder_sparse_step", 1)
     plain = read.numbers("mlp_only_layers", [0, 1], layers)
-    windows = read.windows(
-        layers, 513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1
-    )
+    windows = read.windows(513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1)
     shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
 
     def dense(layer: int) -> bool:
         return layer in plain or (layer + 1) % step > 0
 
-    mlps = routed(read, values, "num_experts", shared=shared, dense=dense)
-    return turning(values, windows) | mlps
+    mlps = routed(read, "num_experts", shared=shared, dense=dense)
+    return turning(read, windows) | mlps
 
 
-def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    features = values["head_dim"]
+def _laguna(read: Reader) -> ConfigFields:
+    layers = read["layers"]
+    features = read["head_dim"]
     gating = read.value(
         "gating",
         True,
         "true, per-head or per-element",
         lambda x: x in (True, "per-head", "per-element"),
     )
-    heads = read.integers("num_attention_heads_per_layer", values["heads"], layers)
-    usual = attention_of(values)
+    heads = read.integers("num_attention_heads_per_layer", read["heads"], layers)
+    usual = attention_of(read)
 
     def attention(heads: int, window: int) -> Attention:
         kind = "sliding_attention" if window else "full_attention"
@@ -99,9 +95,9 @@ def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
         return replace(usual, heads=heads, gates=gates, rotary=rotary)
 
     shared = read.integer("shared_expert_intermediate_size", 512, low=0)
-    dense = dense_layers(read, layers, 1)
-    mlps = routed(read, values, "num_experts", shared=shared, dense=dense)
-    return {"attentions": list(map(attention, heads, values["windows"]))} | mlps
+    dense = dense_layers(read, 1)
+    mlps = routed(read, "num_experts", shared=shared, dense=dense)
+    return {"attentions": list(map(attention, heads, read["windows"]))} | mlps
 
 
 TABLE = read_table(

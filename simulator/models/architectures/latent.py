@@ -51,11 +51,11 @@ def _flags(read: Reader, key: str, layers: int) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _experts(read: Reader, values: ConfigFields, shared: int, sparse: Sequence[bool]) -> list[Any]:
+def _experts(read: Reader, shared: int, sparse: Sequence[bool]) -> list[Any]:
     """Return the MLP of each layer; ``shared`` is the default number of shared experts."""
     copies = read.or_none("n_shared_experts", shared)
     dense = [not own for own in sparse]
-    found = routed(read, values, "n_routed_experts", dense=dense.__getitem__, copies=copies)
+    found = routed(read, "n_routed_experts", dense=dense.__getitem__, copies=copies)
     return list(found["mlps"])
 
 
@@ -63,37 +63,35 @@ def _deepseek(
     shared: int = 1,
     first: int = 1,
     rank: int = 1536,
-    attentions: Callable[[Reader, ConfigFields, LatentAttention], list[Any]] | None = None,
+    attentions: Callable[[Reader, LatentAttention], list[Any]] | None = None,
     **more: Any,
 ) -> Rule:
     """Return the rule for latent attention and experts, with defaults of shared experts and first
     dense layers. ``attentions`` returns the attention of each layer from the usual one."""
 
-    def rule(read: Reader, values: ConfigFields) -> ConfigFields:
-        layers = values["layers"]
-        latent = latent_of(read, values, "latent", rank, **more)
-        each = attentions(read, values, latent) if attentions else [latent] * layers
+    def rule(read: Reader) -> ConfigFields:
+        layers = read["layers"]
+        latent = latent_of(read, "latent", rank, **more)
+        each = attentions(read, latent) if attentions else [latent] * layers
         sparse = _sparse(read, layers, first)
-        return {"attentions": each, "mlps": _experts(read, values, shared, sparse)}
+        return {"attentions": each, "mlps": _experts(read, shared, sparse)}
 
     return rule
 
 
 def _dense(rank: int) -> Rule:
     """Return the rule for latent attention and an MLP."""
-    return lambda read, values: {
-        "attentions": [latent_of(read, values, "latent", rank)] * values["layers"]
-    }
+    return lambda read: {"attentions": [latent_of(read, "latent", rank)] * read["layers"]}
 
 
 def _index(read: Reader, rank: int, **more: Any) -> Indexer:
     return Indexer(rank=rank, **read.fields("indexer"), **more)
 
 
-def _indexed(read: Reader, values: ConfigFields, latent: LatentAttention) -> list[LatentAttention]:
+def _indexed(read: Reader, latent: LatentAttention) -> list[LatentAttention]:
     """Return attention to selected positions. Layers may share the selection of the layer before
     (GLM-5.2, arXiv 2603.12201)."""
-    layers = values["layers"]
+    layers = read["layers"]
     read.layer_types(layers, ("indexed_attention",))
     topk = read.integer("index_topk", 2048)
     shares = replace(latent, topk=topk)
@@ -124,17 +122,17 @@ def _with_entries(sublayers: Sequence[Any], entry: Entry) -> list[Any]:
     return [known[sublayer] for sublayer in sublayers]
 
 
-def _axk1(read: Reader, values: ConfigFields) -> ConfigFields:
+def _axk1(read: Reader) -> ConfigFields:
     """Return layers whose experts are also followed by a norm."""
-    fields = _deepseek()(read, values)
+    fields = _deepseek()(read)
     mlps = fields["mlps"]
     normed = {mlp: replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in {*mlps}}
     return {**fields, "mlps": [normed[mlp] for mlp in mlps]}
 
 
-def _axk2(read: Reader, values: ConfigFields) -> ConfigFields:
+def _axk2(read: Reader) -> ConfigFields:
     """Return layers whose norms before attention and experts are gated."""
-    fields = _deepseek(rank=384, attentions=_indexed, gate="query")(read, values)
+    fields = _deepseek(rank=384, attentions=_indexed, gate="query")(read)
     entry = GatedNorm(rank=read.integer("gated_norm_rank", 16))
     gated = {
         mlp: replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp
@@ -144,26 +142,24 @@ def _axk2(read: Reader, values: ConfigFields) -> ConfigFields:
     return {"attentions": _with_entries(fields["attentions"], entry), "mlps": mlps}
 
 
-def _streams(
-    read: Reader, values: ConfigFields, fields: ConfigFields, streams: Streams
-) -> ConfigFields:
+def _streams(read: Reader, fields: ConfigFields, streams: Streams) -> ConfigFields:
     """Return layers between which the residual is several streams."""
     return {
         **fields,
         "attentions": _with_entries(fields["attentions"], streams),
         "mlps": _with_entries(fields["mlps"], streams),
-        "other_parameters": streams.last(values["hidden"]),
+        "other_parameters": streams.last(read["hidden"]),
     }
 
 
-def _hy_v4(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _hy_v4(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     # the layers 0, 1, 5, 9 and so on select
     usual = ["full" if i == 0 or (i - 1) % 4 == 0 else "shared" for i in range(layers)]
     if read.raw("indexer_types") is None:
         read = replace(read, data={**read.data, "indexer_types": usual})
-    fields = _deepseek(attentions=_indexed, gate="value", sinks=True)(read, values)
-    return _streams(read, values, fields, Streams(streams=read.integer("hc_mult", 4)))
+    fields = _deepseek(attentions=_indexed, gate="value", sinks=True)(read)
+    return _streams(read, fields, Streams(streams=read.integer("hc_mult", 4)))
 
 
 _SPARSE = "compressed_sparse_attention"
@@ -172,8 +168,8 @@ _RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
 """Positions per entry of the compressed cache of DeepSeek-V4 by type of layer, 0 without one."""
 
 
-def _deepseek_v4(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _deepseek_v4(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     if read.flag("attention_bias"):
         raise read.fail("attention_bias", "expected false, got True")
     kinds = read.types("mlp_layer_types", layers, ("hash_moe", "moe"))
@@ -181,8 +177,8 @@ def _deepseek_v4(read: Reader, values: ConfigFields) -> ConfigFields:
     kinds = kinds or ["hash_moe" if i < hashed else "moe" for i in range(layers)]
     types = _compressed_types(read, layers)
     ratios = _ratios(read)
-    attention = {kind: _compressed(read, values, kind, ratios[kind]) for kind in _RATIOS}
-    experts = _experts(read, values, 1, [True] * layers)
+    attention = {kind: _compressed(read, kind, ratios[kind]) for kind in _RATIOS}
+    experts = _experts(read, 1, [True] * layers)
     # a table maps token ids to experts in the first layers
     biased = {kind: replace(experts[0], router_bias=kind == "moe") for kind in {*kinds}}
     fields = {
@@ -190,7 +186,7 @@ def _deepseek_v4(read: Reader, values: ConfigFields) -> ConfigFields:
         "mlps": [biased[kind] for kind in kinds],
     }
     streams = Streams(streams=read.integer("hc_mult", 4), mixes=True)
-    return _streams(read, values, fields, streams)
+    return _streams(read, fields, streams)
 
 
 def _compressed_types(read: Reader, layers: int) -> list[str]:
@@ -218,10 +214,10 @@ def _ratios(read: Reader) -> dict[str, int]:
     return {**_RATIOS, **found}
 
 
-def _compressed(read: Reader, values: ConfigFields, kind: str, ratio: int) -> CompressedAttention:
+def _compressed(read: Reader, kind: str, ratio: int) -> CompressedAttention:
     sizes = read.fields("deepseek_v4 attention")
-    width = values["head_dim"]
-    heads = values["heads"]
+    width = read["head_dim"]
+    heads = read["heads"]
     share = read.number("partial_rotary_factor", 64 / 512, high=1)
     rotary = read.integer("qk_rope_head_dim", max(int(width * share), 1), high=width)
     read.divisor("o_groups", sizes["groups"], heads, "num_attention_heads")
@@ -245,14 +241,14 @@ def _compressed(read: Reader, values: ConfigFields, kind: str, ratio: int) -> Co
     )
 
 
-def _dots3(read: Reader, values: ConfigFields) -> ConfigFields:
+def _dots3(read: Reader) -> ConfigFields:
     """Return layers that select positions, and layers with a window and other sizes, which
     ``per_layer_config`` or keys with ``swa_`` state."""
-    layers = values["layers"]
+    layers = read["layers"]
     names = ("indexed_attention", "sliding_attention", "full_attention")
     usual = [names[i >= 2 and i % 4 != 1] for i in range(layers)]
     types = read.layer_types(layers, names) or usual
-    latent = latent_of(read, values, "latent", 1024, gate="head", key_norm=True)
+    latent = latent_of(read, "latent", 1024, gate="head", key_norm=True)
     own = read.raw("per_layer_config") is None
     windowed = _dots3_sliding(read, latent) if own else latent
     window = read.integer("sliding_window", read.integer("sliding_window_size", 512))
@@ -267,7 +263,7 @@ def _dots3(read: Reader, values: ConfigFields) -> ConfigFields:
     wide = read.integer(shared, read.integer("shared_experts_intermediate_size", 1536))
     wide *= read.integer("n_shared_experts", 1)
     dense = [not own for own in sparse].__getitem__
-    found = routed(read, values, "n_routed_experts", shared=wide, dense=dense)
+    found = routed(read, "n_routed_experts", shared=wide, dense=dense)
     return {"attentions": attentions, **found}
 
 
@@ -278,7 +274,7 @@ def _dots3_sliding(read: Reader, latent: LatentAttention) -> LatentAttention:
     return replace(latent, rotary=read.integer("swa_qk_rope_head_dim", rotary), **sizes)
 
 
-def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
+def _longcat(read: Reader) -> ConfigFields:
     """Return layers of two attentions and two MLPs; experts read the input of the first MLP, and
     their output joins after the second (arXiv 2509.01322).
 
@@ -287,8 +283,8 @@ def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
     has)."""
     if read.flag("router_bias"):
         raise read.fail("router_bias", "expected false (a second bias), got True")
-    latent = latent_of(read, values, "latent", 1536)
-    mlp = mlp_of(values)
+    latent = latent_of(read, "latent", 1536)
+    mlp = mlp_of(read)
     experts = read.integer("n_routed_experts")
     none = read.or_none("zero_expert_num", 256)
     topk = read.integer("moe_topk", 12, high=experts + none)
@@ -301,14 +297,14 @@ def _longcat(read: Reader, values: ConfigFields) -> ConfigFields:
     )
     second = replace(latent, second=True)
     sublayers = (latent, routed_experts, replace(mlp, joins=True), second, mlp)
-    return {"sublayers": [sublayers] * values["layers"]}
+    return {"sublayers": [sublayers] * read["layers"]}
 
 
-def _minimax_m3(read: Reader, values: ConfigFields) -> ConfigFields:
+def _minimax_m3(read: Reader) -> ConfigFields:
     """Return layers of which some select blocks of positions; the configuration states them as
     types of layers, or in ``sparse_attention_config``."""
-    layers = values["layers"]
-    attention = replace(attention_of(values), rotary=read.integer("rotary_dim", 64))
+    layers = read["layers"]
+    attention = replace(attention_of(read), rotary=read.integer("rotary_dim", 64))
     old = read.raw("sparse_attention_config") is not None
     inside = read.part("sparse_attention_config") if old else read
     kind = "minimax_m3 sparse_attention_config" if old else "minimax_m3"
@@ -322,54 +318,54 @@ def _minimax_m3(read: Reader, values: ConfigFields) -> ConfigFields:
     inner = read.integer("dense_intermediate_size", 12288)
     wide = read.integer("shared_intermediate_size", 3072)
     wide *= read.integer("n_shared_experts", 1)
-    dense = {**values, "inner": inner}
+    dense = read.with_fields(inner=inner)
     experts = [not own for own in _sparse(read, layers, 0)]
-    found = routed(read, dense, "num_local_experts", values["inner"], wide, experts.__getitem__)
+    found = routed(dense, "num_local_experts", read["inner"], wide, experts.__getitem__)
     return {"attentions": attentions, **found}
 
 
-def _mimo_v2(read: Reader, values: ConfigFields) -> ConfigFields:
+def _mimo_v2(read: Reader) -> ConfigFields:
     """Return layers with all positions, and layers with a window, sinks and twice the KV heads."""
-    layers = values["layers"]
-    kv_heads = values["kv_heads"]
+    layers = read["layers"]
+    kv_heads = read["kv_heads"]
     pattern = _flags(read, "hybrid_layer_pattern", layers)
     types = read.layer_types(layers, ("full_attention", "sliding_attention"))
     slides = [kind == "sliding_attention" for kind in types] or pattern
     slides = slides or [i > 0 and (i + 1) % 6 > 0 for i in range(layers)]
     former = read.or_none("sliding_window_size", 0)  # without the query's own position
     window = former + 1 if former else read.integer("sliding_window", 129)
-    full = replace(attention_of(values), value_dim=read.integer("v_head_dim", 128))
+    full = replace(attention_of(read), value_dim=read.integer("v_head_dim", 128))
     other = replace(
         full,
-        heads=read.integer("swa_num_attention_heads", values["heads"]),
+        heads=read.integer("swa_num_attention_heads", read["heads"]),
         kv_heads=read.integer("swa_num_key_value_heads", 2 * kv_heads),
-        head_dim=read.integer("swa_head_dim", values["head_dim"]),
+        head_dim=read.integer("swa_head_dim", read["head_dim"]),
         value_dim=read.integer("swa_v_head_dim", full.value_dim),
         sinks=read.flag("add_swa_attention_sink_bias", True),
         window=window,
     )
     read.divisor("swa_num_key_value_heads", other.kv_heads, other.heads, "swa_num_attention_heads")
     full = replace(full, sinks=read.flag("add_full_attention_sink_bias"))
-    mlps = _experts(read, values, 0, _sparse(read, layers, 1))
+    mlps = _experts(read, 0, _sparse(read, layers, 1))
     return {"attentions": [other if own else full for own in slides], "mlps": mlps}
 
 
-def _beam(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    gates = {"gates": values["heads"] * values["head_dim"]}
+def _beam(read: Reader) -> ConfigFields:
+    layers = read["layers"]
+    gates = {"gates": read["heads"] * read["head_dim"]}
     dense = [not own for own in _sparse(read, layers, 3)]
-    mlps = routed(read, values, "num_experts", dense=dense.__getitem__)
-    return turning(values | gates, read.windows(layers, 512, all_but_each(6))) | mlps
+    mlps = routed(read, "num_experts", dense=dense.__getitem__)
+    return turning(read.with_fields(**gates), read.windows(512, all_but_each(6))) | mlps
 
 
-def _kolibri(read: Reader, values: ConfigFields) -> ConfigFields:
+def _kolibri(read: Reader) -> ConfigFields:
     shared = read.integer("shared_expert_intermediate_size", 512, low=0)
     count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    layers = turning(values, read.windows(values["layers"], 513, all_but_each(5)))
-    return layers | routed(read, values, count, shared=shared)
+    layers = turning(read, read.windows(513, all_but_each(5)))
+    return layers | routed(read, count, shared=shared)
 
 
-def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
+def _qwen4(read: Reader) -> ConfigFields:
     """Return gated delta nets, and attention that selects positions by keys of several positions;
     between them, the residual is several streams."""
     if read.raw("ple_layer_ids"):
@@ -381,7 +377,7 @@ def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
     if isinstance(types, list):  # released files write the name of attention to all positions
         types = [{"indexed_attention": "full_attention"}.get(name, name) for name in types]
     read = replace(read, data={**read.data, "layer_types": types})
-    fields = qwen_mixers(read, values, "qkv") | qwen_layers(read, values)
+    fields = qwen_mixers(read, "qkv") | qwen_layers(read)
     attentions = [
         replace(attention, topk=topk, indexer=indexer)
         if isinstance(attention, Attention)
@@ -389,7 +385,7 @@ def _qwen4(read: Reader, values: ConfigFields) -> ConfigFields:
         for attention in fields["attentions"]
     ]
     streams = Streams(streams=read.integer("hc_count", 4), rank=read.integer("hc_lowrank", 320))
-    return _streams(read, values, {**fields, "attentions": attentions}, streams)
+    return _streams(read, {**fields, "attentions": attentions}, streams)
 
 
 TABLE = read_table(

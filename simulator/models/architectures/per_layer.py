@@ -33,17 +33,17 @@ from simulator.models.tables import read_names
 def model_fields(kind: Architecture, read: Reader) -> ConfigFields:
     """Return the fields of :class:`simulator.Model` that a configuration states."""
     read = replace(read, names_of=kind.keys)
-    values = kind.values(read)
-    layers = layers_of(values)
+    read = kind.read(read)
+    layers = layers_of(read)
     absent: ConfigFields = {"per_layer_config": (None, {}), "block_configs": (None,)}
     stated = [key for key, empty in absent.items() if read.raw(key) not in empty]
-    if values.get("blocks_read"):  # usual keys of this type
+    if read.get("blocks_read"):  # usual keys of this type
         stated.remove("block_configs")
     elif kind.blocks or "block_configs" in stated:
-        layers = _block_layers(read, values, layers)
+        layers = _block_layers(read, layers)
     if "per_layer_config" in stated:
         layers = _overridden(kind, read, layers)
-    fields = {name: values[name] for name in MODEL_FIELDS if name in values}
+    fields = {name: read[name] for name in MODEL_FIELDS if name in read.values}
     return fields | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
 
 
@@ -148,7 +148,7 @@ def _read_experts(of: Reader, dense: Experts) -> Experts:
     )
 
 
-def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -> list[Layer]:
+def _block_layers(read: Reader, layers: Sequence[Layer]) -> list[Layer]:
     """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv
     2411.19146).
 
@@ -159,10 +159,10 @@ def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -
             "block_configs",
             "expected none: latent attention and delta nets per layer are not supported",
         )
-    usual = attention_of(values)
+    usual = attention_of(read)
     out = []
     for part, dense in zip(read.parts("block_configs", len(layers)), layers):
-        layer = read_block(part, dense, usual, values["hidden"])
+        layer = read_block(part, dense, usual, read["hidden"])
         window = part.part("attention").integer("window_length", dense.window, low=0)
         attention = layer.of("attention")
         if isinstance(attention, Attention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simulator.arguments import shown
@@ -42,6 +42,20 @@ class Reader:
     names_of: Mapping[str, str] = field(default_factory=dict, repr=False)
     # keys that were looked up, whether the object has them or not
     known: set[str] = field(default_factory=set, compare=False, repr=False)
+    # usual fields found so far
+    values: ConfigFields = field(default_factory=dict, compare=False, repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a usual field."""
+        return self.values[name]
+
+    def get(self, name: str, default: Any = False) -> Any:
+        """Return a usual field, which may be missing."""
+        return self.values.get(name, default)
+
+    def with_fields(self, **fields: Any) -> Reader:
+        """Return the keys with other usual fields."""
+        return replace(self, values=self.values | fields)
 
     def key(self, name: str) -> str:
         """Return the name of a key in the file; Transformers reads the usual name too."""
@@ -199,13 +213,14 @@ class Reader:
         return self.items(key, None, expected, known.__contains__, layers)
 
     def windows(
-        self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True
+        self, default: int, windowed: Callable[[int], bool], used: bool = True
     ) -> tuple[int, ...]:
         """Return the window of each layer: from the list ``layer_types``, else by the rule
         ``windowed``.
 
         A ``sliding_window`` of null means no window; if the key is missing, the default is used.
         The key is ignored unless ``used``."""
+        layers = self["layers"]
         window = self.or_none("sliding_window", default) if used else 0
         types = self.layer_types(layers, ("full_attention", "sliding_attention"))
         if not types:
