@@ -85,12 +85,11 @@ class Attention(Sublayer):
         indexer = self.indexer.products(hidden) if self.indexer else {}
         return {**super().products(hidden), **(mask if self.masks else {}), **indexer}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         biases = self.qkv_bias * sum(self.projected.values()) + self.o_bias * hidden
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         norms = self.norm_weights + self.output_weights + (self.reads > 1) * self.reads * hidden
-        return weights + biases + norms + self.score_weights + self.mask_weights + indexer
+        return biases + norms + self.score_weights + self.mask_weights + indexer
 
     @property
     def score_weights(self) -> int:

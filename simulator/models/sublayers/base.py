@@ -108,7 +108,11 @@ class Sublayer:
 
     def parameters(self, hidden: int) -> int:
         """Return the parameters, without norms of the residual stream and residual projections."""
-        return self.stored(hidden)
+        return self.stored(hidden) + self.further(hidden)
+
+    def further(self, hidden: int) -> int:
+        """Return the parameters besides those of the weights that pruning counts."""
+        return 0
 
     def stored_outside(self, hidden: int) -> int:
         """Return how many of the parameters a checkpoint stores outside the layer."""

@@ -38,9 +38,9 @@ class CompressedAttention(LatentAttention):
     def normed(self) -> int:
         return self.query_rank + self.cached
 
-    def parameters(self, hidden: int) -> int:
+    def further(self, hidden: int) -> int:
         entries = self.compressor.parameters(hidden) if self.compressor else 0
-        return super().parameters(hidden) + entries
+        return super().further(hidden) + entries
 
     def share(self, devices: int, parallel: str) -> CompressedAttention:
         return replace(self, heads=self.heads // devices, groups=max(self.groups // devices, 1))

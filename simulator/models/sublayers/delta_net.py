@@ -103,9 +103,8 @@ class DeltaNet(Sublayer):
         """Parameters of the convolution and of the decays."""
         return self.conv * (2 * self.keys + self.values) + self.heads + self.decays
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
-        return weights + self.state_parameters + self.value
+    def further(self, hidden: int) -> int:
+        return self.state_parameters + self.value
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone

@@ -93,12 +93,11 @@ class LatentAttention(Sublayer):
         """Features of the norms of the ranks."""
         return self.query_rank + self.rank + self.key_norm * self.rotary
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         biases = self.bias * (self.query_rank + self.cached + hidden)
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         others = self.gates * hidden + self.sinks * self.heads + indexer
-        return weights + biases + self.normed + others
+        return biases + self.normed + others
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> LatentAttention:
         if shares["kv"] > 0:

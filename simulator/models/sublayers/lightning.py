@@ -37,9 +37,8 @@ class LightningAttention(Sublayer):
             "o": (hidden, self.inner),
         }
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
-        return weights + self.inner
+    def further(self, hidden: int) -> int:
+        return self.inner
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> LightningAttention:
         return replace(self, heads=remaining(self.heads, shares["attention"]))

@@ -69,11 +69,10 @@ class Mamba(Sublayer):
     def norm_weights(self) -> int:
         return self.selected * (self.norm == "rms")
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         conv = self.channels * (self.conv + self.conv_bias)
         biases = self.bias * (2 * self.channels + hidden)
-        return weights + conv + self.state_parameters + self.norm_weights + biases
+        return conv + self.state_parameters + self.norm_weights + biases
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba:
         if shares["mamba_channels"] > 0:

@@ -60,11 +60,10 @@ class Mamba2(Sublayer):
         """Parameters of decays, of the direct path, and biases of step sizes."""
         return 3 * self.heads
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         conv = self.convolved * (self.conv + self.conv_bias)
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
-        return weights + conv + self.state_parameters + self.norm * self.inner + biases
+        return conv + self.state_parameters + self.norm * self.inner + biases
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba2:
         # groups keep equal numbers of heads (arXiv 2504.11409, section 3.1)

@@ -49,11 +49,10 @@ class Mlp(Sublayer):
             inputs = {role: (n, hidden) for role, n in self.projected.items()}
         return {**inputs, "down": (self.outputs(hidden), self.inner)}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         biases = self.bias * sum(self.projected.values())
         biases += (self.bias or self.down_bias) * self.outputs(hidden)
-        return weights + biases + self.inner_weights + self.scalars
+        return biases + self.inner_weights + self.scalars
 
     @property
     def inner_weights(self) -> int:

@@ -57,10 +57,9 @@ class ShortConv(Sublayer):
         channels = hidden // self.parts
         return {"conv_in": (3 * channels, hidden), "o": (hidden, channels)}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def further(self, hidden: int) -> int:
         channels = hidden // self.parts
-        return weights + channels * self.conv + self.bias * (4 * channels + hidden)
+        return channels * self.conv + self.bias * (4 * channels + hidden)
 
     def share(self, devices: int, parallel: str) -> ShortConv:
         return replace(self, parts=devices)
