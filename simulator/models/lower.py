@@ -423,8 +423,7 @@ def _layer_inputs(p: PassRows, part: Model) -> OperatorRows:
     """Yield the inputs of all layers: embeddings from their tables, and a projection of the usual
     embedding, which is normed and added."""
     features = part.input_features
-    tables = part.input_tables
-    yield p.move("layer_inputs", Part.EMBEDDING, features, params=tables)
+    yield p.move("layer_inputs", Part.EMBEDDING, features, params=part.input_tables)
     yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
     yield p.wide_gemm("layer_inputs", Part.EMBEDDING, features, part.hidden)
     yield p.move("layer_inputs", Part.EMBEDDING, features, 2 * features)

@@ -81,11 +81,10 @@ def _dbrx(read: Reader) -> ConfigFields:
 
 
 def _ernie(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     first = read.integer("moe_layer_start_index", 1, low=0)
     step = read.integer("moe_layer_interval", 1)
     end = read.integer("moe_layer_end_index", -1, low=-1)
-    last = layers - 1 if end == -1 else end
+    last = read["layers"] - 1 if end == -1 else end
     copies = read.or_none("num_shared_experts", 2)
 
     def dense(layer: int) -> bool:
@@ -130,7 +129,6 @@ def _olmoe(read: Reader) -> ConfigFields:
 
 def _zaya(read: Reader) -> ConfigFields:
     layers = read["layers"]
-    hidden = read["hidden"]
     types = read.layer_types(layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * layers
     window = read.or_none("sliding_window", 0)
     shares = {kind: read.rotary("partial_rotary_factor", 0.5, kind) for kind in set(types)}
@@ -160,7 +158,7 @@ def _zaya(read: Reader) -> ConfigFields:
         "attentions": list(map(attention, types)),
         "mlps": [replace(mlp, router_carry=i > 0) for i, mlp in enumerate(mlps)],
         "others": ((ResidualScale(of=Part.ATTENTION),), (ResidualScale(of=Part.MLP),)),
-        "other_parameters": 2 * hidden,  # factor and addend of the embedding
+        "other_parameters": 2 * read["hidden"],  # factor and addend of the embedding
     }
 
 

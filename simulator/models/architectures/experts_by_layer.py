@@ -46,18 +46,16 @@ def _cohere2_moe(read: Reader) -> ConfigFields:
 
 
 def _dots1(read: Reader) -> ConfigFields:
-    layers = read["layers"]
-    last = read.integer("max_window_layers", layers, low=0)
+    last = read.integer("max_window_layers", read["layers"], low=0)
     return {"windows": read.windows(4096, lambda layer: layer >= last)}
 
 
 def _exaone_moe(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     # a text pattern is accepted beside layer_types alone
     listed = read.raw("layer_types") is not None
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
     windows = read.windows(4096, all_but_each(step))
-    rotary = () if any(windows) else [1] * layers
+    rotary = () if any(windows) else [1] * read["layers"]
     return turning(read, windows, rotary)
 
 
@@ -76,7 +74,6 @@ def _flint(read: Reader) -> ConfigFields:
 
 
 def _laguna(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     features = read["head_dim"]
     gating = read.value(
         "gating",
@@ -84,7 +81,7 @@ def _laguna(read: Reader) -> ConfigFields:
         "true, per-head or per-element",
         lambda x: x in (True, "per-head", "per-element"),
     )
-    heads = read.integers("num_attention_heads_per_layer", read["heads"], layers)
+    heads = read.integers("num_attention_heads_per_layer", read["heads"], read["layers"])
     usual = attention_of(read)
 
     def attention(heads: int, window: int) -> Attention:

@@ -143,7 +143,6 @@ def _granite(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
     MLP alone."""
     hidden = read["hidden"]
-    layers = read["layers"]
     mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
     attention = replace(attention_of(read), rotary=rotates * read["rotary_dim"])
@@ -151,7 +150,7 @@ def _granite(read: Reader) -> ConfigFields:
     if read.integer("num_local_experts", 8, low=0):
         mlps = routed(read, "num_local_experts", read["inner"], shared)
     else:
-        mlps = {"mlps": [replace(mlp_of(read), inner=shared)] * layers}
+        mlps = {"mlps": [replace(mlp_of(read), inner=shared)] * read["layers"]}
     mixers = _mixed(read, lambda layer: _LINEAR, full_attention=attention, linear_attention=mixer)
     return mixers | mlps
 
@@ -245,7 +244,6 @@ def _hybrid_mamba(read: Reader, hidden: int, **others: Any) -> Mamba:
 
 
 def _jamba(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     mixer = _hybrid_mamba(read, read["hidden"], norm="rms")
     attends = _every(read, "attn", 8, 4)
     routes = _every(read, "expert", 2, 1)
@@ -256,7 +254,7 @@ def _jamba(read: Reader) -> ConfigFields:
         read["inner"],
         dense=lambda layer: not (several and routes(layer)),
     )
-    types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(layers)]
+    types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(read["layers"])]
     attention = attention_of(read)
     return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
 
@@ -274,8 +272,7 @@ def _shared_blocks(
 def _wide_attention(read: Reader, rotates: bool) -> Attention:
     """Return attention to the residual stream and the embedding, side by side."""
     hidden = read["hidden"]
-    heads = read["heads"]
-    features = read.integer("attention_head_dim", 2 * hidden // heads)
+    features = read.integer("attention_head_dim", 2 * hidden // read["heads"])
     if (wide := read.integer("attention_hidden_size", 2 * hidden)) != 2 * hidden:
         raise read.fail("attention_hidden_size", f"expected {2 * hidden}, got {wide}")
     return replace(
@@ -496,7 +493,6 @@ def _sparse_layers(read: Reader, first: int) -> ConfigFields:
 
 
 def _kimi_linear(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     read.raw("linear_attn_config")
     inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
     nested = inside is not read
@@ -505,7 +501,7 @@ def _kimi_linear(read: Reader) -> ConfigFields:
 
     def usual(layer: int) -> str:
         if nested:  # numbers from 1
-            attends = layer + 1 in inside.numbers("full_attn_layers", [], layers + 1)
+            attends = layer + 1 in inside.numbers("full_attn_layers", [], read["layers"] + 1)
             return _ATTENTION if attends else _LINEAR
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
@@ -652,7 +648,6 @@ def _loop(read: Reader, key: str, default: int) -> int:
 def _inkling2_loop(read: Reader) -> ConfigFields:
     """Return the layers in the order in which they run; those of the loop run in several passes."""
     layers = read["layers"]
-    hidden = read["hidden"]
     start = _loop(read, "core_start", 6)
     end = _loop(read, "core_end", 18)
     if not 0 < start < end <= layers:
@@ -670,7 +665,7 @@ def _inkling2_loop(read: Reader) -> ConfigFields:
     return {
         "sublayers": [*made[:end], *again * (passes - 1), *made[end:]],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),
-        "other_parameters": weights * hidden,
+        "other_parameters": weights * read["hidden"],
     }
 
 

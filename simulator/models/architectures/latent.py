@@ -29,18 +29,19 @@ from simulator.models.sublayers.entry import Entry, GatedNorm, Streams
 from simulator.models.sublayers.indexer import Compressor, Indexer
 
 
-def _sparse(read: Reader, layers: int, first: int) -> list[bool]:
-    """Return which layers have experts: those after ``first`` dense ones, one of so many, or as a
+def _dense_layers(read: Reader, first: int) -> Callable[[int], bool]:
+    """Return which layers have no experts: the first ones, those between one of so many, or as a
     list states."""
+    layers = read["layers"]
     kinds = read.types("mlp_layer_types", layers, ("dense", "sparse"))
     start = read.integer("first_k_dense_replace", first, low=0)
-    step = _flags(read, "moe_layer_freq", layers)
+    sparse = _flags(read, "moe_layer_freq", layers)
     if kinds:
-        return [kind == "sparse" for kind in kinds]
-    if step:
-        return step
-    every = read.integer("moe_layer_freq", 1)
-    return [i >= start and i % every == 0 for i in range(layers)]
+        sparse = [kind == "sparse" for kind in kinds]
+    elif not sparse:
+        every = read.integer("moe_layer_freq", 1)
+        sparse = [i >= start and i % every == 0 for i in range(layers)]
+    return lambda layer: not sparse[layer]
 
 
 def _flags(read: Reader, key: str, layers: int) -> list[bool]:
@@ -51,12 +52,12 @@ def _flags(read: Reader, key: str, layers: int) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _experts(read: Reader, shared: int, sparse: Sequence[bool]) -> list[Any]:
+def _experts(
+    read: Reader, shared: int, dense: Callable[[int], bool] = lambda layer: False
+) -> list[Any]:
     """Return the MLP of each layer; ``shared`` is the default number of shared experts."""
     copies = read.or_none("n_shared_experts", shared)
-    dense = [not own for own in sparse]
-    found = routed(read, "n_routed_experts", dense=dense.__getitem__, copies=copies)
-    return list(found["mlps"])
+    return list(routed(read, "n_routed_experts", dense=dense, copies=copies)["mlps"])
 
 
 def _deepseek(
@@ -73,8 +74,7 @@ def _deepseek(
         layers = read["layers"]
         latent = latent_of(read, "latent", rank, **more)
         each = attentions(read, latent) if attentions else [latent] * layers
-        sparse = _sparse(read, layers, first)
-        return {"attentions": each, "mlps": _experts(read, shared, sparse)}
+        return {"attentions": each, "mlps": _experts(read, shared, _dense_layers(read, first))}
 
     return rule
 
@@ -96,11 +96,12 @@ def _indexed(read: Reader, latent: LatentAttention) -> list[LatentAttention]:
     topk = read.integer("index_topk", 2048)
     shares = replace(latent, topk=topk)
     selects = replace(shares, indexer=_index(read, latent.query_rank))
-    return [selects if own else shares for own in _selecting(read, layers)]
+    return [selects if own else shares for own in _selecting(read)]
 
 
-def _selecting(read: Reader, layers: int) -> list[bool]:
+def _selecting(read: Reader) -> list[bool]:
     """Return which layers have an own indexer, as a list states or two rules."""
+    layers = read["layers"]
     kinds = read.types("indexer_types", layers, ("full", "shared"))
     pattern = read.value(
         "index_topk_pattern",
@@ -175,10 +176,10 @@ def _deepseek_v4(read: Reader) -> ConfigFields:
     kinds = read.types("mlp_layer_types", layers, ("hash_moe", "moe"))
     hashed = read.integer("num_hash_layers", 3, low=0)
     kinds = kinds or ["hash_moe" if i < hashed else "moe" for i in range(layers)]
-    types = _compressed_types(read, layers)
+    types = _compressed_types(read)
     ratios = _ratios(read)
     attention = {kind: _compressed(read, kind, ratios[kind]) for kind in _RATIOS}
-    experts = _experts(read, 1, [True] * layers)
+    experts = _experts(read, 1)
     # a table maps token ids to experts in the first layers
     biased = {kind: replace(experts[0], router_bias=kind == "moe") for kind in {*kinds}}
     fields = {
@@ -189,8 +190,9 @@ def _deepseek_v4(read: Reader) -> ConfigFields:
     return _streams(read, fields, streams)
 
 
-def _compressed_types(read: Reader, layers: int) -> list[str]:
+def _compressed_types(read: Reader) -> list[str]:
     """Return the type of each layer; released files state the positions per entry instead."""
+    layers = read["layers"]
     types = read.layer_types(layers, tuple(_RATIOS))
     names = {ratio: kind for kind, ratio in _RATIOS.items()}
 
@@ -258,11 +260,10 @@ def _dots3(read: Reader) -> ConfigFields:
         full = replace(latent, topk=topk, indexer=_index(read, latent.query_rank))
     slides = replace(windowed, window=window)
     attentions = [slides if kind == "sliding_attention" else full for kind in types]
-    sparse = _sparse(read, layers, 1)
     shared = "moe_shared_expert_intermediate_size"
     wide = read.integer(shared, read.integer("shared_experts_intermediate_size", 1536))
     wide *= read.integer("n_shared_experts", 1)
-    dense = [not own for own in sparse].__getitem__
+    dense = _dense_layers(read, 1)
     found = routed(read, "n_routed_experts", shared=wide, dense=dense)
     return {"attentions": attentions, **found}
 
@@ -319,15 +320,14 @@ def _minimax_m3(read: Reader) -> ConfigFields:
     wide = read.integer("shared_intermediate_size", 3072)
     wide *= read.integer("n_shared_experts", 1)
     dense = read.with_fields(inner=inner)
-    experts = [not own for own in _sparse(read, layers, 0)]
-    found = routed(dense, "num_local_experts", read["inner"], wide, experts.__getitem__)
+    experts = _dense_layers(read, 0)
+    found = routed(dense, "num_local_experts", read["inner"], wide, experts)
     return {"attentions": attentions, **found}
 
 
 def _mimo_v2(read: Reader) -> ConfigFields:
     """Return layers with all positions, and layers with a window, sinks and twice the KV heads."""
     layers = read["layers"]
-    kv_heads = read["kv_heads"]
     pattern = _flags(read, "hybrid_layer_pattern", layers)
     types = read.layer_types(layers, ("full_attention", "sliding_attention"))
     slides = [kind == "sliding_attention" for kind in types] or pattern
@@ -338,7 +338,7 @@ def _mimo_v2(read: Reader) -> ConfigFields:
     other = replace(
         full,
         heads=read.integer("swa_num_attention_heads", read["heads"]),
-        kv_heads=read.integer("swa_num_key_value_heads", 2 * kv_heads),
+        kv_heads=read.integer("swa_num_key_value_heads", 2 * read["kv_heads"]),
         head_dim=read.integer("swa_head_dim", read["head_dim"]),
         value_dim=read.integer("swa_v_head_dim", full.value_dim),
         sinks=read.flag("add_swa_attention_sink_bias", True),
@@ -346,15 +346,13 @@ def _mimo_v2(read: Reader) -> ConfigFields:
     )
     read.divisor("swa_num_key_value_heads", other.kv_heads, other.heads, "swa_num_attention_heads")
     full = replace(full, sinks=read.flag("add_full_attention_sink_bias"))
-    mlps = _experts(read, 0, _sparse(read, layers, 1))
+    mlps = _experts(read, 0, _dense_layers(read, 1))
     return {"attentions": [other if own else full for own in slides], "mlps": mlps}
 
 
 def _beam(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     gates = {"gates": read["heads"] * read["head_dim"]}
-    dense = [not own for own in _sparse(read, layers, 3)]
-    mlps = routed(read, "num_experts", dense=dense.__getitem__)
+    mlps = routed(read, "num_experts", dense=_dense_layers(read, 3))
     return turning(read.with_fields(**gates), read.windows(512, all_but_each(6))) | mlps
 
 

@@ -44,7 +44,6 @@ def _inputs(read: Reader, low: int) -> list[LayerInputs]:
 
 
 def _gemma3n(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     windows = read.windows(512, all_but_each(5))
     attentions = [_attention(read, reads_cache=shares) for shares in _sharing(read, windows, 15)]
     streams = read.integer("altup_num_inputs", 4, low=2)
@@ -53,7 +52,9 @@ def _gemma3n(read: Reader) -> ConfigFields:
     return {
         "windows": windows,
         "attentions": attentions,
-        "mlps": [Mlp(inner=width) for width in read.integers("intermediate_size", 16384, layers)],
+        "mlps": [
+            Mlp(inner=width) for width in read.integers("intermediate_size", 16384, read["layers"])
+        ],
         "others": ((laurel,), (AltUp(streams=streams), *inputs)),
         "streams": streams,
         "other_parameters": inputs[0].width,  # norm of the projected inputs

@@ -72,9 +72,9 @@ class Experts(Sublayer):
         """The MLP that all tokens use."""
         if not present(self.shared_inner):
             return None
-        bias = self.shared_bias
-        forms = self.forms
-        return Mlp(inner=self.shared_inner, gated=self.gated, bias=bias, forms=forms)
+        return Mlp(
+            inner=self.shared_inner, gated=self.gated, bias=self.shared_bias, forms=self.forms
+        )
 
     @property
     def routes(self) -> int:

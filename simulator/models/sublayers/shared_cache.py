@@ -42,7 +42,6 @@ class SharedCacheAttention(Attention):
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         hidden = p.hidden
-        attended = self.attended
         made = super().projected
         yield from p.quantized("qkv", part, hidden)
         if p.fuses("qkv"):
@@ -60,4 +59,4 @@ class SharedCacheAttention(Attention):
             yield p.cache_write(made["k"] + made["v"], self.heads, self.kv_heads)
         role = {"role": "shared_attention"} if self.reads_cache else {}
         yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim) | role
-        yield from p.output(self, attended, self.o_bias)
+        yield from p.output(self, self.attended, self.o_bias)
