@@ -258,14 +258,11 @@ class Operator:
             return weight + size * self.m * (self.k + 2 * self.rank + self.n)
         if self.kind == "gather_gemm":
             return weight + size * self.rows * (3 * self.k + 3 * self.n)
-        if self.kind == "grouped_gemm":  # at least the groups of one token
-            return self.density * weight + size * self.m * (
-                self.n + self.k - (1.0 - self.density) * self.grouped
-            )
         if self.kind == "gemm_2to4":
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
-        if self.kind == "gemm":
-            return weight + size * self.m * (self.k + self.n)
+        if self.kind in ("gemm", "grouped_gemm"):  # at least the groups of one token
+            idle = (1.0 - self.density) * self.grouped
+            return self.density * weight + size * self.m * (self.n + self.k - idle)
         if self.attention:
             return (
                 weight * self.density

@@ -31,6 +31,7 @@ from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HELD_OUT
 from simulator.operators import CONSTANTS
+from simulator.prediction.requests import by_key
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
@@ -197,15 +198,13 @@ def engine_tables() -> list[str]:
 
 
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    groups: dict[tuple[str, ...], list[Comparison]] = {}
-    for each in rows:
-        groups.setdefault(each[:-1], []).append(each[-1])
+    groups = by_key(rows, lambda each: each[:-1])
     order = list(KINDS)
     cells = []
     for key in sorted(
         groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]
     ):
-        s = score_of(groups[key])
+        s = score_of([each[-1] for each in groups[key]])
         shares = [f"{100 * s['coverage']:.0f} %", f"{100 * s['half-width']:.0f} %"]
         errors = [f"{100 * s['median']:.1f} %", _signed(s["median bias"])]
         cells.append(

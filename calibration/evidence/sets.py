@@ -45,6 +45,7 @@ from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVE_CONSTANTS
 from simulator.operators.experts import Layers
 from simulator.operators.gemm import Products
+from simulator.prediction.requests import by_key
 from simulator.uncertainty.factors import posterior_of
 from simulator.uncertainty.forward import ratio_half
 
@@ -114,14 +115,12 @@ class MeasuredRows:
         dtype, weight = formats_of(self.dtype, self.hw.rates)
         if isinstance(c, Products):
             cold = np.isinf(c.copies)
-            columns = {
-                "m": c.m,
-                "n": c.n,
-                "k": c.k,
+            columns = {name: getattr(c, name) for name in ("m", "n", "k")}
+            columns |= {
+                "weight_dtype": weight,
                 "cold": cold,
                 "copies": np.where(cold, 0.0, c.copies),
             }
-            columns["weight_dtype"] = weight
         elif isinstance(c, Layers):
             columns = {
                 name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")
@@ -321,11 +320,9 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
     """Return the rows of one table (default: of each table in turn), averaged over seeds."""
     if not table:
         return [r for title in dict.fromkeys(r["table"] for r in rows) for r in means(rows, title)]
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for r in (r for r in rows if r["table"] == table):
-        groups.setdefault((r["held_out"], r["method"], r["rows"]), []).append(r)
+    own = [r for r in rows if r["table"] == table]
     out = []
-    for group in groups.values():
+    for group in by_key(own, lambda r: (r["held_out"], r["method"], r["rows"])).values():
         names = [
             n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)
         ]
@@ -434,14 +431,14 @@ FEWEST = 40
 def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
     """Return the tables of an operator, ordered by device. The wheel has all formats of experts,
     also of a table that ships in part."""
-    shipped, out = list_measurements(), dict[str, list[TableChoice]]()
-    for name in shipped if wheel is None else SOURCES:
-        table = TableChoice(
-            name, wheel=None if name in shipped and operator != "experts" else wheel
-        )
-        if table.parts[1] == operator and table.parts[2] in STACKS:
-            out.setdefault(table.parts[0], []).append(table)
-    return [table for tables in out.values() for table in tables]
+    shipped = list_measurements()
+    every = [
+        TableChoice(name, wheel=None if name in shipped and operator != "experts" else wheel)
+        for name in (shipped if wheel is None else SOURCES)
+    ]
+    own = [t for t in every if t.parts[1] == operator and t.parts[2] in STACKS]
+    tables = by_key(own, lambda table: table.parts[0]).values()
+    return [table for some in tables for table in some]
 
 
 def stack_pairs(

@@ -26,6 +26,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -528,12 +529,12 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
     if outside.formats.keys() - {("", False)}:
         raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
     stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
-    flags = _Flags.of(model, layers)
+    flags = _flags(model, layers)
     real = replace(
         model,
         hidden=hidden,
         vocab=outside.widths["V"],
-        norm=flags.norm,
+        norm=flags["norm"],
         learned_positions=outside.widths.get("P", 0),
         layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
@@ -685,60 +686,35 @@ def _bits(part: _Part, hidden: int) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Flags:
-    """What the tensors of a checkpoint show of all its layers."""
-
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    down_bias: bool
-    router_bias: bool
-    expert_bias: bool
-    shared_gate: bool
-    sinks: bool
-    qk_norm: str
-    norm: str
-    gated: bool
-
-    @classmethod
-    def of(cls, model: Model, layers: Iterable[_Part]) -> _Flags:
-        biases, modules = (
-            {factor_of(module)[0] for part in layers for module in getattr(part, name)}
-            for name in ("biases", "modules")
-        )
-
-        def some(pattern: str, among: Iterable[str] = biases) -> bool:
-            return any(re.fullmatch(pattern, module) for module in among)
-
-        attention = model.attention
-        mlp = model.usual.of("mlp")
-        known = attention if isinstance(attention, Attention) else None
-        up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
-        norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-        # a norm without weights
-        qk_norm = "unit" if known is not None and known.norm == "unit" else ""
-        if norms:
-            qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
-        rotates = modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
-        gated = not isinstance(mlp, Mlp) or mlp.gated
-        return cls(
-            qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
-            o_bias=some(ATTENTION + "(?:o_proj|out_proj|dense)"),
-            mlp_bias=up,
-            down_bias=not up and some(MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-            router_bias=some(ROUTED + "(?:gate|router)")
-            or some(".*e_score_correction_bias", modules),
-            expert_bias=some(EXPERTS + ".*_bias", modules),
-            shared_gate=some("mlp.shared_expert_gate", modules),
-            sinks=some(ATTENTION + "sinks", modules),
-            qk_norm=qk_norm,
-            norm="none" if rotates else model.norm,
-            gated=gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
-        )
+def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
+    """Return what the tensors of a checkpoint show of all its layers: biases, and the kinds of
+    modules and norms."""
+    shown: dict[str, Any] = {}
+    for kind in ("biases", "modules"):
+        found = {factor_of(module)[0] for part in layers for module in getattr(part, kind)}
+        for name, (prefix, pattern) in _NAMES[kind].items():
+            named = re.compile(_PREFIXES[prefix] + pattern).fullmatch
+            shown[name] = any(map(named, found))
+    attention = model.attention
+    mlp = model.usual.of("mlp")
+    known = attention if isinstance(attention, Attention) else None
+    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+    # a norm without weights
+    qk_norm = "unit" if known is not None and known.norm == "unit" else ""
+    if norms:
+        qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
+    rotates = found & {*SHORTCUTS.values()} and not shown["norms"]
+    gated = not isinstance(mlp, Mlp) or mlp.gated
+    return shown | {
+        "down_bias": shown["down_bias"] and not shown["mlp_bias"],
+        "router_bias": shown["router_bias"] or shown["correction_bias"],
+        "qk_norm": qk_norm,
+        "norm": "none" if rotates else model.norm,
+        "gated": gated and not shown["plain"],
+    }
 
 
-def _layer(part: _Part, model: Model, flags: _Flags, sparse24: bool) -> Layer:
+def _layer(part: _Part, model: Model, flags: Mapping[str, Any], sparse24: bool) -> Layer:
     """Return the layer in the tensors of a part; its flags that no tensor shows are those of the
     configuration."""
     old = model.layers[part.number]
@@ -772,7 +748,7 @@ def _dense(layer: Layer) -> Layer:
     )
 
 
-def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer | None:
+def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
     width = part.widths
     if part.has(ATTENTION + "linear_attn"):
         return Linear(replaces=Part.ATTENTION)
@@ -792,7 +768,7 @@ def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer
         raise InputError(f"{part.where}: layer {part.number} has attention, its config.json none")
     heads, kv_heads = _grouped_heads(part, usual)
     features = usual.head_dim
-    wide = flags.qk_norm == "width"
+    wide = flags["qk_norm"] == "width"
     own = {"heads": heads, "q_norm": heads * features if wide else features}
     own["k_norm"] = kv_heads * features if wide else features
     for name, size in own.items():
@@ -802,10 +778,8 @@ def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer
         usual,
         heads=heads,
         kv_heads=kv_heads,
-        norm=flags.qk_norm,
-        qkv_bias=flags.qkv_bias,
-        o_bias=flags.o_bias,
-        sinks=flags.sinks,
+        norm=flags["qk_norm"],
+        **{name: flags[name] for name in ("qkv_bias", "o_bias", "sinks")},
         rotates=rotates,
     )
 
@@ -861,7 +835,7 @@ def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention
     )
 
 
-def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
+def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
     width = part.widths
     dense = old.of("mlp")
     if part.has("mlp.linear_mlp"):
@@ -883,19 +857,19 @@ def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
             active=min(dense.active, experts),
             inner=width["e"],
             shared_inner=width.get("i", 0),
-            shared_bias=flags.mlp_bias,
-            shared_gate=flags.shared_gate and width.get("i", 0) > 0,
-            router_bias=flags.router_bias,
-            bias=flags.expert_bias,
+            shared_bias=flags["mlp_bias"],
+            shared_gate=flags["shared_gate"] and width.get("i", 0) > 0,
+            router_bias=flags["router_bias"],
+            bias=flags["expert_bias"],
             rotates=rotates,
         )
     if not width.get("i", 0):
         return None
     return Mlp(
         inner=width["i"],
-        gated=flags.gated,
-        bias=flags.mlp_bias,
-        down_bias=flags.down_bias,
+        gated=flags["gated"],
+        bias=flags["mlp_bias"],
+        down_bias=flags["down_bias"],
         out=out if out != width["h"] else 0,
         rotates=rotates,
     )

@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.read import parse_bounded, read_bounded
+from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS, Reader, model_fields
 from simulator.models.architectures.reader import ConfigFields, Content
-from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, list_models, load_model
+from simulator.models.library import (
+    MAX_FILE_BYTES,
+    from_hf_config,
+    list_models,
+    load_model,
+    published_keys,
+    read_content,
+)
 from simulator.models.model import Layer, Model
 from simulator.models.quantization import without_formats
 from simulator.models.sublayers import (
@@ -519,15 +526,15 @@ def content_of(
     if isinstance(source, Mapping):
         return source
     if model.name in list_models() and load_model(model.name) is model:
-        content = json.loads((FOLDER / f"{model.name}.json").read_text(encoding="utf-8"))
-        return {key: value for key, value in content.items() if not key.startswith("_")}
+        keys = published_keys(model.name)
+        return {key: value for key, value in keys.items() if not key.startswith("_")}
     if isinstance(source, Model):
         return NONE
     file = Path(source).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():  # a pipe cannot be read twice
         return NONE
-    content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
+    content = read_content(file)
     return content if isinstance(content, dict) else NONE
 
 
