@@ -66,6 +66,8 @@ class Sublayer:
     NAMED: ClassVar[tuple[tuple[str, str], ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
     WHOLE: ClassVar[tuple[str, ...]] = ()
+    KIND: ClassVar[str] = ""  # its name in the family depth; "": that of its part
+    SHAPE: ClassVar[str] = ""  # text with the sizes, which are fields or properties of "{0}"
     LABEL: ClassVar[str] = ""  # name of the kind; "": a small addition to other sublayers
     # whether devices that share a layer add their parts of its output; else each computes it whole
     REDUCES: ClassVar[bool] = True
@@ -86,7 +88,7 @@ class Sublayer:
     @property
     def kind(self) -> str:
         """The name of the sublayer in the family depth."""
-        return "mlp" if self.part == Part.MLP else "attention"
+        return self.KIND or ("mlp" if self.part == Part.MLP else "attention")
 
     @property
     def label(self) -> str:
@@ -95,7 +97,7 @@ class Sublayer:
     @property
     def shape(self) -> str:
         """The sizes in words."""
-        return ""
+        return self.SHAPE.format(self)
 
     def weights(self, hidden: int) -> Shapes:
         """Return outputs and inputs of the weights that pruning counts, by role."""

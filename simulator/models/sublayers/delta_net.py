@@ -24,6 +24,7 @@ class DeltaNet(Sublayer):
     COPIED = ("kv_heads",)
     NAMED = (("value heads", "heads"), ("key heads", "kv_heads"))
     LABEL = "gated delta net"
+    SHAPE = "{0.heads} value heads of {0.value} on {0.kv_heads} key heads of {0.key}"
     WHOLE = ("delta_in", "delta_ba", "delta_rank", "delta_up")
 
     heads: int  # value heads
@@ -40,11 +41,6 @@ class DeltaNet(Sublayer):
     @property
     def label(self) -> str:
         return "Kimi delta attention" if self.channel_decay else self.LABEL
-
-    @property
-    def shape(self) -> str:
-        heads = f"{self.heads} value heads of {self.value}"
-        return f"{heads} on {self.kv_heads} key heads of {self.key}"
 
     @property
     def keys(self) -> int:

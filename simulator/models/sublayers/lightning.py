@@ -14,6 +14,7 @@ class LightningAttention(Sublayer):
     """Each head has a state of key x value features; a norm and a gate follow."""
 
     LABEL = "lightning attention"
+    SHAPE = "{0.heads} heads of {0.head_dim}"
     SIZES = ("heads",)
     DIVIDED = (("heads", "{} attention heads", "width attention={}"),)
     NAMED = (("heads", "heads"),)
@@ -21,10 +22,6 @@ class LightningAttention(Sublayer):
     heads: int
     head_dim: int
     chunk: int  # tokens of a chunk
-
-    @property
-    def shape(self) -> str:
-        return f"{self.heads} heads of {self.head_dim}"
 
     @property
     def inner(self) -> int:

@@ -19,6 +19,8 @@ class Mamba(Sublayer):
     DIVIDED = (("channels", "{} Mamba channels", "width mamba_heads={}"),)
     NAMED = (("Mamba heads", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba"
+    KIND = "mamba"
+    SHAPE = "{0.channels:,} channels, state {0.state}"
     WHOLE = ("mamba_in", "mamba_x", "mamba_dt")
 
     channels: int
@@ -30,14 +32,6 @@ class Mamba(Sublayer):
     # norms of step sizes, B and C: with weights ("rms"), without ("unit"), or none
     norm: str = ""
     heads: int = 1  # groups of channels with their own step sizes, B and C (Zamba)
-
-    @property
-    def kind(self) -> str:
-        return "mamba"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.channels:,} channels, state {self.state}"
 
     @property
     def selected(self) -> int:

@@ -21,6 +21,8 @@ class Mamba2(Sublayer):
     COPIED = ("groups",)
     NAMED = (("Mamba heads", "heads"), ("Mamba channels", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba-2"
+    KIND = "mamba"
+    SHAPE = "{0.heads} heads of {0.channels}, state {0.state}"
     WHOLE = ("mamba_in",)
 
     heads: int
@@ -32,14 +34,6 @@ class Mamba2(Sublayer):
     conv_bias: bool = True
     bias: bool = False  # of the input and output projections
     norm: bool = True  # a gated norm precedes the output projection; else only the gate
-
-    @property
-    def kind(self) -> str:
-        return "mamba"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.heads} heads of {self.channels}, state {self.state}"
 
     @property
     def inner(self) -> int:

@@ -39,19 +39,13 @@ class ShortConv(Sublayer):
     """One projection makes two gates and the input of a convolution."""
 
     LABEL = "short convolution"
+    KIND = "conv"
+    SHAPE = "{0.conv} positions"
     WHOLE = ("conv_in",)
 
     conv: int  # positions of the convolution
     bias: bool = False  # of the convolution and of both projections
     parts: int = 1  # devices that divide the channels, which are as many as the hidden size
-
-    @property
-    def kind(self) -> str:
-        return "conv"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.conv} positions"
 
     def weights(self, hidden: int) -> Shapes:
         channels = hidden // self.parts
