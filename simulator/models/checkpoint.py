@@ -218,8 +218,13 @@ ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT = ROUTED + r"experts\.\d{1,5}\."
 EXPERTS = ROUTED + r"experts\."
 _PREFIXES = {
-    **{"attention": ATTENTION, "delta": r"linear_attn\.", "mlp": MLP, "": ""},
-    **{"routed": ROUTED, "expert": EXPERT, "experts": EXPERTS},
+    "attention": ATTENTION,
+    "delta": r"linear_attn\.",
+    "mlp": MLP,
+    "": "",
+    "routed": ROUTED,
+    "expert": EXPERT,
+    "experts": EXPERTS,
 }
 _NAMES = read_names("tensors")
 

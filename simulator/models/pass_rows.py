@@ -28,7 +28,7 @@ _MXFP4 = dtype_code("mxfp4")
 STATE = dtype_code("fp32")
 """Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
-COMPRESSED = (*("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in"),)
+COMPRESSED = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Weights that a 2:4 checkpoint compresses."""
 
 OperatorRow = dict[str, Any]

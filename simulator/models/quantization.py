@@ -46,7 +46,10 @@ _BLOCK = [128, 128]  # weights per scale of fp8_block
 _NVFP4_GROUP = 16  # weights per scale of nvfp4; MXFP4 has 32
 
 _EXCLUDED = (
-    *("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers"),
+    "ignore",
+    "exclude_modules",
+    "modules_to_not_convert",
+    "ignored_layers",
     "llm_int8_skip_modules",
 )
 """Keys with the modules that are not quantised."""

@@ -132,18 +132,18 @@ def read_table(name: str, **rules: Mapping[str, Any]) -> Table:
     return table
 
 
-MODEL_FIELDS = (
-    *("hidden", "vocab", "max_positions", "tied", "norm", "pre_norms", "post_norms"),
-    *("final_norm", "learned_positions", "logit_softcap", "head_bias", "head_projection"),
-    *("head_vocab", "embedding_norm", "embedding_width", "streams", "other_parameters"),
-)
-
-
 def attention_of(read: Reader) -> Attention:
     """Return the usual attention, without a window."""
     flags = (
-        *("qkv_bias", "o_bias", "sinks", "output_norm", "two_softmaxes", "masks"),
-        *("scales", "channel_scales", "gate_bias"),
+        "qkv_bias",
+        "o_bias",
+        "sinks",
+        "output_norm",
+        "two_softmaxes",
+        "masks",
+        "scales",
+        "channel_scales",
+        "gate_bias",
     )
     return Attention(
         heads=read["heads"],

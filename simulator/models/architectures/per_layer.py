@@ -12,19 +12,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from simulator.arguments import shown
 from simulator.codes import Part
 from simulator.errors import one_line
 from simulator.models.architectures.architecture import (
-    MODEL_FIELDS,
     Architecture,
     attention_of,
     layers_of,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
-from simulator.models.model import Layer
+from simulator.models.model import Layer, Model
 from simulator.models.sublayers import Attention, Experts, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
 from simulator.models.tables import read_names
@@ -43,8 +42,8 @@ def model_fields(kind: Architecture, read: Reader) -> ConfigFields:
         layers = _block_layers(read, layers)
     if "per_layer_config" in stated:
         layers = _overridden(kind, read, layers)
-    fields = {name: read[name] for name in MODEL_FIELDS if name in read.values}
-    return fields | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
+    found = {field.name: read[field.name] for field in fields(Model) if field.name in read.values}
+    return found | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
 
 
 EXPERT_KEYS = {
@@ -200,14 +199,14 @@ def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> li
         for key in ("block_configs", place):
             if key in changes:
                 raise inside.fail(key, "expected none: it states several layers")
-        fields = model_fields(kind, inside)
+        own = model_fields(kind, inside)
         if unread := sorted(changes.keys() - inside.known - WITHOUT_EFFECT - {*kind.unused}):
             raise inside.fail(one_line(unread[0], 80), "is not understood")
-        if different := [n for n in whole if n != "layers" and fields[n] != whole[n]]:
+        if different := [n for n in whole if n != "layers" and own[n] != whole[n]]:
             raise inside.fail(different[0], "expected the value of all layers")
-        if len(fields["layers"]) != len(layers):
+        if len(own["layers"]) != len(layers):
             raise inside.fail("num_hidden_layers", "expected the value of all layers")
-        layer = fields["layers"][number]
+        layer = own["layers"][number]
         for name in Reader(overrides, read.source, f"{read.place}{where}.").names("skip"):
             if name not in _SKIPPED:
                 names = ", ".join(_SKIPPED)

@@ -17,7 +17,12 @@ class Attention(Sublayer):
 
     LABEL = "attention"
     SIZES: ClassVar[tuple[str, ...]] = (
-        *("heads", "kv_heads", "head_dim", "rotary", "value_dim", "gates"),
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "rotary",
+        "value_dim",
+        "gates",
     )
 
     NAMED = (("heads", "heads"), ("KV heads", "kv_heads"))

@@ -29,8 +29,16 @@ class Experts(Sublayer):
 
     PART = Part.MLP
     SIZES = (
-        *("experts", "active", "inner", "outputs_of_router", "trained", "choices"),
-        *("shared_inner", "latent", "zero_experts", "router_inner"),
+        "experts",
+        "active",
+        "inner",
+        "outputs_of_router",
+        "trained",
+        "choices",
+        "shared_inner",
+        "latent",
+        "zero_experts",
+        "router_inner",
     )
     LABEL = "experts"
     WHOLE = ("experts", "latent_in", "latent_out")
