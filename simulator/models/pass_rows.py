@@ -145,8 +145,10 @@ class PassRows:
     def fuses(self, group: str) -> bool:
         return group in self.lowering.engine.fuse
 
-    def gemm(self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN) -> OperatorRow:
-        """Return a product of n outputs and k inputs, without a bias."""
+    def gemm(
+        self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN, bias: bool = False
+    ) -> OperatorRow:
+        """Return a product of n outputs and k inputs."""
         weights = self.lowering.weight_dtype
         if weights == _MXFP4 and role != "experts":  # a format of routed experts only
             weights = self.lowering.stream_dtype
@@ -158,7 +160,7 @@ class PassRows:
             "m": self.tokens,
             "n": n,
             "k": k,
-            "params": form.density * n * k * self.owns,
+            "params": form.density * n * k * self.owns + (n if bias else 0) * self.owns,
             "dtype": self.lowering.dtype,
             "weight_dtype": weights,
         }
@@ -176,13 +178,11 @@ class PassRows:
     ) -> OperatorRows:
         """Yield the product of a weight of a sublayer, or the two products of its factors."""
         form = sublayer.form(role)
-        row = self.gemm(role, sublayer.part, n, k, form)
-        if form.rank is not None:
+        if form.rank is None:
+            yield self.gemm(role, sublayer.part, n, k, form, bias)
+        else:
             yield self.gemm(role, sublayer.part, form.rank, k, form) | {"stage": 1}
-            row = self.gemm(role, sublayer.part, n, form.rank, form) | {"stage": 2}
-        if bias:
-            row["params"] = row["params"] + n * self.owns
-        yield row
+            yield self.gemm(role, sublayer.part, n, form.rank, form, bias) | {"stage": 2}
 
     def products(
         self,
@@ -197,23 +197,15 @@ class PassRows:
 
         An engine that ``fuses`` runs them as one product if they are stored alike. Factors are
         never fused."""
-        if sublayer.stores(fused) or (fuses and alike([sublayer.form(role) for role in outputs])):
-            yield from self.fused(sublayer, fused, outputs, k, bias)
-            return
-        for role, n in outputs.items():
-            yield from self.product(sublayer, role, n, k, bias)
-
-    def fused(
-        self, sublayer: Weights, fused: str, outputs: Mapping[str, Any], k: Any, bias: bool
-    ) -> OperatorRows:
-        n = sum(outputs.values())
+        together = sum(outputs.values())
         if sublayer.stores(fused):
-            yield from self.product(sublayer, fused, n, k, bias)
-            return
-        row = self.gemm(fused, sublayer.part, n, k, sublayer.form(next(iter(outputs))))
-        if bias:
-            row["params"] = row["params"] + n * self.owns
-        yield row
+            yield from self.product(sublayer, fused, together, k, bias)
+        elif fuses and alike([sublayer.form(role) for role in outputs]):
+            form = sublayer.form(next(iter(outputs)))
+            yield self.gemm(fused, sublayer.part, together, k, form, bias)
+        else:
+            for role, n in outputs.items():
+                yield from self.product(sublayer, role, n, k, bias)
 
     def quantized(self, product: str, part: Part, k: Any) -> OperatorRows:
         """Yield the conversion of a product's activations, if a further kernel does it."""
