@@ -33,7 +33,8 @@ class Architecture:
     inner: str = "intermediate_size"  # key of the inner width; "": no such key
     widening: int = 0  # inner width in hidden sizes, if the key is null or missing
     window: int | None = None  # sliding_window; None: no such key
-    windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
+    # period and offset of layers without a window; None: all layers have it
+    full: tuple[int, int] | None = None
     # key and default of the rotated share of a head; None: all of it
     rotary: tuple[str, float] | None = None
     # rows of a learned table of positions beyond these; None: no such table
@@ -53,6 +54,9 @@ class Architecture:
     unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
     more: Rule = lambda read: {}  # further rules
+
+    def _windowed(self, layer: int) -> bool:
+        return self.full is None or (layer + self.full[1]) % self.full[0] > 0
 
     def _stated(self, read: Reader) -> ConfigFields:
         """Return the fields that flags and soft caps state."""
@@ -105,7 +109,7 @@ class Architecture:
             learned_positions=0 if self.learned is None else positions + self.learned,
         )
         if self.window is not None:
-            read = read.with_fields(windows=read.windows(self.window, self.windowed))
+            read = read.with_fields(windows=read.windows(self.window, self._windowed))
         read = read.with_fields(**self._stated(read), **self.fixed)
         if self.experts is not None:
             read = read.with_fields(**_stated_experts(read, **self.experts))

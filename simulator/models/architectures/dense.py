@@ -141,13 +141,6 @@ TABLE = read_table(
         "cohere2": _cohere2,
         "cohere_compass_text": _compass,
     },
-    windowed={
-        "gemma2": lambda layer: layer % 2 == 0,
-        "cwm": lambda layer: layer % 4 > 0,
-        "granite_swa": lambda layer: layer % 4 > 0,
-        "olmo3": all_but_each(4),
-        "cohere_compass_text": lambda layer: False,
-    },
     many={
         "dory": _dory_layers,
     },

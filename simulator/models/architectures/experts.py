@@ -177,8 +177,4 @@ TABLE = read_table(
         "olmoe": _olmoe,
         "zaya": _zaya,
     },
-    windowed={
-        "gpt_oss": lambda layer: layer % 2 == 0,
-        "mellum": lambda layer: False,
-    },
 )

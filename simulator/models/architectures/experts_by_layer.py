@@ -108,8 +108,4 @@ TABLE = read_table(
         "granitemoe_swa": granite_swa,
         "laguna": _laguna,
     },
-    windowed={
-        "granitemoe_swa": lambda layer: layer % 4 > 0,
-        "laguna": lambda layer: False,
-    },
 )

@@ -9,7 +9,6 @@ from typing import Any
 
 from simulator.models.architectures.architecture import (
     Rule,
-    all_but_each,
     attention_of,
     mlp_of,
     read_table,
@@ -353,13 +352,13 @@ def _mimo_v2(read: Reader) -> ConfigFields:
 def _beam(read: Reader) -> ConfigFields:
     gates = {"gates": read["heads"] * read["head_dim"]}
     mlps = routed(read, "num_experts", dense=_dense_layers(read, 3))
-    return turning(read.with_fields(**gates), read.windows(512, all_but_each(6))) | mlps
+    return turning(read.with_fields(**gates), read["windows"]) | mlps
 
 
 def _kolibri(read: Reader) -> ConfigFields:
     shared = read.integer("shared_expert_intermediate_size", 512, low=0)
     count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    layers = turning(read, read.windows(513, all_but_each(5)))
+    layers = turning(read, read["windows"])
     return layers | routed(read, count, shared=shared)
 
 

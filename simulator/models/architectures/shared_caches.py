@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from simulator.models.architectures.architecture import (
-    all_but_each,
     mlp_of,
     read_table,
     routed,
@@ -44,13 +43,13 @@ def _inputs(read: Reader, low: int) -> list[LayerInputs]:
 
 
 def _gemma3n(read: Reader) -> ConfigFields:
-    windows = read.windows(512, all_but_each(5))
-    attentions = [_attention(read, reads_cache=shares) for shares in _sharing(read, windows, 15)]
+    attentions = [
+        _attention(read, reads_cache=shares) for shares in _sharing(read, read["windows"], 15)
+    ]
     streams = read.integer("altup_num_inputs", 4, low=2)
     inputs = _inputs(read, low=1)
     laurel = Laurel(rank=read.integer("laurel_rank", 64))
     return {
-        "windows": windows,
         "attentions": attentions,
         "mlps": [
             Mlp(inner=width) for width in read.integers("intermediate_size", 16384, read["layers"])
@@ -62,8 +61,7 @@ def _gemma3n(read: Reader) -> ConfigFields:
 
 
 def _gemma4(read: Reader) -> ConfigFields:
-    windows = read.windows(512, all_but_each(6))
-    windows = (*windows[:-1], 0)  # Transformers gives the last layer full attention
+    windows = (*read["windows"][:-1], 0)  # Transformers gives the last layer full attention
     bidirectional = ("vision",)  # "all" makes an encoder
     read.value(
         "use_bidirectional_attention", "vision", "vision or null", bidirectional.__contains__
