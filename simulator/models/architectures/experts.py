@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from simulator.codes import Part
@@ -16,19 +17,21 @@ from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
 
 
-def qwen_layers(read: Reader) -> ConfigFields:
+def sparse_steps(read: Reader, plain: list[int]) -> Callable[[int], bool]:
+    """Return which layers have no experts: those of a list with a default, and those between one of
+    so many."""
     step = read.integer("decoder_sparse_step", 1)
-    plain = read.numbers("mlp_only_layers", [], read["layers"])
+    listed = read.numbers("mlp_only_layers", plain, read["layers"])
+    return lambda layer: layer in listed or (layer + 1) % step > 0
+
+
+def qwen_layers(read: Reader) -> ConfigFields:
     shared = (
         read.integer("shared_expert_intermediate_size", low=0) if read.get("shared_gate") else 0
     )
-
-    def dense(layer: int) -> bool:
-        return layer in plain or (layer + 1) % step > 0
-
     # Transformers 5 saves Qwen3's number of experts under another name
     count = "num_local_experts" if "num_local_experts" in read.data else "num_experts"
-    return routed(read, count, shared=shared, dense=dense)
+    return routed(read, count, shared=shared, dense=sparse_steps(read, []))
 
 
 def _qwen_experts(read: Reader) -> ConfigFields:

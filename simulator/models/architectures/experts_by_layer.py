@@ -13,6 +13,7 @@ from simulator.models.architectures.architecture import (
     turning,
 )
 from simulator.models.architectures.dense import granite_swa
+from simulator.models.architectures.experts import sparse_steps
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import Attention
 
@@ -61,16 +62,10 @@ def _exaone_moe(read: Reader) -> ConfigFields:
 
 def _flint(read: Reader) -> ConfigFields:
     layers = read["layers"]
-    step = read.integer("decoder_sparse_step", 1)
-    plain = read.numbers("mlp_only_layers", [0, 1], layers)
     windows = read.windows(513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1)
     shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
-
-    def dense(layer: int) -> bool:
-        return layer in plain or (layer + 1) % step > 0
-
-    mlps = routed(read, "num_experts", shared=shared, dense=dense)
-    return turning(read, windows) | mlps
+    dense = sparse_steps(read, [0, 1])
+    return turning(read, windows) | routed(read, "num_experts", shared=shared, dense=dense)
 
 
 def _laguna(read: Reader) -> ConfigFields:

@@ -29,7 +29,7 @@ class Compressor:
         return (self.ratio * self.series + 1) * self.features
 
     def parameters(self, hidden: int) -> int:
-        return 2 * self.series * self.features * hidden + self.own
+        return elements(self.products(hidden)) + self.own
 
     def rows(self, p: PassRows) -> OperatorRows:
         """Yield the products as one, as engines fuse them, and the weighted mean."""
