@@ -154,13 +154,14 @@ class PassRows:
             weights = self.lowering.stream_dtype
         if self.lowering.declared24 and role in COMPRESSED:
             form = SPARSE24
+        owns = self.owns
         row = {
             "role": role,
             "part": part,
             "m": self.tokens,
             "n": n,
             "k": k,
-            "params": form.density * n * k * self.owns + (n if bias else 0) * self.owns,
+            "params": form.density * n * k * owns + (n if bias else 0) * owns,
             "dtype": self.lowering.dtype,
             "weight_dtype": weights,
         }
