@@ -34,7 +34,7 @@ class Architecture:
     widening: int = 0  # inner width in hidden sizes, if the key is null or missing
     window: int | None = None  # sliding_window; None: no such key
     # period and offset of layers without a window; None: all layers have it
-    full: tuple[int, int] | None = None
+    full_attention: tuple[int, int] | None = None
     # key and default of the rotated share of a head; None: all of it
     rotary: tuple[str, float] | None = None
     # rows of a learned table of positions beyond these; None: no such table
@@ -56,7 +56,10 @@ class Architecture:
     more: Rule = lambda read: {}  # further rules
 
     def _windowed(self, layer: int) -> bool:
-        return self.full is None or (layer + self.full[1]) % self.full[0] > 0
+        return (
+            self.full_attention is None
+            or (layer + self.full_attention[1]) % self.full_attention[0] > 0
+        )
 
     def _stated(self, read: Reader) -> ConfigFields:
         """Return the fields that flags and soft caps state."""
@@ -231,7 +234,7 @@ def routed(
 def _stated_experts(
     read: Reader,
     count: str,
-    whole: bool = False,
+    as_mlp: bool = False,
     shared: tuple[str, int] | None = None,
     copies: tuple[str, int] | None = None,
     first: int | None = None,
@@ -240,7 +243,7 @@ def _stated_experts(
     return routed(
         read,
         count,
-        read["inner"] if whole else 0,
+        read["inner"] if as_mlp else 0,
         read.integer(*shared, low=0) if shared else 0,
         (lambda layer: False) if first is None else dense_layers(read, first),
         read.or_none(*copies) if copies else 0,
@@ -255,12 +258,14 @@ def dense_layers(read: Reader, first: int) -> Callable[[int], bool]:
     return lambda layer: types[layer] == "dense" if types else layer < start
 
 
-def all_but_each(number: int) -> Callable[[int], bool]:
-    """Return the rule for all layers except each so many."""
+def except_every(number: int) -> Callable[[int], bool]:
+    """Return the rule for all layers except every ``number``-th."""
     return lambda layer: (layer + 1) % number > 0
 
 
-def turning(read: Reader, windows: Sequence[int], rotary: Sequence[int] = ()) -> ConfigFields:
+def windowed_rotary(
+    read: Reader, windows: Sequence[int], rotary: Sequence[int] = ()
+) -> ConfigFields:
     """Return layers with these windows; those with a window, or as ``rotary`` states, have rotary
     positions."""
     return {"windows": windows, "attentions": rotated(read, [*map(bool, rotary or windows)])}

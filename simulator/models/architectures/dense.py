@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
-    all_but_each,
     attention_of,
+    except_every,
     mlp_of,
     read_table,
     rotary_layers,
     rotated,
-    turning,
+    windowed_rotary,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 
@@ -32,7 +32,7 @@ def _qwen(read: Reader) -> ConfigFields:
 
 def _gemma3(read: Reader) -> ConfigFields:
     step = read.integer("sliding_window_pattern", read.integer("_sliding_window_pattern", 6))
-    return {"windows": read.windows(4096, all_but_each(step))}
+    return {"windows": read.windows(4096, except_every(step))}
 
 
 def _opt(read: Reader) -> ConfigFields:
@@ -48,7 +48,7 @@ def _opt(read: Reader) -> ConfigFields:
 def _cohere2(read: Reader) -> ConfigFields:
     """Return layers with a window and rotary positions, or neither."""
     step = read.integer("sliding_window_pattern", 4)
-    return turning(read, read.windows(4096, all_but_each(step)))
+    return windowed_rotary(read, read.windows(4096, except_every(step)))
 
 
 def _compass(read: Reader) -> ConfigFields:
@@ -64,9 +64,9 @@ def _exaone4(read: Reader) -> ConfigFields:
     """Return layers of which those with a window have rotary positions, or all without windows."""
     # published files state the pattern as letters, beside a list
     step = 4 if read.has("layer_types") else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(4096, all_but_each(step))
+    windows = read.windows(4096, except_every(step))
     whole = not read.or_none("sliding_window", 4096)
-    return turning(read, windows, [1] * len(windows) if whole else ())
+    return windowed_rotary(read, windows, [1] * len(windows) if whole else ())
 
 
 def granite_swa(read: Reader) -> ConfigFields:

@@ -11,7 +11,7 @@ from simulator.models.architectures.architecture import (
     read_table,
     rotary_layers,
     routed,
-    turning,
+    windowed_rotary,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
@@ -72,7 +72,7 @@ def _llama4(read: Reader) -> ConfigFields:
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
     windows = [chunk if inside else 0 for inside in chunked]
-    return turning(read, windows, rotary) | mlps
+    return windowed_rotary(read, windows, rotary) | mlps
 
 
 def _dbrx(read: Reader) -> ConfigFields:

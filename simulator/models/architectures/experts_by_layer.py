@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
-    all_but_each,
     attention_of,
     dense_layers,
+    except_every,
     read_table,
     routed,
-    turning,
+    windowed_rotary,
 )
 from simulator.models.architectures.dense import granite_swa
 from simulator.models.architectures.experts import sparse_steps
@@ -20,8 +20,8 @@ from simulator.models.sublayers import Attention
 
 def _afmoe(read: Reader) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
-    windows = read.windows(1024, all_but_each(every))
-    return turning(read.with_fields(gates=read["heads"] * read["head_dim"]), windows)
+    windows = read.windows(1024, except_every(every))
+    return windowed_rotary(read.with_fields(gates=read["heads"] * read["head_dim"]), windows)
 
 
 def _cohere2_moe(read: Reader) -> ConfigFields:
@@ -41,7 +41,7 @@ def _cohere2_moe(read: Reader) -> ConfigFields:
     mlps = routed(plain, "num_experts", width, shared, dense)["mlps"]
     return {
         "norm": "layer_without_bias" if read.raw("rms_norm_eps") is None else "rms",
-        **turning(read, windows, rotary),
+        **windowed_rotary(read, windows, rotary),
         "mlps": [replace(mlp, joins=True) for mlp in mlps],
     }
 
@@ -55,9 +55,9 @@ def _exaone_moe(read: Reader) -> ConfigFields:
     # a text pattern is accepted beside layer_types alone
     listed = read.raw("layer_types") is not None
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(4096, all_but_each(step))
+    windows = read.windows(4096, except_every(step))
     rotary = () if any(windows) else [1] * read["layers"]
-    return turning(read, windows, rotary)
+    return windowed_rotary(read, windows, rotary)
 
 
 def _flint(read: Reader) -> ConfigFields:
@@ -65,7 +65,7 @@ def _flint(read: Reader) -> ConfigFields:
     windows = read.windows(513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1)
     shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
     dense = sparse_steps(read, [0, 1])
-    return turning(read, windows) | routed(read, "num_experts", shared=shared, dense=dense)
+    return windowed_rotary(read, windows) | routed(read, "num_experts", shared=shared, dense=dense)
 
 
 def _laguna(read: Reader) -> ConfigFields:

@@ -60,7 +60,7 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
     return {"attentions": [kinds[kind] for kind in types]}
 
 
-def _mixed(read: Reader, usual: Callable[[int], str], **kinds: Sublayer) -> ConfigFields:
+def _mixers_by_type(read: Reader, usual: Callable[[int], str], **kinds: Sublayer) -> ConfigFields:
     """Return the mixer of each layer, by its type."""
     return _mixers(_types(read, read["layers"], (*kinds,), usual), **kinds)
 
@@ -151,7 +151,9 @@ def _granite(read: Reader) -> ConfigFields:
         mlps = routed(read, "num_local_experts", read["inner"], shared)
     else:
         mlps = {"mlps": [replace(mlp_of(read), inner=shared)] * read["layers"]}
-    mixers = _mixed(read, lambda layer: _LINEAR, full_attention=attention, linear_attention=mixer)
+    mixers = _mixers_by_type(
+        read, lambda layer: _LINEAR, full_attention=attention, linear_attention=mixer
+    )
     return mixers | mlps
 
 
@@ -349,7 +351,7 @@ def _lfm2(read: Reader) -> ConfigFields:
         inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
     mlp = replace(mlp_of(read), inner=inner)
     conv = ShortConv(**read.fields("lfm2"))
-    mixers = _mixed(read, usual, full_attention=attention_of(read), conv=conv)
+    mixers = _mixers_by_type(read, usual, full_attention=attention_of(read), conv=conv)
     return {**mixers, "mlps": [mlp] * layers}
 
 
@@ -359,7 +361,7 @@ def _lfm2_moe(read: Reader) -> ConfigFields:
     mlps = routed(read, "num_experts", dense=lambda layer: layer < dense)
     attention = attention_of(read)
     conv = ShortConv(**read.fields("lfm2"))
-    mixers = _mixed(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
+    mixers = _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
     return mixers | mlps
 
 
@@ -372,7 +374,7 @@ def _lfm3(read: Reader) -> ConfigFields:
     window = read.integer("sliding_window", 256)
     gates = read["heads"] if read.flag("use_attention_gate", True) else 0
     attention = replace(attention_of(read), gates=gates)
-    return _mixed(
+    return _mixers_by_type(
         read,
         usual,
         full_attention=attention,
@@ -421,7 +423,7 @@ def _lara(read: Reader) -> ConfigFields:
     sliding = "sliding_attention"
     pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
     attention = attention_of(read)
-    mixers = _mixed(
+    mixers = _mixers_by_type(
         read,
         lambda layer: pattern[layer % len(pattern)],
         full_attention=attention,
@@ -468,7 +470,7 @@ def _minimax(read: Reader) -> ConfigFields:
         chunk=read.integer("block_size", 256),
     )
     attention = replace(attention_of(read), rotary=read.integer("rotary_dim", read["rotary_dim"]))
-    return _mixed(
+    return _mixers_by_type(
         read,
         lambda layer: _LINEAR if layer % 2 else _ATTENTION,
         full_attention=attention,
@@ -506,7 +508,7 @@ def _kimi_linear(read: Reader) -> ConfigFields:
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
     latent = latent_of(read, "hybrid latent", 0, rotates_positions=False)
-    mixers = _mixed(read, usual, full_attention=latent, linear_attention=net)
+    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, 1)
 
 
@@ -529,7 +531,7 @@ def _bailing(read: Reader) -> ConfigFields:
         channel_decay=True,
     )
     latent = latent_of(read, "hybrid latent", 0, gate="head")
-    mixers = _mixed(read, usual, full_attention=latent, linear_attention=net)
+    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
     return mixers | _sparse_layers(read, 2)
 
 

@@ -13,7 +13,7 @@ from simulator.models.architectures.architecture import (
     mlp_of,
     read_table,
     routed,
-    turning,
+    windowed_rotary,
 )
 from simulator.models.architectures.experts import qwen_layers
 from simulator.models.architectures.hybrids import latent_of, qwen_mixers
@@ -352,13 +352,13 @@ def _mimo_v2(read: Reader) -> ConfigFields:
 def _beam(read: Reader) -> ConfigFields:
     gates = {"gates": read["heads"] * read["head_dim"]}
     mlps = routed(read, "num_experts", dense=_dense_layers(read, 3))
-    return turning(read.with_fields(**gates), read["windows"]) | mlps
+    return windowed_rotary(read.with_fields(**gates), read["windows"]) | mlps
 
 
 def _kolibri(read: Reader) -> ConfigFields:
     shared = read.integer("shared_expert_intermediate_size", 512, low=0)
     count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    layers = turning(read, read["windows"])
+    layers = windowed_rotary(read, read["windows"])
     return layers | routed(read, count, shared=shared)
 
 

@@ -90,7 +90,7 @@ class Attention(Sublayer):
         indexer = self.indexer.products(hidden) if self.indexer else {}
         return {**super().products(hidden), **(mask if self.masks else {}), **indexer}
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         biases = self.qkv_bias * sum(self.projected.values()) + self.o_bias * hidden
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         norms = self.norm_weights + self.output_weights + (self.reads > 1) * self.reads * hidden

@@ -40,7 +40,7 @@ class AttentionExperts(Attention):
             "expert_o": (hidden, self.width, self.experts),
         }
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         return (self.experts + self.o_bias) * hidden
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> AttentionExperts:

@@ -110,9 +110,9 @@ class Sublayer:
 
     def parameters(self, hidden: int) -> int:
         """Return the parameters, without norms of the residual stream and residual projections."""
-        return self.stored(hidden) + self.further(hidden)
+        return self.stored(hidden) + self.other_parameters(hidden)
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         """Return the parameters besides those of the weights that pruning counts."""
         return 0
 

@@ -38,9 +38,9 @@ class CompressedAttention(LatentAttention):
     def normed(self) -> int:
         return self.query_rank + self.cached
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         entries = self.compressor.parameters(hidden) if self.compressor else 0
-        return super().further(hidden) + entries
+        return super().other_parameters(hidden) + entries
 
     def share(self, devices: int, parallel: str) -> CompressedAttention:
         return replace(self, heads=self.heads // devices, groups=max(self.groups // devices, 1))

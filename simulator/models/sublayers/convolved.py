@@ -26,8 +26,8 @@ class ConvolvedAttention(Attention):
         heads = {"grouped_conv": (self.channels, self.head_kernel * self.head_dim, 1)}
         return {**super().products(hidden), "v": (n // 2, k, 2), **heads}
 
-    def further(self, hidden: int) -> int:
-        return super().further(hidden) + self.convolutions + self.kv_heads
+    def other_parameters(self, hidden: int) -> int:
+        return super().other_parameters(hidden) + self.convolutions + self.kv_heads
 
     @property
     def convolutions(self) -> int:

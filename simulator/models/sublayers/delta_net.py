@@ -99,7 +99,7 @@ class DeltaNet(Sublayer):
         """Parameters of the convolution and of the decays."""
         return self.conv * (2 * self.keys + self.values) + self.heads + self.decays
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         return self.state_parameters + self.value
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:

@@ -93,7 +93,7 @@ class LatentAttention(Sublayer):
         """Features of the norms of the ranks."""
         return self.query_rank + self.rank + self.key_norm * self.rotary
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         biases = self.bias * (self.query_rank + self.cached + hidden)
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         others = self.gates * hidden + self.sinks * self.heads + indexer

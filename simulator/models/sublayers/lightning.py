@@ -34,7 +34,7 @@ class LightningAttention(Sublayer):
             "o": (hidden, self.inner),
         }
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         return self.inner
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> LightningAttention:

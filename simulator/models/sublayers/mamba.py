@@ -63,7 +63,7 @@ class Mamba(Sublayer):
     def norm_weights(self) -> int:
         return self.selected * (self.norm == "rms")
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         conv = self.channels * (self.conv + self.conv_bias)
         biases = self.bias * (2 * self.channels + hidden)
         return conv + self.state_parameters + self.norm_weights + biases

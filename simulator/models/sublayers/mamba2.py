@@ -54,7 +54,7 @@ class Mamba2(Sublayer):
         """Parameters of decays, of the direct path, and biases of step sizes."""
         return 3 * self.heads
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         conv = self.convolved * (self.conv + self.conv_bias)
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
         return conv + self.state_parameters + self.norm * self.inner + biases

@@ -49,7 +49,7 @@ class Mlp(Sublayer):
             inputs = {role: (n, hidden) for role, n in self.projected.items()}
         return {**inputs, "down": (self.outputs(hidden), self.inner)}
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         biases = self.bias * sum(self.projected.values())
         biases += (self.bias or self.down_bias) * self.outputs(hidden)
         return biases + self.inner_weights + self.scalars

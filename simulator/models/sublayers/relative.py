@@ -42,11 +42,11 @@ class RelativeAttention(Attention):
         """Channels of keys and values."""
         return self.kv_heads * (self.head_dim + self.value_features)
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         products = elements(self._projections(hidden))
         scales = self.clips * self.heads * (self.head_dim + self.relative)
         own = self.extent * self.relative + self.convolved * self.conv + scales
-        return super().further(hidden) + products + own
+        return super().other_parameters(hidden) + products + own
 
     def rows(self, p: PassRows) -> OperatorRows:
         for n, k, many in self._projections(p.hidden).values():

@@ -51,7 +51,7 @@ class ShortConv(Sublayer):
         channels = hidden // self.parts
         return {"conv_in": (3 * channels, hidden), "o": (hidden, channels)}
 
-    def further(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         channels = hidden // self.parts
         return channels * self.conv + self.bias * (4 * channels + hidden)
 
