@@ -118,27 +118,23 @@ def _selecting(read: Reader) -> list[bool]:
 
 
 def _with_entries(sublayers: Sequence[Any], entry: Entry) -> list[Any]:
-    known = {sublayer: replace(sublayer, entry=entry) for sublayer in dict.fromkeys(sublayers)}
-    return [known[sublayer] for sublayer in sublayers]
+    return [replace(sublayer, entry=entry) for sublayer in sublayers]
 
 
 def _axk1(read: Reader) -> ConfigFields:
     """Return layers whose experts are also followed by a norm."""
     fields = _deepseek()(read)
-    mlps = fields["mlps"]
-    normed = {mlp: replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in {*mlps}}
-    return {**fields, "mlps": [normed[mlp] for mlp in mlps]}
+    mlps = [replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in fields["mlps"]]
+    return {**fields, "mlps": mlps}
 
 
 def _axk2(read: Reader) -> ConfigFields:
     """Return layers whose norms before attention and experts are gated."""
     fields = _deepseek(rank=384, attentions=_indexed, gate="query")(read)
     entry = GatedNorm(rank=read.integer("gated_norm_rank", 16))
-    gated = {
-        mlp: replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp
-        for mlp in {*fields["mlps"]}
-    }
-    mlps = [gated[mlp] for mlp in fields["mlps"]]
+    mlps = [
+        replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp for mlp in fields["mlps"]
+    ]
     return {"attentions": _with_entries(fields["attentions"], entry), "mlps": mlps}
 
 
