@@ -45,7 +45,7 @@ STACK = 32
 limit, to run more warps."""
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = dict.fromkeys(("x", "weight", "bias", "y", "gate", "up", "cos", "sin"), "")
-POINTERS |= dict.fromkeys(("index", "order", "users"), "*i64") | dict.fromkeys(
+POINTERS |= dict.fromkeys(("order", "users"), "*i64") | dict.fromkeys(
     ("count", "used", "chosen"), "*i32"
 )
 ROWS = [1 << power for power in range(14)]
@@ -67,9 +67,7 @@ class Case:
     @property
     def operands(self) -> int:
         """Number of tiles that a step of the loop reads from memory; 0: there is no loop."""
-        return {"_gathered": 2, "_features": 2, "_columns": 2 + ("GATED" in self.flags)}.get(
-            self.kernel, 0
-        )
+        return {"_features": 2, "_columns": 2 + ("GATED" in self.flags)}.get(self.kernel, 0)
 
     @property
     def prefetched(self) -> bool:
@@ -99,9 +97,8 @@ def _cases() -> Iterator[Case]:
     for (dtype, precision), aligned, rows in product(formats, ("all", "rows", "none"), ROWS):
         form = ELEMENT_BYTES[dtype], aligned
         for flags in ((), ("BIASED", "ADD")):
-            yield Case(
-                "_gathered", dtype, aligned, tile_shapes.gathered(rows, *form), precision, flags
-            )
+            tile = tile_shapes.gathered(rows, *form)
+            yield Case("_columns", dtype, aligned, tile, precision, flags)
         for width in WIDTHS:
             for flags in ((), ("BIASED",), ("GATED",)):
                 tile = tile_shapes.grouped_columns(rows, width, *form, "GATED" in flags)

@@ -3,9 +3,12 @@ are timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
+
+import yaml
 
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, dtype_code
@@ -14,43 +17,9 @@ from simulator.errors import InputError, unknown
 Sampler = Callable[[int], float]
 """Runs some launches or passes and returns the seconds of each."""
 
-_GEMM = ("m", "n", "k")
-_ATTENTION = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
-
-# kinds of operators and their required dimensions
-OPERATORS: Mapping[str, tuple[str, ...]] = {
-    "gemm": _GEMM,  # y[m,n] = x[m,k] w[n,k]^T
-    "gemm_2to4": _GEMM,  # GEMM with 2:4 sparse weights on sparse tensor cores
-    "low_rank": (*_GEMM, "rank"),  # two GEMMs through rank `rank`: k -> rank -> n
-    # gather `rows` of m tokens, multiply them, scatter the results
-    "gather_gemm": (*_GEMM, "rows"),
-    # each of m tokens uses a share `density` of the groups of `block` output (role `up`) or input
-    # features (`down`)
-    "grouped_gemm": (*_GEMM, "block"),
-    "attention_prefill": _ATTENTION,  # causal attention of q_len new queries over kv_len positions
-    # attention of one query per sequence over a cache of kv_len positions
-    "attention_decode": _ATTENTION,
-    # causal, with a `density` share of its blocks of edge `block`
-    "attention_block_sparse": (*_ATTENTION, "block"),
-    # causal convolution of n channels over `window` positions: m tokens of all sequences; one per
-    # sequence is a decode step
-    "short_conv": ("m", "n", "batch", "window"),
-    # Mamba-2: `heads` of n channels, `kv_heads` groups of `head_dim` state features, in chunks of
-    # `block` tokens
-    "state_space": ("m", "n", "batch", "heads", "kv_heads", "head_dim", "block"),
-    # gated delta net: `heads` of n value features, `kv_heads` of `head_dim` key features
-    "delta_net": ("m", "n", "batch", "heads", "kv_heads", "head_dim", "window"),
-    "elementwise": ("m", "n"),  # the operator `role` on m tokens of n features
-    "copy": ("n",),  # copy of n bytes within memory
-    # single launches of an empty kernel (role `gemm`: a tiny GEMM): host time per launch
-    "launch_eager": (),
-    "launch_graph": (),  # empty kernels in a recorded graph: gap between kernels
-    # a tiny decoder layer as in Transformers, for one token: host time per layer
-    "layer_eager": ("kv_len",),
-    # weighted scores of the last q_len of kv_len positions by `heads` with common keys, and for
-    # each query the k highest scores
-    "indexer": ("batch", "q_len", "kv_len", "heads", "head_dim", "k"),
-}
+_NAMES: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+OPERATORS = {kind: tuple(sizes) for kind, sizes in _NAMES["operators"].items()}
+"""Kinds of operators and their required dimensions."""
 
 # recurrences and convolutions, which Transformers runs without kernels of other packages
 RECURRENT = ("short_conv", "state_space", "delta_net")
@@ -58,18 +27,8 @@ HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kerne
 # kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two
 # repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums
 LAYER_LAUNCHES = 42
-NORMS = ("attention_norm", "mlp_norm", "post_norm", "final_norm", "qk_norm")
-_OTHERS = (
-    "activation",
-    "residual",
-    "rotary",
-    "embedding",
-    "gather",
-    "scatter",
-    "cache_write",
-    "select",
-)
-ELEMENTWISE_ROLES = NORMS + _OTHERS
+NORMS: Sequence[str] = _NAMES["norms"]
+ELEMENTWISE_ROLES = (*NORMS, *_NAMES["others"])
 INDEX_BYTES = 4.0  # size of a selected index, as in the pruning families
 
 
@@ -258,14 +217,11 @@ class Operator:
             return weight + size * self.m * (self.k + 2 * self.rank + self.n)
         if self.kind == "gather_gemm":
             return weight + size * self.rows * (3 * self.k + 3 * self.n)
-        if self.kind == "grouped_gemm":  # at least the groups of one token
-            return self.density * weight + size * self.m * (
-                self.n + self.k - (1.0 - self.density) * self.grouped
-            )
         if self.kind == "gemm_2to4":
             return weight * 0.5 + self.n * self.k / 8.0 + size * self.m * (self.k + self.n)
-        if self.kind == "gemm":
-            return weight + size * self.m * (self.k + self.n)
+        if self.kind in ("gemm", "grouped_gemm"):  # at least the groups of one token
+            idle = (1.0 - self.density) * self.grouped
+            return self.density * weight + size * self.m * (self.n + self.k - idle)
         if self.attention:
             return (
                 weight * self.density

@@ -29,90 +29,6 @@ def precision(x: Tensor) -> str:
     return "tf32" if rounded else "ieee"
 
 
-@triton.jit
-def _gathered(
-    x,
-    weight,
-    bias,
-    index,
-    count,
-    y,
-    n,
-    k,
-    BIASED: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    many = tl.load(count)
-    start = tl.program_id(1) * BLOCK_M
-    if start < many:
-        positions = start + tl.arange(0, BLOCK_M)
-        columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        chosen = positions < many
-        inside = columns < n
-        rows = tl.load(index + positions, mask=chosen, other=0).to(tl.int64)
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for begin in range(0, k, BLOCK_K):
-            features = begin + tl.arange(0, BLOCK_K)
-            within = features < k
-            some = tl.load(
-                x + rows[:, None] * k + features[None],
-                mask=chosen[:, None] & within[None],
-                other=0.0,
-            )
-            at = columns[None].to(tl.int64) * k + features[:, None]
-            part = tl.load(weight + at, mask=within[:, None] & inside[None], other=0.0)
-            total = tl.dot(some, part, total, input_precision=PRECISION)
-        if BIASED:
-            total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None]
-        out = y + rows[:, None] * n + columns[None]
-        written = chosen[:, None] & inside[None]
-        if ADD:
-            total += tl.load(out, mask=written, other=0.0).to(tl.float32)
-        tl.store(out, total.to(y.dtype.element_ty), mask=written)
-
-
-def gather_gemm(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    count: Tensor,
-    bias: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-    add: bool = False,
-) -> Tensor:
-    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r
-    of ``index``. x (m, k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the
-    products (``add``: their sum with it) and keeps its other rows. By default y is new, and its
-    other rows are undefined."""
-    (m, k), n = x.shape, weight.shape[0]
-    y = x.new_empty(m, n) if out is None else out
-    many = len(index)
-    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
-    _gathered[triton.cdiv(n, tile.n), triton.cdiv(many, tile.m)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        index,
-        count,
-        y,
-        n,
-        k,
-        bias is not None,
-        add,
-        tile.m,
-        tile.n,
-        tile.k,
-        precision(x),
-        num_warps=tile.warps,
-    )
-    return y
-
-
 @dataclass(frozen=True)
 class Tiles:
     users: Tensor  # (groups, tokens): tokens that use the group come first
@@ -158,6 +74,7 @@ def _columns(
     k,
     BIASED: tl.constexpr,
     GATED: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -202,7 +119,51 @@ def _columns(
         if GATED:
             total = total / (1.0 + tl.exp(-total)) * second
         out = y + rows[:, None] * groups * width + group * width + columns[None]
-        tl.store(out, total.to(y.dtype.element_ty), mask=there[:, None] & inside[None])
+        written = there[:, None] & inside[None]
+        if ADD:
+            total += tl.load(out, mask=written, other=0.0).to(tl.float32)
+        tl.store(out, total.to(y.dtype.element_ty), mask=written)
+
+
+def gather_gemm(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    count: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """Compute y[r] = x[r] weight^T + bias for the first ``count`` (on the device) distinct rows r
+    of ``index``. x (m, k), weight (n, k) and out (m, n) are contiguous. ``out`` receives the
+    products (``add``: their sum with it) and keeps its other rows. By default y is new, and its
+    other rows are undefined."""
+    (m, k), n = x.shape, weight.shape[0]
+    y = x.new_empty(m, n) if out is None else out
+    many = len(index)
+    tile = tile_shapes.gathered(many, x.element_size(), tile_shapes.alignment(k, n))
+    _columns[triton.cdiv(n, tile.n), 1, triton.cdiv(many, tile.m)](  # one group of columns
+        x,
+        weight,
+        weight if bias is None else bias,
+        index,
+        count,
+        y,
+        many,
+        1,
+        n,
+        k,
+        bias is not None,
+        False,
+        add,
+        tile.m,
+        tile.n,
+        tile.k,
+        precision(x),
+        num_warps=tile.warps,
+    )
+    return y
 
 
 def grouped_columns(
@@ -231,6 +192,7 @@ def grouped_columns(
         k,
         bias is not None,
         gated,
+        False,
         tile.m,
         tile.n,
         tile.k,

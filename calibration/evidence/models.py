@@ -26,7 +26,7 @@ from simulator.errors import InputError, unknown
 from simulator.files.write import write_whole
 from simulator.models.architectures import REFUSED, Reader
 from simulator.models.inferred import model_of
-from simulator.models.library import FOLDER, decoder_of, from_hf_config, list_models
+from simulator.models.library import decoder_of, from_hf_config, list_models, published_keys
 from simulator.models.lower import lower
 from simulator.models.model import Model
 from simulator.models.traced import (
@@ -107,7 +107,7 @@ def default_cases() -> list[Case]:
 
 def released_cases() -> list[Case]:
     """Return configurations of released checkpoints, those of shipped models included."""
-    shipped = [(name, json.loads((FOLDER / f"{name}.json").read_text())) for name in list_models()]
+    shipped = [(name, published_keys(name)) for name in list_models()]
     lines = RELEASED.read_text("utf-8").splitlines() if RELEASED.exists() else []
     others = [(content["_name"], content) for content in map(json.loads, lines)]
     return [Case(name, content["_source"], content) for name, content in (*shipped, *others)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from calibration.evidence.measurements import published
 from calibration.evidence.published import (
@@ -31,63 +32,12 @@ from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.hardware.profile import HELD_OUT
 from simulator.operators import CONSTANTS
+from simulator.prediction.requests import by_key
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
-# Title, score and digits of the columns of a table, and of a table of held-out stacks. Empty
-# columns are omitted.
-COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2),
-    ("median", "median", 2),
-    ("p95", "p95", 1),
-    ("bias", "bias", 2),
-    ("m<=16", "mape m <= 16", 1),
-    ("17-256", "mape m 17-256", 1),
-    (">256", "mape m > 256", 1),
-    ("speedup median", "speedup median", 2),
-    ("speedup p95", "speedup p95", 1),
-    ("Spearman", "speedup spearman", 3),
-    ("coverage", "coverage", 1),
-    ("lowest", "lowest coverage", 1),
-    ("width", "width", 1),
-    ("ratios in", "ratio coverage", 1),
-    ("ratio width", "ratio width", 1),
-)
-STACK_COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("MAPE", "mape", 2),
-    ("p95", "p95", 1),
-    ("in", "coverage", 1),
-    ("width", "width", 0),
-    ("ratio p95", "speedup p95", 1),
-    ("ratio in", "ratio coverage", 1),
-    ("ratio width", "ratio width", 0),
-)
-KINDS: Mapping[str, str] = {
-    "dense": "times of dense models",
-    "measured": "of them on GPUs with kernel tables",
-    "speedup": "speedups of pruned models",
-    "given": "the same, given their dense time",
-    "serve": "times per output token of serving runs",
-}
-# prompt lengths of the serving runs -> ends of their range
-PROMPTS: Mapping[str, tuple[float, float]] = {
-    "128": (0, 200),
-    "256": (200, 400),
-    "512": (400, 600),
-    "1,000 to 1,024": (600, 1500),
-    "2,000 to 2,048": (1500, 3000),
-    "4,000 to 4,096": (3000, 6000),
-    "8,000 to 8,192": (6000, np.inf),
-}
-# requests in flight per new token: prompts that arrive per decode step
-LOADS: Mapping[str, tuple[float, float]] = {
-    "below 0.03": (0, 0.03),
-    "0.03 to 0.1": (0.03, 0.1),
-    "0.1 to 0.3": (0.1, 0.3),
-    "0.3 to 0.75": (0.3, 0.75),
-    "0.75 to 1.5": (0.75, 1.5),
-    "above 1.5": (1.5, np.inf),
-}
+DATA: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+KINDS: Mapping[str, str] = DATA["kinds"]
 
 
 def head(page: str) -> str:
@@ -158,14 +108,14 @@ def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[st
     """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line
     per stack and number of its rows (0: as shipped), and their means at the end."""
     lines = means(rows, title)
-    scores = COLUMNS
+    scores = DATA["columns"]
     groups = [[r] for r in lines]
     columns = [
         ("method", [r["method"] for r in lines]),
         ("rows", [str(r["rows"] or "all") for r in lines]),
     ]
     if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
-        scores = STACK_COLUMNS
+        scores = DATA["stack_columns"]
         sizes = sorted({r["rows"] for r in lines})
         at = {(r["held_out"], r["rows"]): r for r in lines}
         places = [*((name, [name]) for name in held_out), ("mean", held_out)]
@@ -255,15 +205,13 @@ def engine_tables() -> list[str]:
 
 
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    groups: dict[tuple[str, ...], list[Comparison]] = {}
-    for each in rows:
-        groups.setdefault(each[:-1], []).append(each[-1])
+    groups = by_key(rows, lambda each: each[:-1])
     order = list(KINDS)
     cells = []
     for key in sorted(
         groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]
     ):
-        s = score_of(groups[key])
+        s = score_of([each[-1] for each in groups[key]])
         shares = [f"{100 * s['coverage']:.0f} %", f"{100 * s['half-width']:.0f} %"]
         errors = [f"{100 * s['median']:.1f} %", _signed(s["median bias"])]
         cells.append(
@@ -309,16 +257,8 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
             cells.append(
                 [engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"]
             )
-        cells.append(
-            [
-                engine,
-                "all dense models",
-                "",
-                "",
-                *_ratios([x for x in members if not x.experts]),
-                "",
-            ]
-        )
+        dense = _ratios([x for x in members if not x.experts])
+        cells.append([engine, "all dense models", "", "", *dense, ""])
     header = ["engine", "held-out model", "GPU", "format", "rows"]
     return table(
         [*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4)
@@ -335,25 +275,14 @@ def _load_table(groups: Sequence[HeldOut]) -> str:
     cells = []
     for engine, experts in dict.fromkeys((x.engine, x.experts) for x in groups):
         members = [x for x in groups if (x.engine, x.experts) == (engine, experts)]
-        prompts, loads = zip(
-            *((x.group.seq, x.group.concurrency / x.group.new_tokens) for x in members), strict=True
-        )
-        for axis, values, ranges in (
-            ("prompt tokens", prompts, PROMPTS),
-            ("concurrency / new tokens", loads, LOADS),
-        ):
+        prompts = [x.group.seq for x in members]
+        loads = [x.group.concurrency / x.group.new_tokens for x in members]
+        for (axis, ranges), values in zip(DATA["ranges"].items(), (prompts, loads)):
             for name, (low, high) in ranges.items():
                 rows = [(v >= low) & (v < high) for v in values]
                 if any(some.any() for some in rows):
-                    cells.append(
-                        [
-                            engine,
-                            "experts" if experts else "dense",
-                            axis,
-                            name,
-                            *_ratios(members, rows),
-                        ]
-                    )
+                    kind = "experts" if experts else "dense"
+                    cells.append([engine, kind, axis, name, *_ratios(members, rows)])
     return table(
         ["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4)
     )

@@ -110,9 +110,14 @@ def _comparison(row: Mapping[str, str], what: str, where: str, *values: Any) -> 
 
 def _workload(row: Mapping[str, str], engine: str, **others: Any) -> Workload:
     defaults = {"batch": 1, "seq": 1, "new_tokens": 0, "devices": 1}
-    others |= {name: int(row[name] or value) for name, value in defaults.items()}
-    others |= {"dtype": row.get("dtype") or "bf16", "weight_dtype": row.get("weight_dtype") or None}
-    return lower(load_model(row["model"]), phase=row["phase"], engine=engine, **others)
+    return lower(
+        load_model(row["model"]),
+        phase=row["phase"],
+        engine=engine,
+        **{name: int(row[name] or value) for name, value in defaults.items()},
+        **{"dtype": row.get("dtype") or "bf16", "weight_dtype": row.get("weight_dtype") or None},
+        **others,
+    )
 
 
 def _where(row: Mapping[str, str], scope: str = "") -> str:
@@ -208,15 +213,11 @@ def _served(row: Mapping[str, str]) -> Comparison | None:
 def serving_workload(row: Mapping[str, str]) -> tuple[Workload, HardwareProfile] | None:
     """Return workload and hardware of a row of the serving table; None where its caches do not
     fit."""
-    weight, hw, engine = (
-        row["weight_dtype"],
-        load_hardware(row["hardware"]),
-        load_engine(row["engine"]),
-    )
-    limit, version = (
-        engine.limit(hw.memory_bytes, hw.name),
-        row["version"] or NO_VERSION.get(row["engine"], ""),
-    )
+    weight = row["weight_dtype"]
+    hw = load_hardware(row["hardware"])
+    engine = load_engine(row["engine"])
+    limit = engine.limit(hw.memory_bytes, hw.name)
+    version = row["version"] or NO_VERSION.get(row["engine"], "")
     w = _workload(
         {
             **row,
@@ -464,17 +465,8 @@ def held_out_models() -> tuple[HeldOut, ...]:
         if (engine, model) not in hosts:
             hosts[engine, model] = fit_engine(engine, without=model)
         p = hosts[engine, model]
-        out.append(
-            HeldOut(
-                engine,
-                model,
-                hardware,
-                dtype,
-                group,
-                group.tpot(*p[:3]),
-                group.request(*p[:2], p[4]),
-            )
-        )
+        times = group.tpot(*p[:3]), group.request(*p[:2], p[4])
+        out.append(HeldOut(engine, model, hardware, dtype, group, *times))
     return tuple(out)
 
 

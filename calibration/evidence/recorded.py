@@ -32,6 +32,7 @@ from simulator.figures.measured import time_text
 from simulator.figures.style import COLORS, paper_style
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
+from simulator.prediction.requests import by_key
 from simulator.prediction.result import Result
 from simulator.prediction.table import speedup
 from simulator.units import ratio
@@ -82,15 +83,11 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
     records = [dict(row) for row in store.rows]
     for record in records:
         config_file = file.with_name(f"{record['model']}.json")  # a model that no library has
+        model = load_model(config_file if config_file.is_file() else record["model"])
         layers = re.search(r"layers=(\d+)", str(record["key"]))
-        config = fewer_layers(
-            load_model(config_file if config_file.is_file() else record["model"]),
-            int(layers[1]) if layers else None,
-        )
-        settings = {name: record[name] for name in ("phase", "batch", "seq")} | {
-            "prune": [record["prune"]]
-        }
-        settings |= {"dtype": dtype, "engine": runs.lowered}
+        config = fewer_layers(model, int(layers[1]) if layers else None)
+        settings = {name: record[name] for name in ("phase", "batch", "seq")}
+        settings |= {"prune": [record["prune"]], "dtype": dtype, "engine": runs.lowered}
         if found := re.search(r"new=(\d+)", str(record["key"])):
             settings["new_tokens"] = int(found[1])
         (case,), _ = cases_of(config, settings, phases=runs.phases)
@@ -104,9 +101,9 @@ def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[Reco
         compared = by_case.get((case.prune, case.phase, case.batch, case.seq))
         if compared is None:
             continue
-        predicted = [speedup(case.dense, case.pruned, plain)]
-        predicted.append(speedup(case.dense, case.pruned, plain, dense_s=compared.dense_s))
-        predicted += [speedup(case.dense, case.pruned, hw)] if engine in hw.engines else []
+        pair = case.dense, case.pruned
+        predicted = [speedup(*pair, plain), speedup(*pair, plain, dense_s=compared.dense_s)]
+        predicted += [speedup(*pair, hw)] if engine in hw.engines else []
         out.append(RecordedRow(engine, threads, compared, dict(zip(KNOWN, predicted))))
     return out
 
@@ -132,11 +129,8 @@ def known_of(rows: Sequence[RecordedRow]) -> list[str]:
 
 
 def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow], str]) -> str:
-    groups: dict[str, list[RecordedRow]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
     cells = []
-    for name, some in [*sorted(groups.items()), ("all", list(rows))]:
+    for name, some in [*sorted(by_key(rows, key).items()), ("all", list(rows))]:
         for known in known_of(some):
             s = scores(some, known)
             first = known == KNOWN[0]

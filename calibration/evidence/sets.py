@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from calibration.evidence.build_profiles import STAGED
 from calibration.evidence.measurements import published
@@ -45,10 +46,12 @@ from simulator.operators.base import Machine
 from simulator.operators.collective import COLLECTIVE_CONSTANTS
 from simulator.operators.experts import Layers
 from simulator.operators.gemm import Products
+from simulator.prediction.requests import by_key
 from simulator.uncertainty.factors import posterior_of
 from simulator.uncertainty.forward import ratio_half
 
 Row = dict[str, Any]
+DATA: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 # Held-out groups of attention: heads and KV heads, or query lengths (prefill) and cache lengths
 # (decode)
@@ -113,14 +116,12 @@ class MeasuredRows:
         dtype, weight = formats_of(self.dtype, self.hw.rates)
         if isinstance(c, Products):
             cold = np.isinf(c.copies)
-            columns = {
-                "m": c.m,
-                "n": c.n,
-                "k": c.k,
+            columns = {name: getattr(c, name) for name in ("m", "n", "k")}
+            columns |= {
+                "weight_dtype": weight,
                 "cold": cold,
                 "copies": np.where(cold, 0.0, c.copies),
             }
-            columns["weight_dtype"] = weight
         elif isinstance(c, Layers):
             columns = {
                 name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")
@@ -320,11 +321,9 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
     """Return the rows of one table (default: of each table in turn), averaged over seeds."""
     if not table:
         return [r for title in dict.fromkeys(r["table"] for r in rows) for r in means(rows, title)]
-    groups: dict[tuple[str, str, int], list[Row]] = {}
-    for r in (r for r in rows if r["table"] == table):
-        groups.setdefault((r["held_out"], r["method"], r["rows"]), []).append(r)
+    own = [r for r in rows if r["table"] == table]
     out = []
-    for group in groups.values():
+    for group in by_key(own, lambda r: (r["held_out"], r["method"], r["rows"])).values():
         names = [
             n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)
         ]
@@ -423,23 +422,7 @@ def _records(measurement: str, wheel: Path | None) -> Records:
         return read_choice(archive, CHOICES[measurement])[0]
 
 
-GEMMS: Mapping[str, TableChoice] = {
-    "a100": TableChoice("a100_sxm/gemm/trtllm", prior="a100_sxm/gemm/sglang"),
-    "a100_sglang": TableChoice("a100_sxm/gemm/sglang"),
-    "h100": TableChoice("h100_sxm/gemm/trtllm", prior="h100_sxm/gemm/sglang"),
-    "h100_fp8": TableChoice("h100_sxm/gemm/trtllm", "fp8"),
-    "h200": TableChoice("h200_sxm/gemm/trtllm"),
-    "l40s": TableChoice("l40s/gemm/trtllm"),
-    "rtx_pro_6000": TableChoice("rtx_pro_6000/gemm/trtllm"),
-    "b200": TableChoice("b200_sxm/gemm/trtllm"),
-    "h20_fp8_block": TableChoice("h20/gemm/sglang", "fp8_block"),
-    "mi300x_fp8_block": TableChoice("mi300x/gemm/aiter", "fp8_block"),
-    "mi355x": TableChoice("mi355x/gemm/aiter"),
-    "mi355x_fp8": TableChoice("mi355x/gemm/aiter", "fp8"),
-    "mi355x_fp8_block": TableChoice("mi355x/gemm/aiter", "fp8_block"),
-    "a100_int8_wo": TableChoice("a100_sxm/gemm/trtllm", "int8_wo"),
-    "a100_int4_wo": TableChoice("a100_sxm/gemm/trtllm", "int4_wo"),
-}
+GEMMS = {name: TableChoice(**choice) for name, choice in DATA["gemms"].items()}
 ATTENTION, EXPERTS = ("attention_prefill", "attention_decode"), ("experts",)
 EXPERT_FORMATS = ("bf16", "fp8", "fp8_block", "nvfp4")  # weight-only formats have one or two models
 # rows of an attention table from which three tenths of its heads or lengths are held out
@@ -449,14 +432,14 @@ FEWEST = 40
 def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
     """Return the tables of an operator, ordered by device. The wheel has all formats of experts,
     also of a table that ships in part."""
-    shipped, out = list_measurements(), dict[str, list[TableChoice]]()
-    for name in shipped if wheel is None else SOURCES:
-        table = TableChoice(
-            name, wheel=None if name in shipped and operator != "experts" else wheel
-        )
-        if table.parts[1] == operator and table.parts[2] in STACKS:
-            out.setdefault(table.parts[0], []).append(table)
-    return [table for tables in out.values() for table in tables]
+    shipped = list_measurements()
+    every = [
+        TableChoice(name, wheel=None if name in shipped and operator != "experts" else wheel)
+        for name in (shipped if wheel is None else SOURCES)
+    ]
+    own = [t for t in every if t.parts[1] == operator and t.parts[2] in STACKS]
+    tables = by_key(own, lambda table: table.parts[0]).values()
+    return [table for some in tables for table in some]
 
 
 def stack_pairs(
@@ -571,16 +554,6 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
 
 # collectives, and published measurements of whole models
 
-# System -> its profile, and the profiles whose fits predict it without residual: GPUs with the same
-# generation of link, else of the same family
-LINKS: Mapping[str, tuple[str, ...]] = {
-    "a100_sxm": ("a100_sxm_80gb", "h100_sxm", "h200_sxm", "b200_sxm"),
-    "h100_sxm": ("h100_sxm", "h200_sxm"),
-    "h200_sxm": ("h200_sxm", "h100_sxm"),
-    "b200_sxm": ("b200_sxm", "a100_sxm_80gb", "h100_sxm", "h200_sxm"),
-    "l40s": ("l40s", "rtx_pro_6000"),
-    "rtx_pro_6000": ("rtx_pro_6000", "l40s"),
-}
 # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
 LEAST_BYTES = 1.6e7
 
@@ -590,7 +563,7 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
     whose rows another laboratory published. The defaults predict the last three: no default was set
     by the published rows."""
     staged = []
-    for system, (name, *others) in LINKS.items():
+    for system, (name, *others) in DATA["links"].items():
         hw, rows = load_hardware(name), []
         for table in (
             f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")
@@ -691,65 +664,11 @@ def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
         )
 
 
-ERRORS = {  # median or mean errors, %
-    "GEMM, a100,": 5.0,
-    "GEMM, h100,": 4.0,
-    "GEMM, mi3": 10.0,
-    "gemm, held-out stack, 0": 8.0,
-    "gemm, held-out stack, 100": 5.5,
-    "gemm, held-out stack, 400": 4.8,
-    "published dense": 8.0,
-    "published speedups": 5.0,
-    "serving, vllm": 6.0,
-    "serving, sglang": 7.0,
-    "serving, trtllm": 7.0,
-}
-LOW, HIGH = COVERAGE
-_SERVING = "serving, {method} ({rows})"
-TARGETS = (
-    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): MAPE", "mape", ERRORS),
-    AccuracyTarget("gemm", "GEMM, {table}, unseen (n, k): coverage", "coverage", HIGH, LOW),
-    AccuracyTarget("gemm cold", "GEMM, {table}, cold, m <= 16: bias, either way", "cold bias", 3.0),
-    AccuracyTarget(
-        "gemm cold", "GEMM, {table}, cold, m <= 16: coverage", "cold coverage", 100.0, LOW
-    ),
-    AccuracyTarget("weights", "GEMM, {table}, m <= 16, unseen (n, k): MAPE", "mape m <= 16", 10.0),
-    AccuracyTarget(
-        "weights", "GEMM, {table}, m <= 16, unseen (n, k): coverage", "coverage m <= 16", HIGH, LOW
-    ),
-    AccuracyTarget("update", "{table}, {rows} rows: MAPE", "mape", ERRORS),
-    AccuracyTarget("update", "{table}, {rows} rows: coverage", "coverage", HIGH, LOW, "ends"),
-    AccuracyTarget(
-        "update", "{table}, {rows} rows: ratio coverage", "ratio coverage", HIGH, LOW, "ends"
-    ),
-    AccuracyTarget("gpus", "{table}: MAPE", "mape"),
-    AccuracyTarget("gpus", "{table}: coverage", "coverage", HIGH, LOW),
-    AccuracyTarget("attention", "attention {method} unseen: MAPE", "mape", 5.0, of="worst"),
-    AccuracyTarget("mla", "mla {method} unseen: MAPE", "mape", 5.0, of="worst"),
-    AccuracyTarget("models", "experts, models unseen: MAPE", "mape", 8.0, of="median"),
-    AccuracyTarget("models", "experts, models unseen: coverage, mean", "coverage", HIGH, LOW),
-    AccuracyTarget(
-        "models", "experts, models unseen: ratio coverage, mean", "ratio coverage", HIGH, LOW
-    ),
-    AccuracyTarget("all", "{table} ({rows}): median error", "median", ERRORS),
-    AccuracyTarget(
-        "all", "{table}: coverage", "coverage", {"published dense": 100.0, "": HIGH}, LOW
-    ),
-    AccuracyTarget("all", "{table}: half-width, median", "width", {"published speedups": 12.0}),
-    AccuracyTarget(
-        "engine",
-        "{table}, {method} ({rows}): bias, either way",
-        "median bias",
-        {"published dense": 6.0},
-    ),
-    AccuracyTarget(
-        "serving",
-        f"{_SERVING}, held-out dense model: time per token, median error",
-        "median",
-        ERRORS,
-    ),
-    AccuracyTarget("serving", "serving, {method}: coverage", "coverage", HIGH, LOW),
-)
+_USUAL = dict(zip(("low", "high"), COVERAGE))
+TARGETS = [
+    AccuracyTarget(**(_USUAL if "coverage" in target["score"] else {}) | target)
+    for target in DATA["targets"]
+]
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
     "stacks": EvidenceSet(

@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from calibration.devices.protocol import (
     HOST_KINDS,
-    NORMS,
     OPERATORS,
     Device,
     Operator,
@@ -37,18 +38,8 @@ FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
 HOLDOUT_SHARE = 0.2
 DRIFT_CHECK_EVERY = 20  # items between two drift checks
 
-# Share of the budget per kind of item in a base plan. GEMMs get the shares of unsupported kinds.
-SHARES: Mapping[str, float] = {
-    "gemm": 0.44,
-    "gemm_2to4": 0.06,
-    "attention_prefill": 0.10,
-    "attention_decode": 0.10,
-    "elementwise": 0.12,
-    "pruned": 0.04,
-    "indexer": 0.02,
-    "recurrent": 0.10,
-    "runtime": 0.02,
-}
+_TABLE: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+SHARES: Mapping[str, float] = _TABLE["shares"]
 HYBRIDS = ("indexer", "recurrent")  # kinds of items that the usual decoders do not run
 # shorter plans omit HYBRIDS: a few rows fit no constant, and the other kinds need the time
 HYBRIDS_S = 60.0
@@ -56,137 +47,13 @@ HYBRIDS_S = 60.0
 # are too short
 SPARE = 0.5
 
-TOKENS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    12,
-    16,
-    17,
-    24,
-    31,
-    32,
-    48,
-    64,
-    65,
-    96,
-    100,
-    127,
-    128,
-    160,
-    192,
-    256,
-    257,
-    320,
-    384,
-    512,
-    513,
-    640,
-    768,
-    1000,
-    1024,
-    1536,
-    2048,
-    3000,
-    3072,
-    4096,
-    6144,
-    8192,
-    16384,
-)
-SIZES = (
-    64,
-    128,
-    192,
-    256,
-    320,
-    512,
-    576,
-    640,
-    768,
-    896,
-    960,
-    1024,
-    1280,
-    1536,
-    1792,
-    2048,
-    2304,
-    2560,
-    3072,
-    3584,
-    4096,
-    4864,
-    5120,
-    5632,
-    6144,
-    7168,
-    8192,
-    8960,
-    9216,
-    11008,
-    12288,
-    13824,
-    14336,
-    16384,
-    18944,
-    24576,
-    28672,
-)
-ODD_SIZES = (100, 321, 500, 1001, 1365, 2050, 2731, 3001, 4099, 5461, 7500, 11003)
-VOCABULARIES = (32000, 49152, 50257, 128256, 151936)
-HEADS = (  # heads, kv_heads, head_dim
-    (9, 3, 64),
-    (14, 2, 64),
-    (12, 12, 64),
-    (16, 8, 128),
-    (32, 32, 128),
-    (32, 8, 128),
-    (28, 4, 128),
-    (40, 8, 128),
-    (64, 8, 128),
-    (24, 8, 96),
-)
-INDEX_HEADS = ((64, 128), (32, 128), (16, 128), (4, 128))  # heads and features of indexers
-INDEX_TOPK = 2048  # positions that they select
-LENGTHS = (
-    64,
-    128,
-    200,
-    256,
-    384,
-    512,
-    768,
-    1000,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-    6144,
-    8192,
-    16384,
-    32768,
-)
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-ELEMENTWISE = (
-    NORMS[0],
-    "activation",
-    "residual",
-    "rotary",
-    "gather",
-    "scatter",
-    "cache_write",
-    "select",
-)
-# caches so short that a copy takes no longer than a launch
-LAYER_LENGTHS = (16, 32, 64, 96, 128, 192)
-# numbers of scores of a selection: groups, blocks, positions
-SELECTED = (8, 32, 64, 256, 1024, 2048)
+TOKENS = _TABLE["tokens"]
+SIZES = _TABLE["sizes"]
+ODD_SIZES = _TABLE["odd_sizes"]
+HEADS = _TABLE["heads"]
+LENGTHS = _TABLE["lengths"]
+BATCHES = _TABLE["batches"]
+INDEX_TOPK = 2048  # positions that indexers select
 
 _MOST_ORDERED = 600  # points ordered at a time: the cost grows with the square of the number
 _GROUP_TOKENS = 3  # values of m measured for each (n, k)
@@ -538,7 +405,7 @@ def gemm_stream(
 ) -> Iterable[Operator]:
     """Yield GEMMs of widely spread groups (n, k) of a few m, one group in eight misaligned, until
     nothing more fits."""
-    regular = [(n, k) for n in (*SIZES, *VOCABULARIES) for k in SIZES]
+    regular = [(n, k) for n in (*SIZES, *_TABLE["vocabularies"]) for k in SIZES]
     mixed = (*ODD_SIZES, *SIZES[5:21:3])
     odd = [(n, k) for n in mixed for k in mixed if n in ODD_SIZES or k in ODD_SIZES]
     # pairs that do not fit with the smallest m are excluded
@@ -595,15 +462,21 @@ def other_streams(
     )
     spots = [
         _spread(
-            [(m, n) for m in TOKENS[::3] for n in (SELECTED if role == "select" else SIZES[4::4])],
+            [
+                (m, n)
+                for m in TOKENS[::3]
+                for n in (_TABLE["selected"] if role == "select" else SIZES[4::4])
+            ],
             rng,
         )
-        for role in ELEMENTWISE
+        for role in _TABLE["elementwise"]
     ]
     elementwise = (
         Operator("elementwise", dtype, m=m, n=n, role=role, cold=False)
         for turn in zip_longest(*spots)
-        for role, (m, n) in zip(ELEMENTWISE, (spot or (0, 0) for spot in turn), strict=True)
+        for role, (m, n) in zip(
+            _TABLE["elementwise"], (spot or (0, 0) for spot in turn), strict=True
+        )
         if m
     )
     streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
@@ -618,7 +491,7 @@ def other_streams(
 
 def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:
     """Yield prompts and decode steps alternately."""
-    every = [(b, s, h, d) for b in BATCHES[:5] for s in LENGTHS for h, d in INDEX_HEADS]
+    every = [(b, s, h, d) for b in BATCHES[:5] for s in LENGTHS for h, d in _TABLE["index_heads"]]
     for turn, (batch, kv_len, heads, head_dim) in enumerate(_spread(every, rng)):
         yield Operator(
             "indexer",
@@ -655,7 +528,7 @@ def _runtime(dtype: str) -> list[Operator]:
     kinds = [(kind, role) for kind in ("launch_eager", "launch_graph") for role in ("", "gemm")]
     launches = [Operator(kind, dtype, role=role, cold=False) for kind, role in kinds]
     copies = [Operator("copy", dtype, n=1 << power) for power in (28, 22, 25, 30, 18)]
-    return [*layers(dtype, LAYER_LENGTHS[1::3]), *launches, *copies]
+    return [*layers(dtype, _TABLE["layer_lengths"][1::3]), *launches, *copies]
 
 
 def layers(dtype: str, lengths: Iterable[int]) -> list[Operator]:

@@ -23,9 +23,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,6 +49,7 @@ from simulator.models.sublayers import (
     SharedCacheAttention,
 )
 from simulator.models.sublayers.base import Sublayer
+from simulator.models.tables import read_names
 
 # headers of one file; a shard of DeepSeek-V3 with 560 tensors has 60 kB
 MAX_HEADER_BYTES = 8_000_000
@@ -215,75 +217,34 @@ MLP = r"(?:(?:mlp|feed_forward)\.(?:shared_experts?\.)?)?"
 ROUTED = r"(?:mlp|block_sparse_moe|feed_forward)\."
 EXPERT = ROUTED + r"experts\.\d{1,5}\."
 EXPERTS = ROUTED + r"experts\."
-_DELTA = r"linear_attn\."
-LAYER = tuple(
-    (re.compile(pattern), tuple(axes.split()))
-    for pattern, axes in {
-        ATTENTION + "q_proj": "q h",
-        ATTENTION + "[kv]_proj": "kv h",
-        ATTENTION + "(?:qkv_proj|query_key_value)": "qkv h",
-        ATTENTION + "(?:o_proj|out_proj|dense)": "h o",
-        ATTENTION + "q_(?:norm|layernorm)": "q_norm",
-        ATTENTION + "k_(?:norm|layernorm)": "k_norm",
-        ATTENTION + "sinks": "heads",
-        ATTENTION + "q_a_proj": "q_rank h",
-        ATTENTION + "q_a_layernorm": "q_rank",
-        ATTENTION + "q_b_proj": "q q_rank",
-        ATTENTION + "kv_a_proj_with_mqa": "kv_a h",
-        ATTENTION + "kv_a_layernorm": "rank",
-        ATTENTION + "kv_b_proj": "kv_b rank",
-        ATTENTION + "linear_attn": "h h",
-        _DELTA + "in_proj_qkvz": "delta_in h",
-        _DELTA + "in_proj_ba": "2delta h",
-        _DELTA + "conv1d": "channels 1 conv",
-        _DELTA + "(?:dt_bias|A_log)": "delta",
-        _DELTA + "norm": "value",
-        _DELTA + "out_proj": "h values",
-        MLP + "(?:gate_proj|up_proj|fc1|dense_h_to_4h)": "i h",
-        MLP + "gate_up_proj": "2i h",
-        MLP + "(?:down_proj|fc2|dense_4h_to_h)": "out i",
-        "attn_shortcut_Q": "h h",
-        "mlp_shortcut_Q": "h out",
-        "mlp.linear_mlp": "h h",
-        ROUTED + "(?:gate|router)": "E h",
-        "mlp.gate.e_score_correction_bias": "E",
-        "mlp.shared_expert_gate": "1 h",
-        EXPERT + "(?:w1|w3|gate_proj|up_proj)": "e h",
-        EXPERT + "(?:w2|down_proj)": "h e",
-        EXPERTS + "gate_up_proj": "E h 2e",
-        EXPERTS + "down_proj": "E e h",
-        EXPERTS + "gate_up_proj_bias": "E 2e",
-        EXPERTS + "down_proj_bias": "E h",
-        "(?:input|post_attention|pre_feedforward|post_feedforward|self_attn|final)_layer_?norm": (
-            "h"
-        ),
-    }.items()
-)
-OUTSIDE = tuple(
-    (re.compile(pattern), tuple(axes.split()))
-    for pattern, axes in {
-        "embed_tokens|embed_in": "V h",
-        "lm_head|embed_out": "V H",
-        "embed_positions": "P h",
-        "norm|final_layer_?norm": "H",
-    }.items()
-)
+_PREFIXES = {
+    "attention": ATTENTION,
+    "delta": r"linear_attn\.",
+    "mlp": MLP,
+    "": "",
+    "routed": ROUTED,
+    "expert": EXPERT,
+    "experts": EXPERTS,
+}
+_NAMES = read_names("tensors")
+
+Axes = Sequence[tuple[re.Pattern[str], tuple[str, ...]]]
+
+
+def _axes(prefix: str, names: Mapping[str, str]) -> Axes:
+    """Return the axes of names with a prefix."""
+    return [(re.compile(prefix + name), tuple(axes.split())) for name, axes in names.items()]
+
+
+LAYER: Axes = [
+    pair for kind, names in _NAMES["layer"].items() for pair in _axes(_PREFIXES[kind], names)
+]
+OUTSIDE = _axes("", _NAMES["outside"])
 WIDE = re.compile(r".*(?:norm|router|\bgate|shared_expert_gate|sinks|bias|in_proj_ba|conv1d|A_log)")
 """Weights in the format of the residual stream."""
 
 _FACTOR = re.compile(r"(?:(.*\.)?([qkvo]|gate|up|down)_([uv])_proj|(.+)\.([AB])Linear)")
-_ROLES = {
-    **{
-        "qkv_proj": "qkv",
-        "query_key_value": "qkv",
-        "out_proj": "o",
-        "dense": "o",
-        "fc1": "up",
-        "dense_h_to_4h": "up",
-    },
-    **{"fc2": "down", "dense_4h_to_h": "down"},
-    **{f"{role}_proj": role for role in ("q", "k", "v", "o", "gate", "up", "gate_up", "down")},
-}
+_ROLES: Mapping[str, str] = _NAMES["roles"]
 
 
 def factor_of(module: str) -> tuple[str, str, bool]:
@@ -298,9 +259,7 @@ def factor_of(module: str) -> tuple[str, str, bool]:
     return base, _ROLES.get(base.rsplit(".", 1)[-1], ""), letter == "A"
 
 
-def axes_of(
-    module: str, table: Iterable[tuple[re.Pattern[str], tuple[str, ...]]]
-) -> tuple[str, ...]:
+def axes_of(module: str, table: Axes) -> tuple[str, ...]:
     """Return the axes of a module's weight, none for an unknown name; the rank of a factor is "rank
     " and its role."""
     base, role, makes = factor_of(module)
@@ -427,15 +386,7 @@ def _by_scales(
     return Weight((out, inputs or rows * 32 // bits), dtype)
 
 
-NAMED = frozenset(
-    [
-        *("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2"),
-        *("gemma3_text", "phi3", "opt", "gpt_neox", "olmo2", "olmo3", "granite", "smollm3"),
-        *("nemotron", "nemotron-nas", "seed_oss", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
-        *("glm4_moe", "glm4v_moe_text", "llama4_text", "deepseek_v2", "deepseek_v3", "kimi_k2"),
-        *("qwen3_next", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
-    ]
-)
+NAMED = frozenset(_NAMES["named"])
 """Architectures whose tensors have the names in :data:`LAYER` and :data:`OUTSIDE`."""
 
 MAX_WIDTH = 10_000_000
@@ -583,12 +534,12 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
     if outside.formats.keys() - {("", False)}:
         raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
     stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
-    flags = _Flags.of(model, layers)
+    flags = _flags(model, layers)
     real = replace(
         model,
         hidden=hidden,
         vocab=outside.widths["V"],
-        norm=flags.norm,
+        norm=flags["norm"],
         learned_positions=outside.widths.get("P", 0),
         layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
@@ -740,60 +691,35 @@ def _bits(part: _Part, hidden: int) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Flags:
-    """What the tensors of a checkpoint show of all its layers."""
-
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    down_bias: bool
-    router_bias: bool
-    expert_bias: bool
-    shared_gate: bool
-    sinks: bool
-    qk_norm: str
-    norm: str
-    gated: bool
-
-    @classmethod
-    def of(cls, model: Model, layers: Iterable[_Part]) -> _Flags:
-        biases, modules = (
-            {factor_of(module)[0] for part in layers for module in getattr(part, name)}
-            for name in ("biases", "modules")
-        )
-
-        def some(pattern: str, among: Iterable[str] = biases) -> bool:
-            return any(re.fullmatch(pattern, module) for module in among)
-
-        attention = model.attention
-        mlp = model.usual.of("mlp")
-        known = attention if isinstance(attention, Attention) else None
-        up = some(MLP + "(?:gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h)")
-        norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-        # a norm without weights
-        qk_norm = "unit" if known is not None and known.norm == "unit" else ""
-        if norms:
-            qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
-        rotates = modules & {*SHORTCUTS.values()} and not some(".*(?:layer|layer_)norm", modules)
-        gated = not isinstance(mlp, Mlp) or mlp.gated
-        return cls(
-            qkv_bias=some(ATTENTION + "(?:[qkv]_proj|qkv_proj|query_key_value)"),
-            o_bias=some(ATTENTION + "(?:o_proj|out_proj|dense)"),
-            mlp_bias=up,
-            down_bias=not up and some(MLP + "(?:down_proj|fc2|dense_4h_to_h)"),
-            router_bias=some(ROUTED + "(?:gate|router)")
-            or some(".*e_score_correction_bias", modules),
-            expert_bias=some(EXPERTS + ".*_bias", modules),
-            shared_gate=some("mlp.shared_expert_gate", modules),
-            sinks=some(ATTENTION + "sinks", modules),
-            qk_norm=qk_norm,
-            norm="none" if rotates else model.norm,
-            gated=gated and not some(MLP + "(?:fc1|dense_h_to_4h)", modules),
-        )
+def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
+    """Return what the tensors of a checkpoint show of all its layers: biases, and the kinds of
+    modules and norms."""
+    shown: dict[str, Any] = {}
+    for kind in ("biases", "modules"):
+        found = {factor_of(module)[0] for part in layers for module in getattr(part, kind)}
+        for name, (prefix, pattern) in _NAMES[kind].items():
+            named = re.compile(_PREFIXES[prefix] + pattern).fullmatch
+            shown[name] = any(map(named, found))
+    attention = model.attention
+    mlp = model.usual.of("mlp")
+    known = attention if isinstance(attention, Attention) else None
+    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
+    # a norm without weights
+    qk_norm = "unit" if known is not None and known.norm == "unit" else ""
+    if norms:
+        qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
+    rotates = found & {*SHORTCUTS.values()} and not shown["norms"]
+    gated = not isinstance(mlp, Mlp) or mlp.gated
+    return shown | {
+        "down_bias": shown["down_bias"] and not shown["mlp_bias"],
+        "router_bias": shown["router_bias"] or shown["correction_bias"],
+        "qk_norm": qk_norm,
+        "norm": "none" if rotates else model.norm,
+        "gated": gated and not shown["plain"],
+    }
 
 
-def _layer(part: _Part, model: Model, flags: _Flags, sparse24: bool) -> Layer:
+def _layer(part: _Part, model: Model, flags: Mapping[str, Any], sparse24: bool) -> Layer:
     """Return the layer in the tensors of a part; its flags that no tensor shows are those of the
     configuration."""
     old = model.layers[part.number]
@@ -827,7 +753,7 @@ def _dense(layer: Layer) -> Layer:
     )
 
 
-def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer | None:
+def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
     width = part.widths
     if part.has(ATTENTION + "linear_attn"):
         return Linear(replaces=Part.ATTENTION)
@@ -847,7 +773,7 @@ def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer
         raise InputError(f"{part.where}: layer {part.number} has attention, its config.json none")
     heads, kv_heads = _grouped_heads(part, usual)
     features = usual.head_dim
-    wide = flags.qk_norm == "width"
+    wide = flags["qk_norm"] == "width"
     own = {"heads": heads, "q_norm": heads * features if wide else features}
     own["k_norm"] = kv_heads * features if wide else features
     for name, size in own.items():
@@ -857,10 +783,8 @@ def _attention(part: _Part, model: Model, old: Layer, flags: _Flags) -> Sublayer
         usual,
         heads=heads,
         kv_heads=kv_heads,
-        norm=flags.qk_norm,
-        qkv_bias=flags.qkv_bias,
-        o_bias=flags.o_bias,
-        sinks=flags.sinks,
+        norm=flags["qk_norm"],
+        **{name: flags[name] for name in ("qkv_bias", "o_bias", "sinks")},
         rotates=rotates,
     )
 
@@ -916,7 +840,7 @@ def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention
     )
 
 
-def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
+def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
     width = part.widths
     dense = old.of("mlp")
     if part.has("mlp.linear_mlp"):
@@ -938,19 +862,19 @@ def _mlp(part: _Part, old: Layer, flags: _Flags) -> Sublayer | None:
             active=min(dense.active, experts),
             inner=width["e"],
             shared_inner=width.get("i", 0),
-            shared_bias=flags.mlp_bias,
-            shared_gate=flags.shared_gate and width.get("i", 0) > 0,
-            router_bias=flags.router_bias,
-            bias=flags.expert_bias,
+            shared_bias=flags["mlp_bias"],
+            shared_gate=flags["shared_gate"] and width.get("i", 0) > 0,
+            router_bias=flags["router_bias"],
+            bias=flags["expert_bias"],
             rotates=rotates,
         )
     if not width.get("i", 0):
         return None
     return Mlp(
         inner=width["i"],
-        gated=flags.gated,
-        bias=flags.mlp_bias,
-        down_bias=flags.down_bias,
+        gated=flags["gated"],
+        bias=flags["mlp_bias"],
+        down_bias=flags["down_bias"],
         out=out if out != width["h"] else 0,
         rotates=rotates,
     )

@@ -140,7 +140,6 @@ def _unrotated(layer: Layer) -> Layer:
 def _depth(dense: Model, pruned: Model, olds: Sequence[Layer]) -> str:
     texts = []
     numbers = pruned.layer_numbers
-    news = pruned.layers
     places = dense.layer_numbers
     gone = sorted(set(places) - set(numbers))
     if len(numbers) > len(places):
@@ -152,7 +151,7 @@ def _depth(dense: Model, pruned: Model, olds: Sequence[Layer]) -> str:
         count = f"{kinds or len(gone)} of {len(places)} layers removed"
         texts.append(which if known else count)
     for part, name in (("attention", "attention"), ("mlp", "MLP")):
-        pairs = list(zip(numbers, olds, news))
+        pairs = list(zip(numbers, olds, pruned.layers))
         if off := [i for i, old, new in pairs if old.has(part) and not new.has(part)]:
             texts.append(f"{name} of layers {runs(off)} removed")
         linear = [

@@ -44,8 +44,14 @@ _INSIDE_MLP = re.compile(r"\b(up|down|gate_up|fc\d?)(_proj)?$")
 _QUERY_NORM = re.compile(r"\b(q|k|query|key)_?(layer)?norm")
 _LAYER_KEYS = {"per_layer_config", "block_configs"}  # that the classes of a type ignore
 _ACTIVE = (
-    *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk"),
-    *("moe_top_k", "top_k_experts", "moe_k", "moe_num_active_experts"),
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+    "moe_num_active_experts",
 )
 """Keys of the experts that a token uses."""
 _STATE = ("ssm_state_size", "mamba_d_state", "state_size", "linear_key_head_dim", "head_dim")

@@ -158,7 +158,7 @@ def read_config(path: str | os.PathLike[str]) -> Model:
         raise InputError(
             f"{file}: cannot be read ({error.strerror or error}); expected a config.json"
         ) from None
-    content = _parsed(file)
+    content = read_content(file)
     model = from_hf_config(
         content, str(file), file.parent.name if file.name == "config.json" else file.stem
     )
@@ -174,12 +174,13 @@ def read_config(path: str | os.PathLike[str]) -> Model:
     return model
 
 
-def _parsed(file: Path) -> Any:
+def read_content(file: Path) -> Any:
+    """Return the content of a ``config.json``."""
     return parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
 
 
 def _object(file: Path) -> Reader:
-    content = _parsed(file)
+    content = read_content(file)
     if not isinstance(content, Mapping):
         raise InputError(f"{file}: expected a JSON object, got {shown(content)}")
     return Reader(content, str(file))
@@ -190,7 +191,8 @@ def _key(name: str) -> str:
     return re.sub(r"[-_. ]+", "", name).lower()
 
 
-def _content(name: str) -> ConfigFields:
+def published_keys(name: str) -> ConfigFields:
+    """Return the content of the file of a shipped model."""
     content: ConfigFields = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return content
 
@@ -199,7 +201,7 @@ def _content(name: str) -> ConfigFields:
 def _aliases() -> Mapping[str, str]:
     out: dict[str, str] = {}
     for name in list_models():
-        content = _content(name)
+        content = published_keys(name)
         for other in (name, content["_source"].rsplit("/", 1)[-1], *content.get("_aliases", ())):
             out[_key(other)] = name
     return out
@@ -207,7 +209,7 @@ def _aliases() -> Mapping[str, str]:
 
 @lru_cache(maxsize=128)
 def _shipped(name: str) -> Model:
-    return from_hf_config(_content(name), f"{name}.json", name)
+    return from_hf_config(published_keys(name), f"{name}.json", name)
 
 
 @lru_cache(maxsize=1)
@@ -237,7 +239,7 @@ def model_title(name: str) -> str:
     """Return the publisher's name of a shipped model; another name is returned unchanged."""
     if name not in list_models():
         return name
-    published: str = _content(name)["_source"].rsplit("/", 1)[-1]
+    published: str = published_keys(name)["_source"].rsplit("/", 1)[-1]
     return published.removesuffix("-hf")
 
 

@@ -395,7 +395,7 @@ def _sublayer_rows(p: PassRows, layer: Layer, index: int) -> OperatorRows:
     if sublayer.scales:
         yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden, p.hidden)
     if layer.joined(index) or (mlp and layer.parallel):
-        yield p.move("residual", part, p.hidden, 2 * p.hidden, p.hidden)
+        yield p.move("residual", part, p.hidden, 2 * p.hidden)
 
 
 def _embedding(p: PassRows, part: Model) -> OperatorRows:
@@ -412,7 +412,7 @@ def _embedding(p: PassRows, part: Model) -> OperatorRows:
         yield p.wide_gemm("embedding_in", Part.EMBEDDING, hidden, features)
     if part.embedding_norm:
         owned = features * part.norm_parameters // hidden
-        yield p.move("embedding_norm", Part.EMBEDDING, features, features, features, owned)
+        yield p.move("embedding_norm", Part.EMBEDDING, features, params=owned)
     if part.input_features:
         yield from _layer_inputs(p, part)
     if part.streams > 1:
@@ -423,11 +423,10 @@ def _layer_inputs(p: PassRows, part: Model) -> OperatorRows:
     """Yield the inputs of all layers: embeddings from their tables, and a projection of the usual
     embedding, which is normed and added."""
     features = part.input_features
-    tables = part.input_tables
-    yield p.move("layer_inputs", Part.EMBEDDING, features, features, features, tables)
+    yield p.move("layer_inputs", Part.EMBEDDING, features, params=part.input_tables)
     yield from p.collective("all_reduce", Part.EMBEDDING, p.tokens, features)
     yield p.wide_gemm("layer_inputs", Part.EMBEDDING, features, part.hidden)
-    yield p.move("layer_inputs", Part.EMBEDDING, features, 2 * features, features)
+    yield p.move("layer_inputs", Part.EMBEDDING, features, 2 * features)
 
 
 def _streams(p: PassRows, part: Model, place: Part) -> OperatorRows:
@@ -454,13 +453,13 @@ def _head(p: PassRows, part: Model, logits: int) -> OperatorRows:
     if part.head_projection:
         yield p.wide_gemm("embedding_out", Part.HEAD, width, width) | {"m": positions}
         owned = p.lowering.norm_parameters
-        yield p.move("inner_norm", Part.HEAD, width, width, width, owned, tokens=positions)
+        yield p.move("inner_norm", Part.HEAD, width, params=owned, tokens=positions)
     head = p.wide_gemm("lm_head", Part.HEAD, part.logits, width) | {"m": positions}
     bias = part.head_bias * part.logits * p.owns
     yield head | {"params": bias + (0 if part.tied else head["params"])}
     yield from p.collective("all_gather", Part.HEAD, positions, logits)
     if part.logit_softcap:
-        yield p.move("softcap", Part.HEAD, logits, logits, logits, tokens=positions)
+        yield p.move("softcap", Part.HEAD, logits, tokens=positions)
 
 
 def _attending(w: Workload, part: Model, lengths: Sequence[tuple[Array, Array]]) -> Workload:

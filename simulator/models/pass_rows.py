@@ -28,7 +28,7 @@ _MXFP4 = dtype_code("mxfp4")
 STATE = dtype_code("fp32")
 """Format of the recurrent state of a delta net, as Transformers and SGLang keep it."""
 
-COMPRESSED = (*("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in"),)
+COMPRESSED = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "delta_in")
 """Weights that a 2:4 checkpoint compresses."""
 
 OperatorRow = dict[str, Any]
@@ -145,21 +145,24 @@ class PassRows:
     def fuses(self, group: str) -> bool:
         return group in self.lowering.engine.fuse
 
-    def gemm(self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN) -> OperatorRow:
-        """Return a product of n outputs and k inputs, without a bias."""
+    def gemm(
+        self, role: str, part: Part, n: Any, k: Any, form: Form = PLAIN, bias: bool = False
+    ) -> OperatorRow:
+        """Return a product of n outputs and k inputs."""
         weights = self.lowering.weight_dtype
         only_experts = weights == _MXFP4 and self.lowering.dtype != _MXFP4
         if only_experts and role != "experts":
             weights = self.lowering.stream_dtype
         if self.lowering.declared24 and role in COMPRESSED:
             form = SPARSE24
+        owns = self.owns
         row = {
             "role": role,
             "part": part,
             "m": self.tokens,
             "n": n,
             "k": k,
-            "params": form.density * n * k * self.owns,
+            "params": form.density * n * k * owns + (n if bias else 0) * owns,
             "dtype": self.lowering.dtype,
             "weight_dtype": weights,
         }
@@ -177,13 +180,11 @@ class PassRows:
     ) -> OperatorRows:
         """Yield the product of a weight of a sublayer, or the two products of its factors."""
         form = sublayer.form(role)
-        row = self.gemm(role, sublayer.part, n, k, form)
-        if form.rank is not None:
+        if form.rank is None:
+            yield self.gemm(role, sublayer.part, n, k, form, bias)
+        else:
             yield self.gemm(role, sublayer.part, form.rank, k, form) | {"stage": 1}
-            row = self.gemm(role, sublayer.part, n, form.rank, form) | {"stage": 2}
-        if bias:
-            row["params"] = row["params"] + n * self.owns
-        yield row
+            yield self.gemm(role, sublayer.part, n, form.rank, form, bias) | {"stage": 2}
 
     def products(
         self,
@@ -198,23 +199,15 @@ class PassRows:
 
         An engine that ``fuses`` runs them as one product if they are stored alike. Factors are
         never fused."""
-        if sublayer.stores(fused) or (fuses and alike([sublayer.form(role) for role in outputs])):
-            yield from self.fused(sublayer, fused, outputs, k, bias)
-            return
-        for role, n in outputs.items():
-            yield from self.product(sublayer, role, n, k, bias)
-
-    def fused(
-        self, sublayer: Weights, fused: str, outputs: Mapping[str, Any], k: Any, bias: bool
-    ) -> OperatorRows:
-        n = sum(outputs.values())
+        together = sum(outputs.values())
         if sublayer.stores(fused):
-            yield from self.product(sublayer, fused, n, k, bias)
-            return
-        row = self.gemm(fused, sublayer.part, n, k, sublayer.form(next(iter(outputs))))
-        if bias:
-            row["params"] = row["params"] + n * self.owns
-        yield row
+            yield from self.product(sublayer, fused, together, k, bias)
+        elif fuses and alike([sublayer.form(role) for role in outputs]):
+            form = sublayer.form(next(iter(outputs)))
+            yield self.gemm(fused, sublayer.part, together, k, form, bias)
+        else:
+            for role, n in outputs.items():
+                yield from self.product(sublayer, role, n, k, bias)
 
     def quantized(self, product: str, part: Part, k: Any) -> OperatorRows:
         """Yield the conversion of a product's activations, if a further kernel does it."""
@@ -222,6 +215,11 @@ class PassRows:
         if product in lowering.quantised:
             written = k * float(DTYPE_BYTES[lowering.dtype] / DTYPE_BYTES[lowering.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
+
+    def output(self, sublayer: Weights, inputs: Any, bias: bool = False) -> OperatorRows:
+        """Yield the output projection of a mixer, after the conversion of its inputs."""
+        yield from self.quantized("o", sublayer.part, inputs)
+        yield from self.product(sublayer, "o", self.hidden, inputs, bias)
 
     def residual_projection(self, sublayer: Weights, n: Any) -> OperatorRows:
         """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
@@ -249,13 +247,13 @@ class PassRows:
         role: str,
         part: Part,
         n: Any,
-        read: Any,
-        write: Any,
+        read: Any = None,
+        write: Any = None,
         params: Any = 0,
         tokens: int = 0,
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
-        are in elements."""
+        are in elements, by default the features."""
         stream = self.lowering.stream_dtype
         tokens = tokens or self.tokens
         size = float(tokens * DTYPE_BYTES[stream])
@@ -266,8 +264,8 @@ class PassRows:
             "m": tokens,
             "n": n,
             "params": params * self.owns,
-            "read_bytes": size * read,
-            "write_bytes": size * write,
+            "read_bytes": size * (n if read is None else read),
+            "write_bytes": size * (n if write is None else write),
             "dtype": stream,
             "weight_dtype": stream,
         }
@@ -275,7 +273,7 @@ class PassRows:
     def rotary(self, features: Any) -> OperatorRows:
         """Yield the rotation of ``features`` of queries and keys."""
         if present(features):
-            yield self.move("rotary", Part.ATTENTION, features, features, features)
+            yield self.move("rotary", Part.ATTENTION, features)
 
     def cache_write(self, elements: Any, heads: Any, kv_heads: Any) -> OperatorRow:
         """Return the row that writes the cache; a joined cache is extended, a copied one is then

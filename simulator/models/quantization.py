@@ -20,6 +20,7 @@ from simulator.display import few, with_and
 from simulator.errors import one_line
 from simulator.models.architectures.reader import Reader
 from simulator.models.model import Model
+from simulator.models.tables import read_names
 
 FORMATS: Mapping[str, str] = {
     "weight_dtype": "weights",
@@ -29,18 +30,11 @@ FORMATS: Mapping[str, str] = {
 """Fields of a model and of a request that are number formats, in words."""
 
 QUANT_ALGOS: Mapping[str, tuple[str, str]] = {
-    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), ("fp8", "fp8")),
-    # vLLM converts the activations for FP8_PB_WO, although WO means "weights only"
-    **dict.fromkeys(("FP8_BLOCK_SCALES", "FP8_PB_WO"), ("fp8_block", "fp8")),
-    **dict.fromkeys(("NVFP4", "NVFP4_AWQ"), ("nvfp4", "nvfp4")),
-    **{"W4A8_NVFP4_FP8": ("nvfp4", "fp8"), "W4A16_NVFP4": ("nvfp4", "")},
-    **dict.fromkeys(("W4A16", "W4A16_AWQ", "W4A16_GPTQ", "INT4_AWQ"), ("int4", "")),
-    **{"W4A8_AWQ": ("int4", "fp8"), "W4A16_MXFP4": ("mxfp4", "")},
-    **dict.fromkeys(("W8A16", "W8A16_GPTQ"), ("int8", "")),
-    **dict.fromkeys(("INT8_SQ", "W8A8_SQ_PER_CHANNEL"), ("int8", "int8")),
+    algorithm: tuple(formats) for algorithm, formats in read_names("quant_algos").items()
 }
 """Formats of weights and arithmetic ("": 16 bits) by ``quant_algo`` of ModelOpt and TensorRT-LLM
-(tensorrt_llm/quantization/mode.py)."""
+(tensorrt_llm/quantization/mode.py). vLLM converts the activations for FP8_PB_WO, although WO means
+"weights only"."""
 
 # weights and arithmetic that config_groups may state
 _SCHEMES = {*QUANT_ALGOS.values(), ("int4", "int8"), ("fp8", ""), ("fp8_block", "")}
@@ -52,7 +46,10 @@ _BLOCK = [128, 128]  # weights per scale of fp8_block
 _NVFP4_GROUP = 16  # weights per scale of nvfp4; MXFP4 has 32
 
 _EXCLUDED = (
-    *("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers"),
+    "ignore",
+    "exclude_modules",
+    "modules_to_not_convert",
+    "ignored_layers",
     "llm_int8_skip_modules",
 )
 """Keys with the modules that are not quantised."""

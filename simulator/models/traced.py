@@ -216,11 +216,10 @@ class _Tracer:
         self.counted: set[int] = set()
 
     def traced(self) -> TracedModel:
-        model = self.model
         head = self.model.get_output_embeddings()
         layers = self._layers()
         inside = {id(module) for module in (*layers.modules(), head)}
-        outside = [(name, m) for name, m in model.named_modules() if id(m) not in inside]
+        outside = [(name, m) for name, m in self.model.named_modules() if id(m) not in inside]
         parts = tuple(self._part(layer.named_modules()) for layer in layers)
         rest = self._part((name, module) for name, module in outside if not self._other(name))
         apart: Counter[str] = Counter()

@@ -15,18 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from simulator.errors import InputError
-from simulator.files.read import parse_bounded, read_bounded
+from simulator.files.read import read_bounded
 from simulator.files.write import write_whole
 from simulator.models.architectures import ARCHITECTURES, EXPERT_KEYS, Reader, model_fields
 from simulator.models.architectures.reader import ConfigFields, Content
-from simulator.models.library import FOLDER, MAX_FILE_BYTES, from_hf_config, list_models, load_model
+from simulator.models.library import (
+    MAX_FILE_BYTES,
+    from_hf_config,
+    list_models,
+    load_model,
+    published_keys,
+    read_content,
+)
 from simulator.models.model import Layer, Model
 from simulator.models.quantization import without_formats
 from simulator.models.sublayers import (
     Attention,
     DeltaNet,
     Experts,
-    LatentAttention,
     LightningAttention,
     Linear,
     Mamba,
@@ -35,69 +41,15 @@ from simulator.models.sublayers import (
     ShortConv,
 )
 from simulator.models.sublayers.base import Sublayer
+from simulator.models.tables import read_names
 
 NONE: Content = {}
 _DECI = "nemotron-nas"
 # architectures that compute the same as DeciLM
 _DECI_SOURCES = ("llama", "mistral", "ministral", _DECI)
 
-_HEADS = {
-    "heads": (
-        *("num_attention_heads", "num_attention_heads_per_layer", "swa_num_attention_heads"),
-    ),
-    "kv_heads": (
-        *("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"),
-        "attn_config.kv_n_heads",
-    ),
-    "head_dim": ("head_dim",),
-}
-_LINEAR_HEADS = ("linear_num_heads", "linear_attn_config.num_heads")  # of queries, keys and values
-_EXPANDED = ("mamba_expand", "expand")
-_KEYS: Mapping[type[Sublayer], Mapping[str, tuple[str, ...]]] = {
-    Attention: _HEADS,
-    LatentAttention: _HEADS,
-    LightningAttention: {"heads": _HEADS["heads"]},
-    DeltaNet: {
-        "heads": ("linear_num_value_heads", *_LINEAR_HEADS),
-        "kv_heads": ("linear_num_key_heads", *_LINEAR_HEADS),
-    },
-    Mamba: {
-        "channels": ("intermediate_size",),
-        "state": ("state_size", "mamba_d_state"),
-        "expand": _EXPANDED,
-    },
-    Mamba2: {
-        "heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads", "num_heads"),
-        "channels": ("mamba_head_dim", "mamba_d_head", "mamba_headdim", "head_dim"),
-        "state": ("ssm_state_size", "mamba_d_state", "state_size"),
-        "inner": ("mamba_d_ssm",),
-        "expand": _EXPANDED,
-    },
-    Mlp: {
-        "inner": (
-            *("intermediate_size", "ffn_dim", "intermediate_size_mlp"),
-            *("shared_intermediate_size", "ffn_hidden_size"),
-        ),
-        "expand": ("expansion_ratio",),
-    },
-    Experts: {
-        "experts": (
-            *("num_experts", "num_local_experts", "n_routed_experts"),
-            "ffn_config.moe_num_experts",
-        ),
-        "active": ("num_experts_per_tok", "ffn_config.moe_top_k"),
-        "inner": (
-            *("moe_intermediate_size", "intermediate_size"),
-            *("expert_ffn_hidden_size", "ffn_config.ffn_hidden_size"),
-        ),
-        "shared_inner": (
-            *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
-            *("shared_intermediate_size", "intermediate_size"),
-        ),
-        "latent": ("moe_latent_size",),
-        "shared_experts": ("n_shared_experts", "num_shared_experts"),
-    },
-}
+_TABLE = read_names("sizes")
+_KEYS: Mapping[str, Mapping[str, Sequence[str]]] = _TABLE["sizes"]
 """Kind of sublayer -> its sizes -> keys that can state them, by their usual names."""
 
 _SIZES: Mapping[str, Callable[[Any, int], float]] = {
@@ -106,17 +58,13 @@ _SIZES: Mapping[str, Callable[[Any, int], float]] = {
 }
 """Sizes that are no fields of a sublayer, given the sublayer and the hidden size."""
 
-_NUMBERED = {
-    **dict.fromkeys(("mlp_only_layers", "moe_layers", "full_attn_idxs"), 0),
-    **dict.fromkeys(("attn_layer_indices", "hybrid_layer_ids"), 0),
-    **dict.fromkeys(("full_attn_layers", "kda_layers"), 1),  # of linear_attn_config
-}
+_NUMBERED: Mapping[str, int] = _TABLE["numbered"]
 """Keys that list numbers of layers -> number of the first layer."""
 
-_OBJECTS = ("attn_config", "ffn_config", "linear_attn_config")
+_OBJECTS: Sequence[str] = _TABLE["objects"]
 """Keys of objects with sizes."""
 
-_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_FIRST: Sequence[str] = _TABLE["first"]
 """Keys of the number of first layers of one kind."""
 
 
@@ -356,7 +304,7 @@ def _size_changes(dense: Model, pruned: Model) -> dict[tuple[str, ...], list[_Ch
         for old, new in _pairs(*layers):
             for name, keys in _keys_of(old).items():
                 sizes = _size(old, name, dense.hidden), _size(new, name, pruned.hidden)
-                changes.setdefault(keys, []).append((i, *sizes))
+                changes.setdefault(tuple(keys), []).append((i, *sizes))
     return changes
 
 
@@ -370,8 +318,9 @@ def _pairs(old: Layer, new: Layer) -> Iterator[tuple[Sublayer, Sublayer]]:
             yield sublayer, same
 
 
-def _keys_of(sublayer: Sublayer) -> Mapping[str, tuple[str, ...]]:
-    return next((_KEYS[kind] for kind in type(sublayer).__mro__ if kind in _KEYS), {})
+def _keys_of(sublayer: Sublayer) -> Mapping[str, Sequence[str]]:
+    kinds = (kind.__name__ for kind in type(sublayer).__mro__)
+    return next((_KEYS[kind] for kind in kinds if kind in _KEYS), {})
 
 
 def _size(sublayer: Sublayer, name: str, hidden: int) -> float:
@@ -577,15 +526,15 @@ def content_of(
     if isinstance(source, Mapping):
         return source
     if model.name in list_models() and load_model(model.name) is model:
-        content = json.loads((FOLDER / f"{model.name}.json").read_text(encoding="utf-8"))
-        return {key: value for key, value in content.items() if not key.startswith("_")}
+        keys = published_keys(model.name)
+        return {key: value for key, value in keys.items() if not key.startswith("_")}
     if isinstance(source, Model):
         return NONE
     file = Path(source).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():  # a pipe cannot be read twice
         return NONE
-    content = parse_bounded(read_bounded(file, MAX_FILE_BYTES), str(file), MAX_FILE_BYTES)
+    content = read_content(file)
     return content if isinstance(content, dict) else NONE
 
 

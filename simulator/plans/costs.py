@@ -40,17 +40,22 @@ from simulator.workload import Workload, WorkloadBatch
 
 COLUMNS: tuple[str, ...] = (
     # layer -1: outside the layers
-    *("hardware", "engine", "phase", "batch", "seq", "layer", "sublayer", "variant"),
-    *(
-        "seconds",
-        "lower",
-        "upper",
-        "prefill_s",
-        "decode_s",
-        "parameters",
-        "weights_bytes",
-        "cache_bytes",
-    ),
+    "hardware",
+    "engine",
+    "phase",
+    "batch",
+    "seq",
+    "layer",
+    "sublayer",
+    "variant",
+    "seconds",
+    "lower",
+    "upper",
+    "prefill_s",
+    "decode_s",
+    "parameters",
+    "weights_bytes",
+    "cache_bytes",
 )
 
 

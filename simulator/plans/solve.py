@@ -135,14 +135,13 @@ _QUANTITIES: Mapping[str, str] = {
 }  # target -> the quantity that it limits, where the names differ
 
 NAMES: Mapping[str, str] = {
-    **{
-        "speedup": "speedup",
-        "latency_s": "latency",
-        "tokens_per_s": "tokens/s",
-        "ttft_s": "TTFT",
-        "tpot_s": "TPOT",
-    },
-    **{"memory_bytes": "memory", "parameters": "parameters"},
+    "speedup": "speedup",
+    "latency_s": "latency",
+    "tokens_per_s": "tokens/s",
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "memory_bytes": "memory",
+    "parameters": "parameters",
 }  # target -> its name in messages
 
 _ENDS = {f"{name}_s": (f"{name}_lower", f"{name}_upper") for name in ("pruned", "ttft", "tpot")}

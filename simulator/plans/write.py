@@ -35,7 +35,9 @@ MIB = 2.0**20
 DTYPE_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("fp32", "tf32"), "torch.float32"),
     **dict.fromkeys(("fp8", "fp8_block"), "torch.float8_e4m3fn"),
-    **{"fp16": "torch.float16", "bf16": "torch.bfloat16", "int8": "torch.int8"},
+    "fp16": "torch.float16",
+    "bf16": "torch.bfloat16",
+    "int8": "torch.int8",
     **{name: name for name in ("int4", "nvfp4", "mxfp4")},
 }
 """Names of number formats in ModelOpt: those of torch, else their own."""

@@ -50,9 +50,11 @@ def test_a_sample_compiles_for_six_gpus(cache: Path) -> None:
     features = next(
         c for c in MAIN if c.kernel == "_features" and c.tile.k == 16 and c.aligned == "all"
     )
+    gathered = next(c for c in MAIN if c.tile.m == 128 and "ADD" in c.flags)
     archs = list(SHARED_KB)
     pairs = [(archs[i % 6], case) for i, case in enumerate(largest.values())]
     pairs += [(arch, features) for arch in (80, 86, 89, 120)]  # had one buffer there
+    pairs += [(86, gathered)]
     pairs += [
         (archs[i % 6], case)
         for i, case in enumerate({c.kernel: c for c in CASES if not c.operands}.values())
@@ -83,11 +85,12 @@ def test_cases_hold_every_tile_that_a_wrapper_chooses() -> None:
         )
         dtype, size = draw.choice([("bf16", 2), ("fp16", 2), ("fp32", 4)])
         gated = draw.random() < 0.5
-        tiles = {
-            "_gathered": tile_shapes.gathered(rows, size, aligned),
-            "_columns": tile_shapes.grouped_columns(rows, width, size, aligned, gated),
-            "_features": tile_shapes.grouped_features(rows, width, size, aligned),
-            "_rms_norm": tile_shapes.normalised(min(width, tile_shapes.MOST_FEATURES)),
-        }
-        for kernel, tile in tiles.items():
-            assert (kernel, dtype, aligned, gated and kernel == "_columns", tile) in known
+        columns = tile_shapes.grouped_columns(rows, width, size, aligned, gated)
+        tiles = [
+            ("_columns", False, tile_shapes.gathered(rows, size, aligned)),
+            ("_columns", gated, columns),
+            ("_features", False, tile_shapes.grouped_features(rows, width, size, aligned)),
+            ("_rms_norm", False, tile_shapes.normalised(min(width, tile_shapes.MOST_FEATURES))),
+        ]
+        for kernel, halves, tile in tiles:
+            assert (kernel, dtype, aligned, halves, tile) in known

@@ -164,7 +164,7 @@ class Generator(torch.Generator):
 
 SETUP_S, CHILD_S = 0.01, 1.0
 """Host time to make the operands of an operator, and to start a child process."""
-SKIPPING = ("_gathered", "_columns", "_features")
+SKIPPING = ("_columns", "_features")
 """Kernels of Triton that multiply matrices."""
 BY_SHAPE = ("gather_gemm", "grouped_gemm", "attention_block_sparse")
 """Operators whose kernels (Triton, flex attention) need a GPU; their durations follow from their

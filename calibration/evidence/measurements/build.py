@@ -41,14 +41,8 @@ LICENCE = "Apache-2.0"
 COPYRIGHT = "Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved."
 
 MEMBER = "aiconfigurator_core/systems/silicon_sample.csv"
-MODELS: Mapping[str, str] = {
-    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
-    "nvidia/Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
-    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
-    "Qwen/Qwen3-32B": "qwen3-32b",
-    "nvidia/Qwen3-32B-NVFP4": "qwen3-32b",
-    "Qwen/Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
-}
+_DATA: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+MODELS: Mapping[str, str] = _DATA["models"]
 FP8_CACHE = "meta-llama/Llama-3.1-70B"
 CACHE_ASSUMED = (
     "the cache's format is not stated: fp8, with which errors do not grow with the concurrency"
@@ -127,41 +121,11 @@ def build(wheel: Path, others: Path, folder: Path, serving_file: Path) -> dict[s
         "url": "https://pypi.org/project/aiconfigurator-core/0.12.0/",
         "wheel": wheel.name,
         "wheel_sha256": WHEEL_SHA256,
-        "protocol": (
-            "CUDA graph replay, weights rotated over at most 6 copies, latency of one launch with"
-            " its gap"
-        ),
-        "changes": (
-            "rows selected as said under each table; milliseconds to seconds in float32; GEMMs"
-            " below 16 bits without the conversion of activations, weights alone without the time"
-            " of a profiler; column names and order; copies added; sizes of collectives in bytes"
-        ),
+        **_DATA["wheel"],
         "pyarrow": pyarrow.__version__,
         "serving": serving | _origin_of(content, MEMBER, COPYRIGHT, LICENCE),
-        "infersim": {
-            "package": infersim.REPOSITORY,
-            "url": infersim.URL,
-            "protocol": "as said in each table's source",
-            "unknown": (
-                "versions of the libraries; how MLA was timed; whether the GPU was otherwise idle"
-            ),
-            "changes": (
-                "rows selected as said under each table; microseconds to seconds in float32; "
-                "column names and order"
-            ),
-        },
-        "aiter": {
-            "package": aiter.REPOSITORY,
-            "url": aiter.URL,
-            "protocol": "as said in each table's source",
-            "unknown": (
-                "which GPU of a compiler target was timed; versions of the libraries; split-K"
-            ),
-            "changes": (
-                "rows selected as said under each table; microseconds to seconds in float32; "
-                "column names and order; copies added"
-            ),
-        },
+        "infersim": {"package": infersim.REPOSITORY, "url": infersim.URL, **_DATA["infersim"]},
+        "aiter": {"package": aiter.REPOSITORY, "url": aiter.URL, **_DATA["aiter"]},
         "tables": tables,
     }
     text = yaml.safe_dump(index, sort_keys=False, width=140, allow_unicode=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from calibration.records.importers import Draft, chosen, finish, numbers, unique_rows
 from calibration.records.screening import Screen
@@ -22,24 +23,9 @@ from simulator.hardware.profile import HardwareProfile
 RTX_FILES = ("rtx4090_gemm.csv", "rtx4090_attention.csv", "rtx4090_other_ops.csv")
 SIZES = ("m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
-# hidden size, width of the MLP, and width of k and v of the model of the elementwise rows
-_HIDDEN = 4096.0
-_INNER = 14336.0
-_GROUPS = 1024.0
-# op -> operator, role, features read and written per token
-_KERNELS: Mapping[str, tuple[str, str, float, float]] = {
-    "qkv_proj": ("gemm", "qkv", 0.0, 0.0),
-    "down_proj": ("gemm", "down", 0.0, 0.0),
-    "lm_head": ("gemm", "lm_head", 0.0, 0.0),
-    "attn_prefill_causal": ("attention_prefill", "", 0.0, 0.0),
-    "attn_decode": ("attention_decode", "", 0.0, 0.0),
-    "act_fn": ("elementwise", "activation", 2.0 * _INNER, _INNER),
-    "embedding": ("elementwise", "embedding", _HIDDEN, _HIDDEN),
-    # vLLM adds the residual in the same kernel
-    "layernorm": ("elementwise", "attention_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
-    "final_layernorm": ("elementwise", "final_norm", 2.0 * _HIDDEN, 2.0 * _HIDDEN),
-    "rotary_emb": ("elementwise", "rotary", _HIDDEN + _GROUPS, _HIDDEN + _GROUPS),
-}
+_KERNELS: Mapping[str, tuple[str, str, float, float]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text("utf-8")
+)
 
 
 def rtx_tables(folder: Path, hw: HardwareProfile) -> Records:

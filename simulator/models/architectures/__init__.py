@@ -26,7 +26,7 @@ from simulator.models.architectures.per_layer import model_fields as model_field
 from simulator.models.architectures.per_layer import read_block as read_block
 from simulator.models.architectures.per_layer import refuse_unknown as refuse_unknown
 from simulator.models.architectures.reader import Reader as Reader
-from simulator.models.architectures.refused import REFUSED as REFUSED
+from simulator.models.tables import read_names
 
 ARCHITECTURES: Table = {
     **classic.TABLE,
@@ -39,19 +39,16 @@ ARCHITECTURES: Table = {
 }
 """Supported architectures by the ``model_type`` of their decoder."""
 
-_TEXTS = (
-    *("aria", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "glm4v_moe", "llama4"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
-    *("apertus1p5", "cohere_compass", "dots3_note", "minimax_m3_vl", "qwen4_exp"),
-)
-NESTED: Mapping[str, str] = {
-    "mistral3": "mistral",
-    "emu3": "emu3_text_model",
-    "fuyu": "persimmon",
-    "kimi_k25": "kimi_k2",
-} | {name: f"{name}_text" for name in _TEXTS}
+_TYPES = read_names("types")
+NESTED: Mapping[str, str] = _TYPES["nested"] | {name: f"{name}_text" for name in _TYPES["texts"]}
 """``model_type`` of models with further parts (vision) -> default architecture of their decoder,
 ``text_config``."""
 
 # models whose older files have the decoder's keys at the top
 FLAT = ("fuyu", "qwen2_vl", "qwen2_5_vl")
+
+REFUSED: Mapping[str, str] = {
+    kind: reason for reason, kinds in _TYPES["refused"].items() for kind in kinds
+}
+"""Model types that are not read -> reason. Transformers 5.24 maps all of them to a causal language
+model."""

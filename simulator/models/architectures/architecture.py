@@ -13,7 +13,7 @@ from simulator.models.model import Layer
 from simulator.models.sublayers import Attention, Experts, LatentAttention, Mlp
 from simulator.models.sublayers.base import Sublayer
 
-Rule = Callable[[Reader, ConfigFields], ConfigFields]
+Rule = Callable[[Reader], ConfigFields]
 """Returns fields from the keys of a configuration and from its usual fields."""
 
 
@@ -33,7 +33,8 @@ class Architecture:
     inner: str = "intermediate_size"  # key of the inner width; "": no such key
     widening: int = 0  # inner width in hidden sizes, if the key is null or missing
     window: int | None = None  # sliding_window; None: no such key
-    windowed: Callable[[int], bool] = lambda layer: True  # layers with a window
+    # period and offset of layers without a window; None: all layers have it
+    full_attention: tuple[int, int] | None = None
     # key and default of the rotated share of a head; None: all of it
     rotary: tuple[str, float] | None = None
     # rows of a learned table of positions beyond these; None: no such table
@@ -41,12 +42,38 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)  # usual name of a key -> its own name
     # defaults of shape keys that published files omit
     absent: Mapping[str, int] = field(default_factory=dict)
+    # field -> key and default of a flag, and values of the field with and without it
+    choices: Mapping[str, tuple[str, bool, str, str]] = field(default_factory=dict)
+    # field -> key of a soft cap, and whether there is a cap without the key
+    caps: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    # experts: key of their number, whether their width is that of an MLP, keys and defaults of the
+    # width of a shared MLP or of the number of shared experts, and default number of first layers
+    # without experts
+    experts: Mapping[str, Any] | None = None
     blocks: bool = False  # whether block_configs states the layers
     unused: tuple[str, ...] = ()  # keys that name sizes and have no effect
     many: Callable[[Reader], int] = lambda read: read.layers()  # number of layers
-    more: Rule = lambda read, values: {}  # further rules
+    more: Rule = lambda read: {}  # further rules
 
-    def values(self, read: Reader) -> ConfigFields:
+    def _windowed(self, layer: int) -> bool:
+        return (
+            self.full_attention is None
+            or (layer + self.full_attention[1]) % self.full_attention[0] > 0
+        )
+
+    def _stated(self, read: Reader) -> ConfigFields:
+        """Return the fields that flags and soft caps state."""
+        return {
+            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
+            **{name: read.capped(key, absent) for name, (key, absent) in self.caps.items()},
+            **{
+                name: some if read.flag(key, default) else other
+                for name, (key, default, some, other) in self.choices.items()
+            },
+        }
+
+    def read(self, read: Reader) -> Reader:
+        """Return the keys with their usual fields."""
         hidden = read.integer("hidden_size")
         heads = read.integer("num_attention_heads", self.absent.get("heads"))
         kv_heads = heads
@@ -70,28 +97,28 @@ class Architecture:
             raise read.fail("head_dim", f"expected {needs}, got {head_dim}")
         layers = self.many(read)
         positions = read.integer("max_position_embeddings", self.positions, high=MAX_POSITIONS)
-        values = {
-            "hidden": hidden,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "inner": read.integer(self.inner, self.widening * hidden or None) if self.inner else 0,
-            "layers": layers,
-            "vocab": read.integer("vocab_size", self.absent.get("vocab")),
-            "rotary_dim": int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
-            "windows": (
-                (0,) * layers
-                if self.window is None
-                else read.windows(layers, self.window, self.windowed)
-            ),
-            **{name: read.flag(key, default) for name, (key, default) in self.flags.items()},
-            "max_positions": positions,
-            "learned_positions": 0 if self.learned is None else positions + self.learned,
-            **self.fixed,
-        }
-        values |= self.more(read, values)
-        read.divisor("num_key_value_heads", values["kv_heads"], heads, "num_attention_heads")
-        return values
+        inner = self.widening * hidden
+        read = read.with_fields(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            inner=read.integer(self.inner, inner or None) if self.inner else inner,
+            layers=layers,
+            vocab=read.integer("vocab_size", self.absent.get("vocab")),
+            rotary_dim=int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
+            windows=(0,) * layers,
+            max_positions=positions,
+            learned_positions=0 if self.learned is None else positions + self.learned,
+        )
+        if self.window is not None:
+            read = read.with_fields(windows=read.windows(self.window, self._windowed))
+        read = read.with_fields(**self._stated(read), **self.fixed)
+        if self.experts is not None:
+            read = read.with_fields(**_stated_experts(read, **self.experts))
+        read = read.with_fields(**self.more(read))
+        read.divisor("num_key_value_heads", read["kv_heads"], heads, "num_attention_heads")
+        return read
 
 
 Table = Mapping[str, Architecture]
@@ -112,54 +139,54 @@ def read_table(name: str, **rules: Mapping[str, Any]) -> Table:
     return table
 
 
-MODEL_FIELDS = (
-    *("hidden", "vocab", "max_positions", "tied", "norm", "pre_norms", "post_norms"),
-    *("final_norm", "learned_positions", "logit_softcap", "head_bias", "head_projection"),
-    *("head_vocab", "embedding_norm", "embedding_width", "streams", "other_parameters"),
-)
-
-
-def attention_of(values: ConfigFields) -> Attention:
+def attention_of(read: Reader) -> Attention:
     """Return the usual attention, without a window."""
     flags = (
-        *("qkv_bias", "o_bias", "sinks", "output_norm", "two_softmaxes", "masks"),
-        *("scales", "channel_scales"),
+        "qkv_bias",
+        "o_bias",
+        "sinks",
+        "output_norm",
+        "two_softmaxes",
+        "masks",
+        "scales",
+        "channel_scales",
+        "gate_bias",
     )
     return Attention(
-        heads=values["heads"],
-        kv_heads=values["kv_heads"],
-        head_dim=values["head_dim"],
-        rotary=values["rotary_dim"],
-        norm=values.get("qk_norm", ""),
-        gate=values.get("output_gate", False),
-        gates=values.get("gates", 0),
-        softcap=values.get("attention_softcap", False),
-        **{name: values.get(name, False) for name in flags},
+        heads=read["heads"],
+        kv_heads=read["kv_heads"],
+        head_dim=read["head_dim"],
+        rotary=read["rotary_dim"],
+        norm=read.get("qk_norm", ""),
+        gate=read.get("output_gate"),
+        gates=read.get("gates", 0),
+        softcap=read.get("attention_softcap"),
+        **{name: read.get(name) for name in flags},
     )
 
 
-def mlp_of(values: ConfigFields) -> Mlp:
+def mlp_of(read: Reader) -> Mlp:
     flags = ("down_bias", "inner_norm", "joins", "scales", "channel_scales")
     return Mlp(
-        inner=values["inner"],
-        gated=values.get("gated", True),
-        bias=values.get("mlp_bias", False),
-        scalars=values.get("scalars", 0),
-        **{name: values.get(name, False) for name in flags},
+        inner=read["inner"],
+        gated=read.get("gated", True),
+        bias=read.get("mlp_bias"),
+        scalars=read.get("scalars", 0),
+        **{name: read.get(name) for name in flags},
     )
 
 
-def layers_of(values: ConfigFields) -> list[Layer]:
-    if "sublayers" in values:
-        return [Layer(tuple(sublayers)) for sublayers in values["sublayers"]]
-    many = values["layers"]
-    parallel = values.get("parallel_residual", False)
-    attentions: list[Sublayer] = values.get("attentions") or [attention_of(values)] * many
-    mlps: list[Sublayer] = values.get("mlps") or [mlp_of(values)] * many
-    after_attention, after_mlp = values.get("others", ((), ()))
+def layers_of(read: Reader) -> list[Layer]:
+    if sublayers := read.get("sublayers"):
+        return [Layer(tuple(some)) for some in sublayers]
+    many = read["layers"]
+    parallel = read.get("parallel_residual")
+    attentions: list[Sublayer] = read.get("attentions") or [attention_of(read)] * many
+    mlps: list[Sublayer] = read.get("mlps") or [mlp_of(read)] * many
+    after_attention, after_mlp = read.get("others", ((), ()))
     known: dict[Any, Layer] = {}
     layers = []
-    for attention, window, mlp in zip(attentions, values["windows"], mlps):
+    for attention, window, mlp in zip(attentions, read["windows"], mlps):
         key = (attention, window, mlp)
         if key not in known:
             if window and isinstance(attention, Attention | LatentAttention):
@@ -171,51 +198,88 @@ def layers_of(values: ConfigFields) -> list[Layer]:
 
 def routed(
     read: Reader,
-    values: ConfigFields,
     count: str,
-    width: int,
+    width: int = 0,
     shared: int = 0,
     dense: Callable[[int], bool] = lambda layer: False,
+    copies: int = 0,
     **others: Any,
 ) -> ConfigFields:
     """Return the MLPs of layers with experts, whose number is the key ``count``; layers that are
-    ``dense`` have an MLP. ``others`` are further fields of the experts."""
+    ``dense`` have an MLP. ``width`` is that of an expert (0: the key moe_intermediate_size),
+    ``shared`` that of shared experts, or of so many ``copies`` of an expert. ``others`` are further
+    fields of the experts."""
+    width = width or read.integer("moe_intermediate_size")
+    shared = shared or copies * width
     experts = read.integer(count)
-    layers = values["layers"]
-    active = read.integers("num_experts_per_tok", values.get("active"), layers, high=experts)
+    usual = read.get("active", None)
+    active = read.integers("num_experts_per_tok", usual, read["layers"], high=experts)
     routed = Experts(
         experts=experts,
         active=0.0,
         inner=width,
         **others,
         shared_inner=shared,
-        shared_bias=values.get("mlp_bias", False),
-        shared_gate=values.get("shared_gate", False) and shared > 0,
-        router_bias=values.get("router_bias", False),
-        bias=values.get("expert_bias", False),
+        shared_bias=read.get("mlp_bias"),
+        shared_gate=read.get("shared_gate") and shared > 0,
+        router_bias=read.get("router_bias"),
+        bias=read.get("expert_bias"),
     )
-    plain = mlp_of(values)
+    plain = mlp_of(read)
     by_active = {many: replace(routed, active=float(many)) for many in set(active)}
     mlps = [plain if dense(layer) else by_active[many] for layer, many in enumerate(active)]
     return {"mlps": mlps}
 
 
-def dense_layers(read: Reader, layers: int, first: int) -> Callable[[int], bool]:
+def _stated_experts(
+    read: Reader,
+    count: str,
+    as_mlp: bool = False,
+    shared: tuple[str, int] | None = None,
+    copies: tuple[str, int] | None = None,
+    first: int | None = None,
+) -> ConfigFields:
+    """Return the MLPs of layers with experts, as a table states them."""
+    return routed(
+        read,
+        count,
+        read["inner"] if as_mlp else 0,
+        read.integer(*shared, low=0) if shared else 0,
+        (lambda layer: False) if first is None else dense_layers(read, first),
+        read.or_none(*copies) if copies else 0,
+    )
+
+
+def dense_layers(read: Reader, first: int) -> Callable[[int], bool]:
     """Return which layers have no experts: those of the list ``mlp_layer_types``, else the first
     ones, whose number has the default ``first``."""
-    types = read.types("mlp_layer_types", layers, ("dense", "sparse"))
+    types = read.types("mlp_layer_types", read["layers"], ("dense", "sparse"))
     start = read.integer("first_k_dense_replace", first, low=0)
     return lambda layer: types[layer] == "dense" if types else layer < start
 
 
-def rotated(values: ConfigFields, rotary: Sequence[bool]) -> list[Attention]:
+def except_every(number: int) -> Callable[[int], bool]:
+    """Return the rule for all layers except every ``number``-th."""
+    return lambda layer: (layer + 1) % number > 0
+
+
+def windowed_rotary(
+    read: Reader, windows: Sequence[int], rotary: Sequence[int] = ()
+) -> ConfigFields:
+    """Return layers with these windows; those with a window, or as ``rotary`` states, have rotary
+    positions."""
+    return {"windows": windows, "attentions": rotated(read, [*map(bool, rotary or windows)])}
+
+
+def rotated(read: Reader, rotary: Sequence[bool]) -> list[Attention]:
     """Return the attention of each layer, with and without rotary positions."""
-    attention = attention_of(values)
+    attention = attention_of(read)
     still = replace(attention, rotary=0)
     return [attention if turns else still for turns in rotary]
 
 
-def rotary_layers(read: Reader, layers: int) -> list[bool]:
+def rotary_layers(read: Reader) -> list[bool]:
+    layers = read["layers"]
     step = read.integer("no_rope_layer_interval", 4)
     usual = [(layer + 1) % step > 0 for layer in range(layers)]
 

@@ -6,106 +6,86 @@ from dataclasses import replace
 
 from simulator.models.architectures.architecture import (
     attention_of,
+    except_every,
     mlp_of,
     read_table,
     rotary_layers,
     rotated,
+    windowed_rotary,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 
 MAX_LOOPS = 100  # largest number of times that a model may repeat its layers
 
 
-def _smollm3(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    rotary = rotary_layers(read, values["layers"])
-    windows = read.windows(
-        layers, 0, lambda layer: not rotary[layer], read.flag("use_sliding_window")
-    )
-    return {"windows": windows, "attentions": rotated(values, rotary)}
+def _smollm3(read: Reader) -> ConfigFields:
+    rotary = rotary_layers(read)
+    windows = read.windows(0, lambda layer: not rotary[layer], read.flag("use_sliding_window"))
+    return {"windows": windows, "attentions": rotated(read, rotary)}
 
 
-def _qwen(read: Reader, values: ConfigFields) -> ConfigFields:
+def _qwen(read: Reader) -> ConfigFields:
     used = read.flag("use_sliding_window")
     first = read.integer("max_window_layers", 28, low=0)
-    return {"windows": read.windows(values["layers"], 4096, lambda layer: layer >= first, used)}
+    return {"windows": read.windows(4096, lambda layer: layer >= first, used)}
 
 
-def _gemma(read: Reader, values: ConfigFields, absent: bool = True) -> ConfigFields:
-    caps = {
-        "attention_softcap": "attn_logit_softcapping",
-        "logit_softcap": "final_logit_softcapping",
-    }
-    return {name: read.capped(key, absent) for name, key in caps.items()}
-
-
-def _gemma3(read: Reader, values: ConfigFields) -> ConfigFields:
+def _gemma3(read: Reader) -> ConfigFields:
     step = read.integer("sliding_window_pattern", read.integer("_sliding_window_pattern", 6))
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
-    return {"windows": windows} | _gemma(read, values, absent=False)
+    return {"windows": read.windows(4096, except_every(step))}
 
 
-def _opt(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = read.integer("word_embed_proj_dim", values["hidden"])
-    before = values["pre_norms"]
+def _opt(read: Reader) -> ConfigFields:
+    width = read.integer("word_embed_proj_dim", read["hidden"])
+    before = read["pre_norms"]
     return {
-        "norm": "layer" if read.flag("layer_norm_elementwise_affine", True) else "none",
         "post_norms": not before,
         "final_norm": before and not read.flag("_remove_final_layer_norm"),
-        "embedding_width": 0 if width == values["hidden"] else width,
+        "embedding_width": 0 if width == read["hidden"] else width,
     }
 
 
-def _cohere(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"qk_norm": "width" if read.flag("use_qk_norm") else ""}
-
-
-def _cohere2(read: Reader, values: ConfigFields) -> ConfigFields:
+def _cohere2(read: Reader) -> ConfigFields:
     """Return layers with a window and rotary positions, or neither."""
     step = read.integer("sliding_window_pattern", 4)
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
-    return {"windows": windows, "attentions": rotated(values, [w > 0 for w in windows])}
+    return windowed_rotary(read, read.windows(4096, except_every(step)))
 
 
-def _compass(read: Reader, values: ConfigFields) -> ConfigFields:
+def _compass(read: Reader) -> ConfigFields:
     """Return layers with rotary positions, except for kinds of layers whose parameters are null."""
-    types = read.layer_types(values["layers"], ("full_attention", "sliding_attention"))
+    types = read.layer_types(read["layers"], ("full_attention", "sliding_attention"))
     rope = read.raw("rope_parameters")
     still = {kind for kind, given in rope.items() if given is None} if rope else set()
-    kinds = types or ["full_attention"] * values["layers"]
-    return {"attentions": rotated(values, [kind not in still for kind in kinds])}
+    kinds = types or ["full_attention"] * read["layers"]
+    return {"attentions": rotated(read, [kind not in still for kind in kinds])}
 
 
-def _exaone4(read: Reader, values: ConfigFields) -> ConfigFields:
+def _exaone4(read: Reader) -> ConfigFields:
     """Return layers of which those with a window have rotary positions, or all without windows."""
     # published files state the pattern as letters, beside a list
     step = 4 if read.has("layer_types") else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(values["layers"], 4096, lambda layer: (layer + 1) % step > 0)
+    windows = read.windows(4096, except_every(step))
     whole = not read.or_none("sliding_window", 4096)
-    return {"windows": windows, "attentions": rotated(values, [whole or w > 0 for w in windows])}
+    return windowed_rotary(read, windows, [1] * len(windows) if whole else ())
 
 
-def granite_swa(read: Reader, values: ConfigFields) -> ConfigFields:
+def granite_swa(read: Reader) -> ConfigFields:
     """Return layers of which those with a base frequency of 0 have no rotary positions."""
-    layers = values["layers"]
+    layers = read["layers"]
     expected = f"a list of {layers} numbers"
     bases = read.items("layer_rope_theta", [1] * layers, expected, lambda base: True, layers)
-    return {"attentions": rotated(values, [bool(base) for base in bases])}
+    return {"attentions": rotated(read, [bool(base) for base in bases])}
 
 
-def _nanochat(read: Reader, values: ConfigFields) -> ConfigFields:
-    return {"logit_softcap": read.capped("final_logit_softcapping", absent=True)}
-
-
-def _doge(read: Reader, values: ConfigFields) -> ConfigFields:
+def _doge(read: Reader) -> ConfigFields:
     if read.flag("is_moe"):
         raise read.fail("is_moe", "expected false: experts of single vectors are not supported")
     return {}
 
 
-def _apertus1p5(read: Reader, values: ConfigFields) -> ConfigFields:
-    outputs = read.integer("output_vocab_size", values["vocab"], high=values["vocab"])
-    return {"head_vocab": 0 if outputs == values["vocab"] else outputs}
+def _apertus1p5(read: Reader) -> ConfigFields:
+    outputs = read.integer("output_vocab_size", read["vocab"], high=read["vocab"])
+    return {"head_vocab": 0 if outputs == read["vocab"] else outputs}
 
 
 def _dory_layers(read: Reader) -> int:
@@ -113,11 +93,11 @@ def _dory_layers(read: Reader) -> int:
     return read.layers() // (2 if "mlp" in (read.raw("layer_types") or ()) else 1)
 
 
-def _dory(read: Reader, values: ConfigFields) -> ConfigFields:
+def _dory(read: Reader) -> ConfigFields:
     """Return layers of which those in the middle are repeated, each time with a cache of its
     own."""
-    layers = values["layers"]
-    parts = read.layers() // values["layers"]
+    layers = read["layers"]
+    parts = read.layers() // read["layers"]
     kinds = ("full_attention", "sliding_attention", "mlp")
     types = read.layer_types(layers * parts, kinds)[::parts]
     window = read.integer("sliding_window", 1024)
@@ -135,8 +115,8 @@ def _dory(read: Reader, values: ConfigFields) -> ConfigFields:
     repeated = list(range(first, first + middle)) * (loops - 1)
     order = [*range(first + middle), *repeated, *range(first + middle, layers)]
     again = range(first + middle, first + middle + len(repeated))
-    attention = replace(attention_of(values), gates=values["heads"] * values["head_dim"])
-    mlp = mlp_of(values)
+    attention = replace(attention_of(read), gates=read["heads"] * read["head_dim"])
+    mlp = mlp_of(read)
     places = range(len(order))
     return {
         "windows": tuple(0 if full[number] else window for number in order),
@@ -150,26 +130,16 @@ TABLE = read_table(
     more={
         "qwen2": _qwen,
         "qwen3": _qwen,
-        "gemma2": _gemma,
         "gemma3_text": _gemma3,
         "opt": _opt,
         "smollm3": _smollm3,
-        "cohere": _cohere,
         "exaone4": _exaone4,
-        "nanochat": _nanochat,
         "doge": _doge,
         "dory": _dory,
         "granite_swa": granite_swa,
         "apertus1p5_text": _apertus1p5,
         "cohere2": _cohere2,
         "cohere_compass_text": _compass,
-    },
-    windowed={
-        "gemma2": lambda layer: layer % 2 == 0,
-        "cwm": lambda layer: layer % 4 > 0,
-        "granite_swa": lambda layer: layer % 4 > 0,
-        "olmo3": lambda layer: (layer + 1) % 4 > 0,
-        "cohere_compass_text": lambda layer: False,
     },
     many={
         "dory": _dory_layers,

@@ -2,177 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from simulator.codes import Part
 from simulator.models.architectures.architecture import (
-    Rule,
     attention_of,
-    dense_layers,
     read_table,
     rotary_layers,
-    rotated,
     routed,
+    windowed_rotary,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import AttentionExperts, ConvolvedAttention, ResidualScale
 
 
-def _local_experts(read: Reader, values: ConfigFields) -> ConfigFields:
-    return routed(read, values, "num_local_experts", values["inner"])
-
-
-def qwen_layers(read: Reader, values: ConfigFields) -> ConfigFields:
+def sparse_steps(read: Reader, plain: list[int]) -> Callable[[int], bool]:
+    """Return which layers have no experts: those of a list with a default, and those between one of
+    so many."""
     step = read.integer("decoder_sparse_step", 1)
-    plain = read.numbers("mlp_only_layers", [], values["layers"])
+    listed = read.numbers("mlp_only_layers", plain, read["layers"])
+    return lambda layer: layer in listed or (layer + 1) % step > 0
+
+
+def qwen_layers(read: Reader) -> ConfigFields:
     shared = (
-        read.integer("shared_expert_intermediate_size", low=0) if values.get("shared_gate") else 0
+        read.integer("shared_expert_intermediate_size", low=0) if read.get("shared_gate") else 0
     )
-    width = read.integer("moe_intermediate_size")
-
-    def dense(layer: int) -> bool:
-        return layer in plain or (layer + 1) % step > 0
-
     # Transformers 5 saves Qwen3's number of experts under another name
     count = "num_local_experts" if "num_local_experts" in read.data else "num_experts"
-    return routed(read, values, count, width, shared, dense)
+    return routed(read, count, shared=shared, dense=sparse_steps(read, []))
 
 
-def _qwen_experts(read: Reader, values: ConfigFields) -> ConfigFields:
+def _qwen_experts(read: Reader) -> ConfigFields:
     used = read.flag("use_sliding_window")
     first = read.integer("max_window_layers", 28, low=0)
-    every = not values.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
-    windows = read.windows(
-        values["layers"], 4096, lambda i: every or (i % 2 == 0 and i < first), used
-    )
-    return {"windows": windows} | qwen_layers(read, values)
+    every = not read.get("shared_gate")  # qwen2_moe: every other layer, up to max_window_layers
+    windows = read.windows(4096, lambda i: every or (i % 2 == 0 and i < first), used)
+    return {"windows": windows} | qwen_layers(read)
 
 
-def _glm4_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = read.integer("moe_intermediate_size")
+def _glm4_moe(read: Reader) -> ConfigFields:
     start = read.integer("first_k_dense_replace", 1, low=0)
-    wide = read.or_none("n_shared_experts", 1) * width
-    layers = routed(read, values, "n_routed_experts", width, wide, lambda i: i < start)
-    return {"qk_norm": "head" if read.flag("use_qk_norm") else ""} | layers
+    copies = read.or_none("n_shared_experts", 1)
+    return routed(read, "n_routed_experts", dense=lambda i: i < start, copies=copies)
 
 
-def _llama4(read: Reader, values: ConfigFields) -> ConfigFields:
+def _llama4(read: Reader) -> ConfigFields:
     """Return layers with experts or an MLP; their attention has rotary positions and chunks, or
     neither.
 
     A chunk of positions is timed as a sliding window, which is exact up to its length and computes
     more beyond."""
-    layers = values["layers"]
+    layers = read["layers"]
     step = read.integer("interleave_moe_layer_step", 1)
     with_experts = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
     read.raw("intermediate_size_mlp")  # layers with experts ignore it
     inner = read.integer("intermediate_size_mlp") if len(with_experts) < layers else 0
-    width = values["inner"]
-    fields = routed(
-        read,
-        {**values, "inner": inner},
+    width = read["inner"]
+    mlps = routed(
+        read.with_fields(inner=inner),
         "num_local_experts",
         width,
         width,
         lambda i: i not in with_experts,
     )
-    rotary = rotary_layers(read, layers)
-    norm = "unit" if read.flag("use_qk_norm", True) else ""
+    rotary = rotary_layers(read)
     chunk = read.or_none("attention_chunk_size", 8192)
     types = read.layer_types(layers, ("full_attention", "chunked_attention"))
     chunked = [t == "chunked_attention" for t in types] or rotary
-    windows = tuple(chunk if inside else 0 for inside in chunked)
-    attentions = rotated({**values, "qk_norm": norm}, rotary)
-    return {"windows": windows, "qk_norm": norm, "attentions": attentions} | fields
+    windows = [chunk if inside else 0 for inside in chunked]
+    return windowed_rotary(read, windows, rotary) | mlps
 
 
-def mixture(shared: int | None = None, first: int | None = None) -> Rule:
-    """Return the rule for experts in the usual keys, with the default numbers of shared experts and
-    of first layers without experts; None: no such key."""
-
-    def more(read: Reader, values: ConfigFields) -> ConfigFields:
-        width = read.integer("moe_intermediate_size")
-        wide = 0 if shared is None else read.or_none("num_shared_experts", shared) * width
-        layers = values["layers"]
-        dense = (lambda layer: False) if first is None else dense_layers(read, layers, first)
-        return routed(read, values, "num_experts", width, wide, dense)
-
-    return more
-
-
-def _dbrx(read: Reader, values: ConfigFields) -> ConfigFields:
-    ffn = replace(read.part("ffn_config"), names_of={"num_experts_per_tok": "moe_top_k"})
+def _dbrx(read: Reader) -> ConfigFields:
+    keys = {"num_experts_per_tok": "moe_top_k"}
+    ffn = replace(read.part("ffn_config"), names_of=keys, values=read.values)
     width = ffn.integer("ffn_hidden_size")
     groups = read.part("attn_config").integer("kv_n_heads")
-    return {"kv_heads": groups} | routed(ffn, values, "moe_num_experts", width)
+    return {"kv_heads": groups} | routed(ffn, "moe_num_experts", width)
 
 
-def _ernie(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    width = read.integer("moe_intermediate_size")
+def _ernie(read: Reader) -> ConfigFields:
     first = read.integer("moe_layer_start_index", 1, low=0)
     step = read.integer("moe_layer_interval", 1)
     end = read.integer("moe_layer_end_index", -1, low=-1)
-    last = layers - 1 if end == -1 else end
-    wide = read.or_none("num_shared_experts", 2) * width
+    last = read["layers"] - 1 if end == -1 else end
+    copies = read.or_none("num_shared_experts", 2)
 
     def dense(layer: int) -> bool:
         return not first <= layer <= last or (layer + 1) % step > 0
 
-    return routed(read, values, "num_experts", width, wide, dense)
+    return routed(read, "num_experts", dense=dense, copies=copies)
 
 
-def granite_shared(read: Reader, values: ConfigFields) -> ConfigFields:
-    shared = read.integer("shared_intermediate_size", 0, low=0)
-    return routed(read, values, "num_local_experts", values["inner"], shared)
+def _hunyuan(read: Reader) -> ConfigFields:
+    width = read["inner"]
+    return routed(read, "num_experts", width, width)
 
 
-def _hunyuan(read: Reader, values: ConfigFields) -> ConfigFields:
-    width = values["inner"]
-    return routed(read, values, "num_experts", width, width)
-
-
-def _jetmoe(read: Reader, values: ConfigFields) -> ConfigFields:
-    mlps = routed(read, values, "num_local_experts", values["inner"], output_bias=True)["mlps"]
-    groups = values["kv_heads"]
+def _jetmoe(read: Reader) -> ConfigFields:
+    mlps = routed(read, "num_local_experts", read["inner"], output_bias=True)["mlps"]
+    groups = read["kv_heads"]
     active = int(mlps[0].active)
     attention = AttentionExperts(
         heads=groups * active,
         kv_heads=groups,
-        head_dim=values["head_dim"],
-        rotary=values["head_dim"],
+        head_dim=read["head_dim"],
+        rotary=read["head_dim"],
         o_bias=True,
         experts=mlps[0].experts,
         active=active,
     )
-    return {"attentions": [attention] * values["layers"], "mlps": mlps}
+    return {"attentions": [attention] * read["layers"], "mlps": mlps}
 
 
-def _minimax_m2(read: Reader, values: ConfigFields) -> ConfigFields:
-    rotary = read.integer("rotary_dim", values["rotary_dim"], high=values["head_dim"])
-    return _local_experts(read, values) | {"rotary_dim": rotary}
+def _minimax_m2(read: Reader) -> ConfigFields:
+    rotary = read.integer("rotary_dim", read["rotary_dim"], high=read["head_dim"])
+    return {"rotary_dim": rotary}
 
 
-def _normed_heads(read: Reader, values: ConfigFields) -> ConfigFields:
-    norm = "head" if read.flag("use_qk_norm", True) else ""
-    return {"qk_norm": norm} | mixture(shared=1, first=1)(read, values)
-
-
-def _olmoe(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden = values["hidden"]
-    heads = values["heads"]
-    if heads * values["head_dim"] != hidden:  # the norm of queries has hidden_size weights
+def _olmoe(read: Reader) -> ConfigFields:
+    hidden = read["hidden"]
+    heads = read["heads"]
+    if heads * read["head_dim"] != hidden:  # the norm of queries has hidden_size weights
         raise read.fail("head_dim", f"expected hidden_size {hidden} / {heads} query heads")
-    return mixture()(read, values)
+    return {}
 
 
-def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    hidden = values["hidden"]
+def _zaya(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     types = read.layer_types(layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * layers
     window = read.or_none("sliding_window", 0)
     shares = {kind: read.rotary("partial_rotary_factor", 0.5, kind) for kind in set(types)}
-    usual = attention_of(values)
+    usual = attention_of(read)
 
     def attention(kind: str) -> ConvolvedAttention:
         return ConvolvedAttention(
@@ -183,16 +146,12 @@ def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
             norm="unit",
             qkv_bias=usual.qkv_bias,
             o_bias=usual.o_bias,
-            channel_kernel=read.integer("cca_time0", 2),
-            head_kernel=read.integer("cca_time1", 2),
+            **read.fields("zaya attention"),
         )
 
-    width = read.integer("moe_intermediate_size")
     mlps = routed(
         read,
-        values,
         "num_experts",
-        width,
         zero_experts=1,
         router_inner=read.integer("router_hidden_size", 256),
         router_carry=True,
@@ -202,37 +161,23 @@ def _zaya(read: Reader, values: ConfigFields) -> ConfigFields:
         "attentions": list(map(attention, types)),
         "mlps": [replace(mlp, router_carry=i > 0) for i, mlp in enumerate(mlps)],
         "others": ((ResidualScale(of=Part.ATTENTION),), (ResidualScale(of=Part.MLP),)),
-        "other_parameters": 2 * hidden,  # factor and addend of the embedding
+        "other_parameters": 2 * read["hidden"],  # factor and addend of the embedding
     }
 
 
 TABLE = read_table(
     "experts",
     more={
-        "mixtral": _local_experts,
         "qwen2_moe": _qwen_experts,
         "qwen3_moe": _qwen_experts,
-        "gpt_oss": _local_experts,
         "glm4_moe": _glm4_moe,
         "llama4_text": _llama4,
-        "aria_text": mixture(shared=2),
         "dbrx": _dbrx,
         "ernie4_5_moe": _ernie,
-        "granitemoe": _local_experts,
-        "granitemoeshared": granite_shared,
         "hunyuan_v1_moe": _hunyuan,
-        "hy_v3": mixture(shared=1, first=1),
         "jetmoe": _jetmoe,
-        "mellum": mixture(first=0),
         "minimax_m2": _minimax_m2,
         "olmoe": _olmoe,
-        "phimoe": _local_experts,
-        "sarvam_moe": _normed_heads,
-        "solar_open": mixture(shared=1),
         "zaya": _zaya,
-    },
-    windowed={
-        "gpt_oss": lambda layer: layer % 2 == 0,
-        "mellum": lambda layer: False,
     },
 )

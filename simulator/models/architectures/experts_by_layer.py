@@ -7,27 +7,24 @@ from dataclasses import replace
 from simulator.models.architectures.architecture import (
     attention_of,
     dense_layers,
+    except_every,
     read_table,
-    rotated,
     routed,
+    windowed_rotary,
 )
 from simulator.models.architectures.dense import granite_swa
-from simulator.models.architectures.experts import granite_shared, mixture
+from simulator.models.architectures.experts import sparse_steps
 from simulator.models.architectures.reader import ConfigFields, Reader
 from simulator.models.sublayers import Attention
 
 
-def _afmoe(read: Reader, values: ConfigFields) -> ConfigFields:
+def _afmoe(read: Reader) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
-    windows = read.windows(values["layers"], 1024, lambda layer: (layer + 1) % every > 0)
-    gates = {"gates": values["heads"] * values["head_dim"]}
-    attentions = rotated(values | gates, [window > 0 for window in windows])
-    mlps = mixture(shared=2, first=1)(read, values)
-    return {"windows": windows, "attentions": attentions} | mlps
+    windows = read.windows(1024, except_every(every))
+    return windowed_rotary(read.with_fields(gates=read["heads"] * read["head_dim"]), windows)
 
 
-def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _cohere2_moe(read: Reader) -> ConfigFields:
     first = read.integer("first_k_dense_replace", 0, low=0)
     prefix = read.integer("prefix_dense_sliding_window_pattern", 1)
     step = read.integer("sliding_window_pattern", 4)
@@ -35,66 +32,52 @@ def _cohere2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
     def windowed(layer: int) -> bool:
         return (layer + 1) % prefix > 0 if layer < first else (layer - first + 1) % step > 0
 
-    windows = read.windows(layers, 4096, windowed)
-    dense = dense_layers(read, layers, first)
+    windows = read.windows(4096, windowed)
+    dense = dense_layers(read, first)
     rotary = [window > 0 or (dense(i) and prefix == 1) for i, window in enumerate(windows)]
-    width = values["inner"]
+    width = read["inner"]
     shared = read.integer("num_shared_experts", 0, low=0) * width
-    plain = {"inner": read.integer("prefix_dense_intermediate_size", width)}
-    mlps = routed(read, values | plain, "num_experts", width, shared, dense)["mlps"]
+    plain = read.with_fields(inner=read.integer("prefix_dense_intermediate_size", width))
+    mlps = routed(plain, "num_experts", width, shared, dense)["mlps"]
     return {
         "norm": "layer_without_bias" if read.raw("rms_norm_eps") is None else "rms",
-        "windows": windows,
-        "attentions": rotated(values, rotary),
+        **windowed_rotary(read, windows, rotary),
         "mlps": [replace(mlp, joins=True) for mlp in mlps],
     }
 
 
-def _dots1(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    last = read.integer("max_window_layers", layers, low=0)
-    windows = read.windows(layers, 4096, lambda layer: layer >= last)
-    return {"windows": windows} | mixture(shared=0, first=0)(read, values)
+def _dots1(read: Reader) -> ConfigFields:
+    last = read.integer("max_window_layers", read["layers"], low=0)
+    return {"windows": read.windows(4096, lambda layer: layer >= last)}
 
 
-def _exaone_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _exaone_moe(read: Reader) -> ConfigFields:
     # a text pattern is accepted beside layer_types alone
     listed = read.raw("layer_types") is not None
     step = 1 if listed else read.integer("sliding_window_pattern", 4)
-    windows = read.windows(layers, 4096, lambda layer: (layer + 1) % step > 0)
-    attentions = rotated(values, [window > 0 or not any(windows) for window in windows])
-    mlps = mixture(shared=1, first=1)(read, values)
-    return {"windows": windows, "attentions": attentions} | mlps
+    windows = read.windows(4096, except_every(step))
+    rotary = () if any(windows) else [1] * read["layers"]
+    return windowed_rotary(read, windows, rotary)
 
 
-def _flint(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    step = read.integer("decoder_sparse_step", 1)
-    plain = read.numbers("mlp_only_layers", [0, 1], layers)
-    windows = read.windows(
-        layers, 513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1
-    )
-    width = read.integer("moe_intermediate_size")
-    wide = read.integer("shared_expert_intermediate_size", 1024, low=0)
-    mlps = routed(
-        read, values, "num_experts", width, wide, lambda i: i in plain or (i + 1) % step > 0
-    )
-    attentions = rotated(values, [window > 0 for window in windows])
-    return {"windows": windows, "attentions": attentions} | mlps
+def _flint(read: Reader) -> ConfigFields:
+    layers = read["layers"]
+    windows = read.windows(513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1)
+    shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
+    dense = sparse_steps(read, [0, 1])
+    return windowed_rotary(read, windows) | routed(read, "num_experts", shared=shared, dense=dense)
 
 
-def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    features = values["head_dim"]
+def _laguna(read: Reader) -> ConfigFields:
+    features = read["head_dim"]
     gating = read.value(
         "gating",
         True,
         "true, per-head or per-element",
         lambda x: x in (True, "per-head", "per-element"),
     )
-    heads = read.integers("num_attention_heads_per_layer", values["heads"], layers)
-    usual = attention_of(values)
+    heads = read.integers("num_attention_heads_per_layer", read["heads"], read["layers"])
+    usual = attention_of(read)
 
     def attention(heads: int, window: int) -> Attention:
         kind = "sliding_attention" if window else "full_attention"
@@ -103,10 +86,10 @@ def _laguna(read: Reader, values: ConfigFields) -> ConfigFields:
         gates = heads * features if gating == "per-element" else heads
         return replace(usual, heads=heads, gates=gates, rotary=rotary)
 
-    width = read.integer("moe_intermediate_size")
-    wide = read.integer("shared_expert_intermediate_size", 512, low=0)
-    mlps = routed(read, values, "num_experts", width, wide, dense_layers(read, layers, 1))
-    return {"attentions": list(map(attention, heads, values["windows"]))} | mlps
+    shared = read.integer("shared_expert_intermediate_size", 512, low=0)
+    dense = dense_layers(read, 1)
+    mlps = routed(read, "num_experts", shared=shared, dense=dense)
+    return {"attentions": list(map(attention, heads, read["windows"]))} | mlps
 
 
 TABLE = read_table(
@@ -117,13 +100,7 @@ TABLE = read_table(
         "dots1": _dots1,
         "exaone_moe": _exaone_moe,
         "flint": _flint,
-        "granitemoe_swa": lambda read, values: (
-            granite_swa(read, values) | granite_shared(read, values)
-        ),
+        "granitemoe_swa": granite_swa,
         "laguna": _laguna,
-    },
-    windowed={
-        "granitemoe_swa": lambda layer: layer % 4 > 0,
-        "laguna": lambda layer: False,
     },
 )

@@ -60,6 +60,11 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
     return {"attentions": [kinds[kind] for kind in types]}
 
 
+def _mixers_by_type(read: Reader, usual: Callable[[int], str], **kinds: Sublayer) -> ConfigFields:
+    """Return the mixer of each layer, by its type."""
+    return _mixers(_types(read, read["layers"], (*kinds,), usual), **kinds)
+
+
 def _rank(read: Reader, key: str, hidden: int) -> int:
     """Return the rank of Mamba's step sizes."""
     return math.ceil(hidden / 16) if read.raw(key) in (None, "auto") else read.integer(key)
@@ -68,52 +73,33 @@ def _rank(read: Reader, key: str, hidden: int) -> int:
 def _mamba(norm: str = "") -> Rule:
     """Return the rule for layers of Mamba alone."""
 
-    def more(read: Reader, values: ConfigFields) -> ConfigFields:
-        hidden = values["hidden"]
+    def more(read: Reader) -> ConfigFields:
+        hidden = read["hidden"]
         mixer = Mamba(
             channels=read.integer("intermediate_size", read.integer("expand", 2) * hidden),
-            state=read.integer("state_size", 16),
             rank=_rank(read, "time_step_rank", hidden),
-            conv=read.integer("conv_kernel", 4),
-            conv_bias=read.flag("use_conv_bias", True),
-            bias=read.flag("use_bias"),
             norm=norm,
+            **read.fields("mamba"),
         )
-        return {"sublayers": [(mixer,)] * values["layers"]}
+        return {"sublayers": [(mixer,)] * read["layers"]}
 
     return more
 
 
-def _mamba2(read: Reader, values: ConfigFields) -> ConfigFields:
+def _mamba2(read: Reader) -> ConfigFields:
     """Return layers of Mamba-2 alone."""
-    heads = read.integer("num_heads", 128)
-    channels = read.integer("head_dim", 64)
-    inner = read.integer("expand", 2) * values["hidden"]
-    if heads * channels != inner:
-        wrong = f"expected {inner} / head_dim {channels}, as expand x hidden_size is {inner}"
-        raise read.fail("num_heads", f"{wrong}, got {heads}")
-    state = read.integer("state_size", 128)
-    return {
-        "sublayers": [(_plain_mamba2(read, heads, channels, state, chunk=256),)] * values["layers"]
-    }
+    mixer = Mamba2(**read.fields("mamba2"))
+    inner = read.integer("expand", 2) * read["hidden"]
+    if mixer.inner != inner:
+        wrong = f"expected {inner} / head_dim {mixer.channels}, as expand x hidden_size is {inner}"
+        raise read.fail("num_heads", f"{wrong}, got {mixer.heads}")
+    return {"sublayers": [(_grouped(read, "n_groups", mixer),)] * read["layers"]}
 
 
-def _plain_mamba2(read: Reader, heads: int, channels: int, state: int, chunk: int) -> Mamba2:
-    """Return Mamba-2 from keys without a beginning; ``chunk`` is a default."""
-    return Mamba2(
-        heads=heads,
-        channels=channels,
-        state=state,
-        groups=_groups(read, "n_groups", 8, heads),
-        conv=read.integer("conv_kernel", 4),
-        chunk=read.integer("chunk_size", chunk),
-        conv_bias=read.flag("use_conv_bias", True),
-        bias=read.flag("use_bias"),
-    )
-
-
-def _groups(read: Reader, key: str, default: int, heads: int) -> int:
-    return read.divisor(key, read.integer(key, default), heads, "the number of Mamba heads")
+def _grouped(read: Reader, key: str, mixer: Mamba2) -> Mamba2:
+    """Return Mamba-2 whose groups, which a key states, divide its heads."""
+    read.divisor(key, mixer.groups, mixer.heads, "the number of Mamba heads")
+    return mixer
 
 
 def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
@@ -125,32 +111,23 @@ def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mam
         raise read.fail(
             "mamba_n_heads", f"expected a divisor of {inner}, the width of all heads, got {heads}"
         )
-    mixer = Mamba2(
-        heads=heads,
-        channels=channels,
-        state=read.integer("mamba_d_state", 256),
-        groups=_groups(read, "mamba_n_groups", 1, heads),
-        conv=read.integer("mamba_d_conv", 4),
-        chunk=read.integer("mamba_chunk_size", 256),
-        conv_bias=read.flag("mamba_conv_bias", True),
-        bias=read.flag("mamba_proj_bias"),
-    )
-    return replace(mixer, **changes)
+    mixer = Mamba2(heads=heads, channels=channels, **read.fields("hybrid mamba2"), **changes)
+    return _grouped(read, "mamba_n_groups", mixer)
 
 
-def _bamba(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden = values["hidden"]
-    layers = values["layers"]
+def _bamba(read: Reader) -> ConfigFields:
+    hidden = read["hidden"]
+    layers = read["layers"]
     inner = read.integer("mamba_expand", 2) * hidden
     attends = read.numbers("attn_layer_indices", [], layers)
     types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
     mixer = _hybrid_mamba2(read, hidden, inner)
-    return _mixers(types, full_attention=attention_of(values), linear_attention=mixer)
+    return _mixers(types, full_attention=attention_of(read), linear_attention=mixer)
 
 
-def _falcon_h1(read: Reader, values: ConfigFields) -> ConfigFields:
+def _falcon_h1(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 and attention side by side."""
-    hidden = values["hidden"]
+    hidden = read["hidden"]
     expanded = read.integer("mamba_expand", 2) * hidden
     inner = (
         read.integer("mamba_d_ssm", 1024)
@@ -158,25 +135,26 @@ def _falcon_h1(read: Reader, values: ConfigFields) -> ConfigFields:
         else expanded
     )
     mixer = _hybrid_mamba2(read, hidden, inner, norm=read.flag("mamba_rms_norm"))
-    attention = replace(attention_of(values), joins=True)
-    return {"sublayers": [(mixer, attention, mlp_of(values))] * values["layers"]}
+    attention = replace(attention_of(read), joins=True)
+    return {"sublayers": [(mixer, attention, mlp_of(read))] * read["layers"]}
 
 
-def _granite(read: Reader, values: ConfigFields) -> ConfigFields:
+def _granite(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
     MLP alone."""
-    hidden = values["hidden"]
-    layers = values["layers"]
-    types = _types(read, layers, (_ATTENTION, _LINEAR), lambda layer: _LINEAR)
+    hidden = read["hidden"]
     mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
-    attention = replace(attention_of(values), rotary=rotates * values["rotary_dim"])
+    attention = replace(attention_of(read), rotary=rotates * read["rotary_dim"])
     shared = read.integer("shared_intermediate_size", 1024)
     if read.integer("num_local_experts", 8, low=0):
-        mlps = routed(read, values, "num_local_experts", values["inner"], shared)
+        mlps = routed(read, "num_local_experts", read["inner"], shared)
     else:
-        mlps = {"mlps": [replace(mlp_of(values), inner=shared)] * layers}
-    return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
+        mlps = {"mlps": [replace(mlp_of(read), inner=shared)] * read["layers"]}
+    mixers = _mixers_by_type(
+        read, lambda layer: _LINEAR, full_attention=attention, linear_attention=mixer
+    )
+    return mixers | mlps
 
 
 def _nemotron_types(read: Reader) -> list[str]:
@@ -207,49 +185,45 @@ def _nemotron_types(read: Reader) -> list[str]:
     return types
 
 
-def _nemotron_h(read: Reader, values: ConfigFields) -> ConfigFields:
+def _nemotron_h(read: Reader) -> ConfigFields:
     """Return layers of one sublayer each. Keys of a layer's object in ``block_configs`` take
     precedence over those of the file (Puzzle)."""
     types = _nemotron_types(read)
     blocks = read.raw("block_configs")
     # keys of all kinds, as Transformers saves those of kinds without layers too
-    kinds = {kind: (_nemotron_layer(read, kind, values),) for kind in _PATTERN.values()}
+    kinds = {kind: (_nemotron_layer(read, kind),) for kind in _PATTERN.values()}
     if blocks is None:
         return {"sublayers": [kinds[kind] for kind in types]}
     layers = []
     for i, (kind, block) in enumerate(zip(types, blocks)):
         place = f"{read.place}block_configs[{i}]."
-        own = Reader({**read.data, **block}, read.source, place, read.names_of)
-        layers.append((_nemotron_layer(own, kind, values),))
+        own = replace(read, data={**read.data, **block}, place=place, known=set())
+        layers.append((_nemotron_layer(own, kind),))
         if unread := sorted(block.keys() - own.known - {"block_type"}):
             raise own.fail(one_line(unread[0], 80), f"is not understood in a layer of {kind}")
     return {"sublayers": layers, "blocks_read": True}
 
 
-def _nemotron_layer(read: Reader, kind: str, values: ConfigFields) -> Sublayer:
+def _nemotron_layer(read: Reader, kind: str) -> Sublayer:
     if kind == "mlp":
-        return replace(mlp_of(values), inner=read.integer("intermediate_size"))
+        return replace(mlp_of(read), inner=read.integer("intermediate_size"))
     kinds = {_LINEAR: _nemotron_mamba, "moe": _nemotron_experts}
-    return kinds[kind](read, values) if kind in kinds else attention_of(values)
+    return kinds[kind](read) if kind in kinds else attention_of(read)
 
 
-def _nemotron_mamba(read: Reader, values: ConfigFields) -> Mamba2:
-    heads = read.integer("mamba_num_heads", 128)
-    channels = read.integer("mamba_head_dim", 64)
-    return _plain_mamba2(read, heads, channels, read.integer("ssm_state_size", 128), chunk=128)
+def _nemotron_mamba(read: Reader) -> Mamba2:
+    return _grouped(read, "n_groups", Mamba2(**read.fields("nemotron_h mamba2")))
 
 
-def _nemotron_experts(read: Reader, values: ConfigFields) -> Experts:
+def _nemotron_experts(read: Reader) -> Experts:
     """Return experts without gates."""
-    experts = read.integer("n_routed_experts", 8)
+    sizes = read.fields("nemotron_h experts")
     return Experts(
-        experts=experts,
-        active=float(read.integer("num_experts_per_tok", 2, high=experts)),
-        inner=read.integer("moe_intermediate_size", 7688),
+        **sizes,
+        active=float(read.integer("num_experts_per_tok", 2, high=sizes["experts"])),
         gated=False,
         latent=read.or_none("moe_latent_size", 0),
-        shared_inner=read.integer("moe_shared_expert_intermediate_size", 7688),
-        shared_bias=values["mlp_bias"],
+        shared_bias=read["mlp_bias"],
         router_bias=True,
     )
 
@@ -265,30 +239,25 @@ def _hybrid_mamba(read: Reader, hidden: int, **others: Any) -> Mamba:
     """Return Mamba from keys that begin with ``mamba_``."""
     return Mamba(
         channels=read.integer("mamba_expand", 2) * hidden,
-        state=read.integer("mamba_d_state", 16),
         rank=_rank(read, "mamba_dt_rank", hidden),
-        conv=read.integer("mamba_d_conv", 4),
-        conv_bias=read.flag("mamba_conv_bias", True),
-        bias=read.flag("mamba_proj_bias"),
+        **read.fields("hybrid mamba"),
         **others,
     )
 
 
-def _jamba(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    mixer = _hybrid_mamba(read, values["hidden"], norm="rms")
+def _jamba(read: Reader) -> ConfigFields:
+    mixer = _hybrid_mamba(read, read["hidden"], norm="rms")
     attends = _every(read, "attn", 8, 4)
     routes = _every(read, "expert", 2, 1)
     several = read.integer("num_experts", 16) > 1
     mlps = routed(
         read,
-        values,
         "num_experts",
-        values["inner"],
+        read["inner"],
         dense=lambda layer: not (several and routes(layer)),
     )
-    types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(layers)]
-    attention = attention_of(values)
+    types = [_ATTENTION if attends(layer) else _LINEAR for layer in range(read["layers"])]
+    attention = attention_of(read)
     return _mixers(types, full_attention=attention, linear_attention=mixer) | mlps
 
 
@@ -302,15 +271,14 @@ def _shared_blocks(
     return {"sublayers": layers}
 
 
-def _wide_attention(read: Reader, values: ConfigFields, rotates: bool) -> Attention:
+def _wide_attention(read: Reader, rotates: bool) -> Attention:
     """Return attention to the residual stream and the embedding, side by side."""
-    hidden = values["hidden"]
-    heads = values["heads"]
-    features = read.integer("attention_head_dim", 2 * hidden // heads)
+    hidden = read["hidden"]
+    features = read.integer("attention_head_dim", 2 * hidden // read["heads"])
     if (wide := read.integer("attention_hidden_size", 2 * hidden)) != 2 * hidden:
         raise read.fail("attention_hidden_size", f"expected {2 * hidden}, got {wide}")
     return replace(
-        attention_of(values),
+        attention_of(read),
         head_dim=features,
         rotary=features * rotates,
         reads=2,
@@ -318,8 +286,8 @@ def _wide_attention(read: Reader, values: ConfigFields, rotates: bool) -> Attent
     )
 
 
-def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden = values["hidden"]
+def _zamba(read: Reader) -> ConfigFields:
+    hidden = read["hidden"]
     attends = _every(read, "attn", 6, 4)
 
     def usual(layer: int) -> str:
@@ -329,38 +297,30 @@ def _zamba(read: Reader, values: ConfigFields) -> ConfigFields:
     heads = read.integer("n_mamba_heads", 2)
     read.divisor("n_mamba_heads", heads, inner, "the channels")
     mixer = _hybrid_mamba(read, hidden, heads=heads)
-    attention = _wide_attention(read, values, rotates=False)
-    mlp = mlp_of(values)
+    attention = _wide_attention(read, rotates=False)
+    mlp = mlp_of(read)
     added = Projection(adapts=Part.MLP, norms=(False, False))
 
     def block(use: int) -> Sequence[Sublayer]:
         reused = use > 0
         return replace(attention, reused=reused), replace(mlp, reused=reused), added
 
-    types = _types(read, values["layers"], (_LINEAR, "hybrid"), usual)
+    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
     return _shared_blocks(types, mixer, block)
 
 
-def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
-    hidden = values["hidden"]
-    bias = read.flag("add_bias_linear")
-    rank = read.integer("adapter_rank", 128)
+def _zamba2(read: Reader) -> ConfigFields:
+    hidden = read["hidden"]
     read.flag("use_conv_bias", True)  # Transformers always adds the bias
-    heads = read.integer("n_mamba_heads", 8)
-    inner = read.integer("mamba_expand", 2) * hidden
-    mixer = Mamba2(
-        heads=heads,
-        channels=inner // heads,
-        state=read.integer("mamba_d_state", 64),
-        groups=_groups(read, "mamba_ngroups", 1, heads),
-        conv=read.integer("mamba_d_conv", 4),
-        chunk=read.integer("chunk_size", 256),
-        bias=bias,
-    )
-    attention = _wide_attention(read, values, rotates=read.flag("use_mem_rope"))
-    mlp = replace(mlp_of(values), inner=read.integer("intermediate_size", 4 * hidden), bias=bias)
+    sizes = read.fields("zamba2 mamba2")
+    channels = read.integer("mamba_expand", 2) * hidden // sizes["heads"]
+    mixer = _grouped(read, "mamba_ngroups", Mamba2(channels=channels, **sizes))
+    attention = _wide_attention(read, rotates=read.flag("use_mem_rope"))
+    inner = read.integer("intermediate_size", 4 * hidden)
+    mlp = replace(mlp_of(read), inner=inner, bias=mixer.bias)
     blocks = read.integer("num_mem_blocks", 1)
     added = Projection(adapts=Part.MLP, norms=(False, False))
+    rank = read.integer("adapter_rank", 128)
     adapter = replace(added, features=2 * mlp.inner, rank=rank)
     queries = replace(adapter, adapts=Part.ATTENTION, reads=2, features=2 * hidden)
     adapters = (queries,) * 3 if read.flag("use_shared_attention_adapter") else ()
@@ -373,129 +333,111 @@ def _zamba2(read: Reader, values: ConfigFields) -> ConfigFields:
     def usual(layer: int) -> str:
         return "hybrid" if layer in (*range(6, 43, 6), 47, 51) else _LINEAR
 
-    types = _types(read, values["layers"], (_LINEAR, "hybrid"), usual)
+    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
     return _shared_blocks(types, mixer, block)
 
 
-def _short_conv(positions: int) -> Callable[[Reader, ConfigFields], ShortConv]:
-    def made(read: Reader, values: ConfigFields) -> ShortConv:
-        conv = read.integer("conv_L_cache", positions)
-        return ShortConv(conv=conv, bias=read.flag("conv_bias"))
-
-    return made
-
-
-def _lfm2(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _lfm2(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
-    types = _types(
-        read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION if layer in attends else "conv"
-    )
-    inner = values["inner"]
+
+    def usual(layer: int) -> str:
+        return _ATTENTION if layer in attends else "conv"
+
+    inner = read["inner"]
     size = read.integer("block_multiple_of", 256)
     factor = read.number("block_ffn_dim_multiplier", 1.0, high=1000)
     if read.flag("block_auto_adjust_ff_dim", True):
         inner = size * math.ceil(int(factor * int(2 * inner / 3)) / size)
-    mlp = replace(mlp_of(values), inner=inner)
-    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
+    mlp = replace(mlp_of(read), inner=inner)
+    conv = ShortConv(**read.fields("lfm2"))
+    mixers = _mixers_by_type(read, usual, full_attention=attention_of(read), conv=conv)
     return {**mixers, "mlps": [mlp] * layers}
 
 
-def _lfm2_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    types = _types(read, layers, (_ATTENTION, "conv"), lambda layer: _ATTENTION)
+def _lfm2_moe(read: Reader) -> ConfigFields:
     dense = read.integer("num_dense_layers", 2, low=0)
     read.flag("use_expert_bias", True)  # a buffer
-    mlps = routed(
-        read,
-        values,
-        "num_experts",
-        read.integer("moe_intermediate_size"),
-        dense=lambda layer: layer < dense,
-    )
-    mixers = _mixers(types, full_attention=attention_of(values), conv=_short_conv(3)(read, values))
+    mlps = routed(read, "num_experts", dense=lambda layer: layer < dense)
+    attention = attention_of(read)
+    conv = ShortConv(**read.fields("lfm2"))
+    mixers = _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
     return mixers | mlps
 
 
-def _lfm3(read: Reader, values: ConfigFields) -> ConfigFields:
-    sliding = "sliding_attention"
-
+def _lfm3(read: Reader) -> ConfigFields:
     def usual(layer: int) -> str:
         if layer % 4 == 2:
             return _ATTENTION
-        return sliding if layer % 4 == 0 and layer else "conv"
+        return "sliding_attention" if layer % 4 == 0 and layer else "conv"
 
-    types = _types(read, values["layers"], (_ATTENTION, sliding, "conv"), usual)
     window = read.integer("sliding_window", 256)
-    gates = values["heads"] if read.flag("use_attention_gate", True) else 0
-    attention = replace(attention_of(values), gates=gates)
-    conv = _short_conv(7)(read, values)
-    windows = tuple(window if kind == sliding else 0 for kind in types)
-    mixers = _mixers(types, full_attention=attention, sliding_attention=attention, conv=conv)
-    return mixers | {"windows": windows, "post_norms": read.flag("use_sandwich_norm", True)}
+    gates = read["heads"] if read.flag("use_attention_gate", True) else 0
+    attention = replace(attention_of(read), gates=gates)
+    return _mixers_by_type(
+        read,
+        usual,
+        full_attention=attention,
+        sliding_attention=replace(attention, window=window),
+        conv=ShortConv(**read.fields("lfm3")),
+    )
 
 
-def _delta_net(read: Reader, joint: str, groups: int = 16, heads: int = 32) -> DeltaNet:
-    """Return a gated delta net from keys that begin with ``linear_``; heads have defaults."""
-    key, value = (read.integer(f"linear_{name}_head_dim", 128) for name in ("key", "value"))
-    heads = read.integer("linear_num_value_heads", heads)
-    groups = read.integer("linear_num_key_heads", groups)
-    read.divisor("linear_num_key_heads", groups, heads, "linear_num_value_heads")
-    conv = read.integer("linear_conv_kernel_dim", 4)
-    return DeltaNet(heads=heads, kv_heads=groups, key=key, value=value, conv=conv, joint=joint)
+def _delta_net(read: Reader, kind: str, joint: str) -> DeltaNet:
+    net = DeltaNet(joint=joint, **read.fields(kind))
+    read.divisor("linear_num_key_heads", net.kv_heads, net.heads, "linear_num_value_heads")
+    return net
 
 
-def qwen_mixers(read: Reader, values: ConfigFields, joint: str) -> ConfigFields:
+def qwen_mixers(read: Reader, joint: str) -> ConfigFields:
     """Return layers with a gated delta net, and layers with attention whose query projection also
     makes a gate."""
     every = read.integer("full_attention_interval", 4)
-    types = read.layer_types(values["layers"], (_ATTENTION, _LINEAR)) or [
-        _LINEAR if (i + 1) % every else _ATTENTION for i in range(values["layers"])
+    types = read.layer_types(read["layers"], (_ATTENTION, _LINEAR)) or [
+        _LINEAR if (i + 1) % every else _ATTENTION for i in range(read["layers"])
     ]
-    net = _delta_net(read, joint)
-    return _mixers(types, full_attention=attention_of(values), linear_attention=net)
+    net = _delta_net(read, "qwen delta_net", joint)
+    return _mixers(types, full_attention=attention_of(read), linear_attention=net)
 
 
-def _qwen3_next(read: Reader, values: ConfigFields) -> ConfigFields:
-    return qwen_mixers(read, values, "all") | qwen_layers(read, values)
+def _qwen3_next(read: Reader) -> ConfigFields:
+    return qwen_mixers(read, "all") | qwen_layers(read)
 
 
-def _qwen3_5(read: Reader, values: ConfigFields) -> ConfigFields:
+def _qwen3_5(read: Reader) -> ConfigFields:
     read.flag("attn_output_gate", True)
-    return qwen_mixers(read, values, "qkv")
+    return qwen_mixers(read, "qkv")
 
 
-def _qwen3_5_moe(read: Reader, values: ConfigFields) -> ConfigFields:
-    return _qwen3_5(read, values) | _beside_shared(read, values)
+def _qwen3_5_moe(read: Reader) -> ConfigFields:
+    return _qwen3_5(read) | _beside_shared(read)
 
 
-def _beside_shared(read: Reader, values: ConfigFields) -> ConfigFields:
+def _beside_shared(read: Reader) -> ConfigFields:
     """Return experts beside a shared one."""
-    width = read.integer("moe_intermediate_size")
     shared = read.integer("shared_expert_intermediate_size")
-    return routed(read, values, "num_experts", width, shared)
+    return routed(read, "num_experts", shared=shared)
 
 
-def _lara(read: Reader, values: ConfigFields) -> ConfigFields:
+def _lara(read: Reader) -> ConfigFields:
     sliding = "sliding_attention"
     pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
-    known = (_ATTENTION, sliding, _LINEAR)
-    types = _types(read, values["layers"], known, lambda layer: pattern[layer % len(pattern)])
-    window = read.integer("sliding_window", 512)
-    attention = attention_of(values)
-    net = _delta_net(read, "qkv", groups=8, heads=16)
-    mixers = _mixers(
-        types, full_attention=attention, sliding_attention=attention, linear_attention=net
+    attention = attention_of(read)
+    mixers = _mixers_by_type(
+        read,
+        lambda layer: pattern[layer % len(pattern)],
+        full_attention=attention,
+        sliding_attention=replace(attention, window=read.integer("sliding_window", 512)),
+        linear_attention=_delta_net(read, "lara delta_net", "qkv"),
     )
-    windows = tuple(window if kind == sliding else 0 for kind in types)
-    return mixers | _beside_shared(read, values) | {"windows": windows}
+    return mixers | _beside_shared(read)
 
 
-def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
+def _olmo_hybrid(read: Reader) -> ConfigFields:
     """Return layers with a gated delta net and norms of the inputs, and layers with attention and
     norms of the outputs."""
-    layers = values["layers"]
-    heads = values["heads"]
+    layers = read["layers"]
+    heads = read["heads"]
     last = layers - 1 if layers < 4 else -1
     types = _types(
         read,
@@ -504,7 +446,7 @@ def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
         lambda layer: _ATTENTION if layer % 4 == 3 or layer == last else _LINEAR,
     )
     groups = read.integer("linear_num_key_heads", heads)
-    key = read.integer("linear_key_head_dim", int(0.75 * values["hidden"] / groups))
+    key = read.integer("linear_key_head_dim", int(0.75 * read["hidden"] / groups))
     net = DeltaNet(
         heads=read.integer("linear_num_value_heads", heads),
         kv_heads=groups,
@@ -514,98 +456,71 @@ def _olmo_hybrid(read: Reader, values: ConfigFields) -> ConfigFields:
         joint="none",
     )
     after = (False, True)
-    attention = replace(attention_of(values), norms=after)
-    mlp = mlp_of(values)
+    attention = replace(attention_of(read), norms=after)
+    mlp = mlp_of(read)
     mlps = [replace(mlp, norms=after) if kind == _ATTENTION else mlp for kind in types]
     mixers = _mixers(types, full_attention=attention, linear_attention=net)
     return {**mixers, "mlps": mlps}
 
 
-def _minimax(read: Reader, values: ConfigFields) -> ConfigFields:
-    types = _types(
-        read,
-        values["layers"],
-        (_ATTENTION, _LINEAR),
-        lambda layer: _LINEAR if layer % 2 else _ATTENTION,
-    )
+def _minimax(read: Reader) -> ConfigFields:
     lightning = LightningAttention(
-        heads=values["heads"],
-        head_dim=values["head_dim"],
+        heads=read["heads"],
+        head_dim=read["head_dim"],
         chunk=read.integer("block_size", 256),
     )
-    attention = replace(
-        attention_of(values), rotary=read.integer("rotary_dim", values["rotary_dim"])
-    )
-    mixers = _mixers(types, full_attention=attention, linear_attention=lightning)
-    return mixers | routed(read, values, "num_local_experts", values["inner"])
-
-
-def _latent(read: Reader, values: ConfigFields, **changes: Any) -> LatentAttention:
-    return LatentAttention(
-        heads=values["heads"],
-        query_rank=read.or_none("q_lora_rank", 0),
-        rank=read.integer("kv_lora_rank", 512),
-        rotary=read.integer("qk_rope_head_dim", 64),
-        plain=read.integer("qk_nope_head_dim", 128),
-        value=read.integer("v_head_dim", 128),
-        bias=read.flag("attention_bias"),
-        **changes,
+    attention = replace(attention_of(read), rotary=read.integer("rotary_dim", read["rotary_dim"]))
+    return _mixers_by_type(
+        read,
+        lambda layer: _LINEAR if layer % 2 else _ATTENTION,
+        full_attention=attention,
+        linear_attention=lightning,
     )
 
 
-def _sparse_layers(read: Reader, values: ConfigFields, first: int) -> ConfigFields:
+def latent_of(read: Reader, kind: str, rank: int, **more: Any) -> LatentAttention:
+    """Return latent attention; ``rank`` is the default of ``q_lora_rank``."""
+    heads = read["heads"]
+    fields = {"value": read["hidden"] // heads} | read.fields(kind)
+    fields["value"] = read.integer("v_head_dim", fields["value"])
+    query_rank = read.or_none("q_lora_rank", rank)
+    return LatentAttention(heads=heads, query_rank=query_rank, **fields, **more)
+
+
+def _sparse_layers(read: Reader, first: int) -> ConfigFields:
     """Return the MLPs of layers with experts after ``first`` layers without."""
-    width = read.integer("moe_intermediate_size")
-    shared = read.integer("n_shared_experts", 1, low=0) * width
-    dense = dense_layers(read, values["layers"], first)
-    return routed(read, values, "num_local_experts", width, shared, dense)
+    copies = read.integer("n_shared_experts", 1, low=0)
+    dense = dense_layers(read, first)
+    return routed(read, "num_local_experts", dense=dense, copies=copies)
 
 
-def _kimi_linear(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _kimi_linear(read: Reader) -> ConfigFields:
     read.raw("linear_attn_config")
     inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
     nested = inside is not read
-    heads, size, conv = (
-        ("num_heads", "head_dim", "short_conv_kernel_size")
-        if nested
-        else ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-    )
-    features = inside.integer(size, 128)
-    net = DeltaNet(
-        heads=inside.integer(heads, 32),
-        kv_heads=inside.integer(heads, 32),
-        key=features,
-        value=features,
-        conv=inside.integer(conv, 4),
-        joint="none",
-        channel_decay=True,
-        rank=features,
-    )
+    kind = "kimi linear_attn_config" if nested else "kimi delta_net"
+    net = DeltaNet(joint="none", channel_decay=True, **inside.fields(kind))
 
     def usual(layer: int) -> str:
         if nested:  # numbers from 1
-            attends = layer + 1 in inside.numbers("full_attn_layers", [], layers + 1)
+            attends = layer + 1 in inside.numbers("full_attn_layers", [], read["layers"] + 1)
             return _ATTENTION if attends else _LINEAR
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
-    types = _types(read, layers, (_ATTENTION, _LINEAR), usual)
-    latent = _latent(read, values, rotates_positions=False)
-    mixers = _mixers(types, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, values, 1)
+    latent = latent_of(read, "hybrid latent", 0, rotates_positions=False)
+    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
+    return mixers | _sparse_layers(read, 1)
 
 
-def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
+def _bailing(read: Reader) -> ConfigFields:
     group = read.integer("layer_group_size", 6)
-    types = _types(
-        read,
-        values["layers"],
-        (_ATTENTION, _LINEAR),
-        lambda layer: _LINEAR if (layer + 1) % group else _ATTENTION,
-    )
+
+    def usual(layer: int) -> str:
+        return _LINEAR if (layer + 1) % group else _ATTENTION
+
     # Transformers saves the rotary size of latent attention as head_dim
     features = read.integer("linear_head_dim", read.integer("head_dim", 128))
-    heads = read.integer("linear_num_heads", values["heads"])
+    heads = read.integer("linear_num_heads", read["heads"])
     net = DeltaNet(
         heads=heads,
         kv_heads=heads,
@@ -615,16 +530,14 @@ def _bailing(read: Reader, values: ConfigFields) -> ConfigFields:
         joint="none",
         channel_decay=True,
     )
-    latent = _latent(read, values, gate="head")
-    mixers = _mixers(types, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, values, 2)
+    latent = latent_of(read, "hybrid latent", 0, gate="head")
+    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
+    return mixers | _sparse_layers(read, 2)
 
 
-def _relative(
-    read: Reader, values: ConfigFields, sliding: bool, **changes: Any
-) -> RelativeAttention:
+def _relative(read: Reader, sliding: bool, **changes: Any) -> RelativeAttention:
     """Return the attention of a layer with, or without, a window."""
-    usual = attention_of(values)
+    usual = attention_of(read)
     window = read.integer("sliding_window") if sliding else 0
     heads = usual.heads
     kv_heads = usual.kv_heads
@@ -639,26 +552,23 @@ def _relative(
         head_dim=head_dim,
         window=window,
         norm=usual.norm,
-        relative=read.integer("d_rel", 16),
         extent=window or read.integer("rel_extent", 1024),
-        conv=read.integer("conv_kernel_size", 4),
+        **read.fields("inkling attention"),
         **changes,
     )
 
 
-def _inkling(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
+def _inkling(read: Reader) -> ConfigFields:
+    layers = read["layers"]
     conv = read.integer("conv_kernel_size", 4)
     local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6], layers)
     types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
     sliding = [t == "hybrid_sliding" for t in types] or [i in local for i in range(layers)]
     plain = Blocks(conv=conv)
-    by_window = {
-        inside: replace(_relative(read, values, inside), entry=plain) for inside in (True, False)
-    }
+    by_window = {inside: replace(_relative(read, inside), entry=plain) for inside in (True, False)}
     width = read.integer("moe_intermediate_size")
     shared = read.integer("n_shared_experts", 2)
-    dense = dense_layers(read, layers, read.integer("dense_mlp_idx", 0, low=0))
+    dense = dense_layers(read, read.integer("dense_mlp_idx", 0, low=0))
     experts = Experts(
         experts=(count := read.integer("num_local_experts")),
         active=float(read.integer("num_experts_per_tok", high=count)),
@@ -668,17 +578,15 @@ def _inkling(read: Reader, values: ConfigFields) -> ConfigFields:
         outputs_of_router=count + shared,
         entry=replace(plain, scalars=count + 1),
     )
-    mlp = replace(mlp_of(values), entry=replace(plain, scalars=1))
+    mlp = replace(mlp_of(read), entry=replace(plain, scalars=1))
     return {
         "attentions": [by_window[inside] for inside in sliding],
         "mlps": [mlp if dense(layer) else experts for layer in range(layers)],
-        "head_vocab": read.integer("unpadded_vocab_size", values["vocab"]),
+        "head_vocab": read.integer("unpadded_vocab_size", read["vocab"]),
     }
 
 
-def _inkling2_layer(
-    read: Reader, values: ConfigFields, gates: int = 0
-) -> Callable[[int, bool], tuple[Sublayer, ...]]:
+def _inkling2_layer(read: Reader, gates: int = 0) -> Callable[[int, bool], tuple[Sublayer, ...]]:
     """Return the function from the number of a layer, and whether it has a window, to its
     sublayers. Layers have ``gates`` of a rank if they run in several passes."""
     conv = read.integer("conv_kernel_size", 4)
@@ -695,9 +603,7 @@ def _inkling2_layer(
     def made(layer: int, sliding: bool) -> tuple[Sublayer, ...]:
         sources = layer // each + 2
         inputs = 1 if sliding else 3  # queries, keys and values, each with a norm
-        attention = _relative(
-            read, values, sliding, dynamic=not sliding, clips=True, projects_sinks=True
-        )
+        attention = _relative(read, sliding, dynamic=not sliding, clips=True, projects_sinks=True)
         first = Blocks(
             conv=conv,
             sources=sources if layer else 0,
@@ -712,17 +618,18 @@ def _inkling2_layer(
     return made
 
 
-def _inkling2(read: Reader, values: ConfigFields) -> ConfigFields:
-    sliding = _inkling2_windows(read, values["layers"])
-    made = _inkling2_layer(read, values)
+def _inkling2(read: Reader) -> ConfigFields:
+    sliding = _inkling2_windows(read)
+    made = _inkling2_layer(read)
     return {
         "sublayers": [made(layer, inside) for layer, inside in enumerate(sliding)],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),
-        "other_parameters": values["hidden"],  # weights of the last sum of blocks
+        "other_parameters": read["hidden"],  # weights of the last sum of blocks
     }
 
 
-def _inkling2_windows(read: Reader, layers: int) -> list[bool]:
+def _inkling2_windows(read: Reader) -> list[bool]:
+    layers = read["layers"]
     types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
     return [t == "hybrid_sliding" for t in types] or [(i + 1) % 6 > 0 for i in range(layers)]
 
@@ -740,17 +647,16 @@ def _loop(read: Reader, key: str, default: int) -> int:
     return read.part("loop_config").integer(key, stated) if inside is not None else stated
 
 
-def _inkling2_loop(read: Reader, values: ConfigFields) -> ConfigFields:
+def _inkling2_loop(read: Reader) -> ConfigFields:
     """Return the layers in the order in which they run; those of the loop run in several passes."""
-    layers = values["layers"]
-    hidden = values["hidden"]
+    layers = read["layers"]
     start = _loop(read, "core_start", 6)
     end = _loop(read, "core_end", 18)
     if not 0 < start < end <= layers:
         raise read.fail("loop_layer_index_end", f"expected a layer from {start + 1} to {layers}")
-    sliding = _inkling2_windows(read, layers)
-    once = _inkling2_layer(read, values)
-    looped = _inkling2_layer(read, values, gates=1)
+    sliding = _inkling2_windows(read)
+    once = _inkling2_layer(read)
+    looped = _inkling2_layer(read, gates=1)
     made = [
         (looped if start <= layer < end else once)(layer, inside)
         for layer, inside in enumerate(sliding)
@@ -761,7 +667,7 @@ def _inkling2_loop(read: Reader, values: ConfigFields) -> ConfigFields:
     return {
         "sublayers": [*made[:end], *again * (passes - 1), *made[end:]],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),
-        "other_parameters": weights * hidden,
+        "other_parameters": weights * read["hidden"],
     }
 
 

@@ -12,38 +12,38 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from simulator.arguments import shown
 from simulator.codes import Part
 from simulator.errors import one_line
 from simulator.models.architectures.architecture import (
-    MODEL_FIELDS,
     Architecture,
     attention_of,
     layers_of,
 )
 from simulator.models.architectures.reader import ConfigFields, Reader
-from simulator.models.model import Layer
+from simulator.models.model import Layer, Model
 from simulator.models.sublayers import Attention, Experts, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
+from simulator.models.tables import read_names
 
 
 def model_fields(kind: Architecture, read: Reader) -> ConfigFields:
     """Return the fields of :class:`simulator.Model` that a configuration states."""
     read = replace(read, names_of=kind.keys)
-    values = kind.values(read)
-    layers = layers_of(values)
+    read = kind.read(read)
+    layers = layers_of(read)
     absent: ConfigFields = {"per_layer_config": (None, {}), "block_configs": (None,)}
     stated = [key for key, empty in absent.items() if read.raw(key) not in empty]
-    if values.get("blocks_read"):  # usual keys of this type
+    if read.get("blocks_read"):  # usual keys of this type
         stated.remove("block_configs")
     elif kind.blocks or "block_configs" in stated:
-        layers = _block_layers(read, values, layers)
+        layers = _block_layers(read, layers)
     if "per_layer_config" in stated:
         layers = _overridden(kind, read, layers)
-    fields = {name: values[name] for name in MODEL_FIELDS if name in values}
-    return fields | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
+    found = {field.name: read[field.name] for field in fields(Model) if field.name in read.values}
+    return found | {"layers": tuple(layers), "layer_key": stated[0] if stated else ""}
 
 
 EXPERT_KEYS = {
@@ -147,7 +147,7 @@ def _read_experts(of: Reader, dense: Experts) -> Experts:
     )
 
 
-def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -> list[Layer]:
+def _block_layers(read: Reader, layers: Sequence[Layer]) -> list[Layer]:
     """Return layers with the changes in ``block_configs``, by an architecture search (Puzzle, arXiv
     2411.19146).
 
@@ -158,10 +158,10 @@ def _block_layers(read: Reader, values: ConfigFields, layers: Sequence[Layer]) -
             "block_configs",
             "expected none: latent attention and delta nets per layer are not supported",
         )
-    usual = attention_of(values)
+    usual = attention_of(read)
     out = []
     for part, dense in zip(read.parts("block_configs", len(layers)), layers):
-        layer = read_block(part, dense, usual, values["hidden"])
+        layer = read_block(part, dense, usual, read["hidden"])
         window = part.part("attention").integer("window_length", dense.window, low=0)
         attention = layer.of("attention")
         if isinstance(attention, Attention):
@@ -199,14 +199,14 @@ def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> li
         for key in ("block_configs", place):
             if key in changes:
                 raise inside.fail(key, "expected none: it states several layers")
-        fields = model_fields(kind, inside)
+        own = model_fields(kind, inside)
         if unread := sorted(changes.keys() - inside.known - WITHOUT_EFFECT - {*kind.unused}):
             raise inside.fail(one_line(unread[0], 80), "is not understood")
-        if different := [n for n in whole if n != "layers" and fields[n] != whole[n]]:
+        if different := [n for n in whole if n != "layers" and own[n] != whole[n]]:
             raise inside.fail(different[0], "expected the value of all layers")
-        if len(fields["layers"]) != len(layers):
+        if len(own["layers"]) != len(layers):
             raise inside.fail("num_hidden_layers", "expected the value of all layers")
-        layer = fields["layers"][number]
+        layer = own["layers"][number]
         for name in Reader(overrides, read.source, f"{read.place}{where}.").names("skip"):
             if name not in _SKIPPED:
                 names = ", ".join(_SKIPPED)
@@ -216,31 +216,11 @@ def _overridden(kind: Architecture, read: Reader, layers: Sequence[Layer]) -> li
     return out
 
 
-WITHOUT_EFFECT = frozenset(
-    [
-        # of training and generation
-        *("num_beam_groups", "num_labels", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size"),
-        # layers that predict further tokens, which are not timed; also keys with the part "mtp"
-        "num_nextn_predict_layers",
-        # groups of experts among which a router chooses
-        *("n_group", "topk_group", "num_expert_group"),
-        "ep_size",  # devices that shared experts in training
-        # of images
-        *("image_size", "patch_size", "num_channels"),
-        # sizes that follow from others
-        *("qk_head_dim", "pad_head_dim_to_multiple_of", "chunk_size_feed_forward"),
-        "ep_size",  # devices that shared experts in training
-    ]
-)
+_NAMES = read_names("keys")
+WITHOUT_EFFECT = frozenset(key for keys in _NAMES["without_effect"].values() for key in keys)
 """Keys that name layers, heads or sizes and change no operator."""
 
-_SIZED = frozenset(
-    [
-        *("layer", "layers", "head", "heads", "hidden", "intermediate", "ffn", "inner", "width"),
-        *("widths", "dim", "dims", "size", "sizes", "expert", "experts", "block", "blocks"),
-        *("channel", "channels", "pruned", "rank", "ranks", "skip", "depth"),
-    ]
-)
+_SIZED = frozenset(_NAMES["sized"])
 """Parts of the names of keys that can change a layer."""
 
 _CLOSE = 0.93  # ratio of difflib from which a key is a misspelt known key

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simulator.arguments import shown
 from simulator.errors import InputError
+from simulator.models.tables import read_names
+
+_KEYS: Mapping[str, Mapping[str, Sequence[Any]]] = read_names("fields")
+"""Kind of sublayer or object -> its fields -> key and default of each; null: the key is needed."""
 
 # values of keys by name: fields of the model and of its usual sublayers; "attentions" and "mlps"
 # are the sublayers of each layer, if layers differ; "sublayers" are all those of each layer
@@ -38,6 +42,20 @@ class Reader:
     names_of: Mapping[str, str] = field(default_factory=dict, repr=False)
     # keys that were looked up, whether the object has them or not
     known: set[str] = field(default_factory=set, compare=False, repr=False)
+    # usual fields found so far
+    values: ConfigFields = field(default_factory=dict, compare=False, repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a usual field."""
+        return self.values[name]
+
+    def get(self, name: str, default: Any = False) -> Any:
+        """Return a usual field, which may be missing."""
+        return self.values.get(name, default)
+
+    def with_fields(self, **fields: Any) -> Reader:
+        """Return the keys with other usual fields."""
+        return replace(self, values=self.values | fields)
 
     def key(self, name: str) -> str:
         """Return the name of a key in the file; Transformers reads the usual name too."""
@@ -90,6 +108,16 @@ class Reader:
 
     def flag(self, key: str, default: bool = False) -> bool:
         return bool(self.value(key, default, "true or false", lambda x: isinstance(x, bool)))
+
+    def fields(self, kind: str) -> ConfigFields:
+        """Return the fields of a kind of :data:`_KEYS`: flags, where the default is one, and whole
+        numbers."""
+        return {
+            name: self.flag(key, default)
+            if isinstance(default, bool)
+            else self.integer(key, default)
+            for name, (key, default) in _KEYS[kind].items()
+        }
 
     def capped(self, key: str, absent: bool) -> bool:
         """Return whether a soft cap is set; null means no cap."""
@@ -185,13 +213,14 @@ class Reader:
         return self.items(key, None, expected, known.__contains__, layers)
 
     def windows(
-        self, layers: int, default: int, windowed: Callable[[int], bool], used: bool = True
+        self, default: int, windowed: Callable[[int], bool], used: bool = True
     ) -> tuple[int, ...]:
         """Return the window of each layer: from the list ``layer_types``, else by the rule
         ``windowed``.
 
         A ``sliding_window`` of null means no window; if the key is missing, the default is used.
         The key is ignored unless ``used``."""
+        layers = self["layers"]
         window = self.or_none("sliding_window", default) if used else 0
         types = self.layer_types(layers, ("full_attention", "sliding_attention"))
         if not types:

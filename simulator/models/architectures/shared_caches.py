@@ -28,11 +28,9 @@ def _sharing(read: Reader, windows: tuple[int, ...], default: int) -> list[bool]
     return [layer >= first for layer in range(layers)]
 
 
-def _attention(values: ConfigFields, **sizes: Any) -> SharedCacheAttention:
+def _attention(read: Reader, **sizes: Any) -> SharedCacheAttention:
     """Return the usual attention, which rotates whole heads."""
-    common = {
-        name: values[name] for name in ("heads", "kv_heads", "head_dim", "qkv_bias", "o_bias")
-    }
+    common = {name: read[name] for name in ("heads", "kv_heads", "head_dim", "qkv_bias", "o_bias")}
     fields = common | sizes
     return SharedCacheAttention(**fields, rotary=fields["head_dim"], norm="head")
 
@@ -44,27 +42,26 @@ def _inputs(read: Reader, low: int) -> list[LayerInputs]:
     return [LayerInputs(width=width, vocab=vocab)] if width else []
 
 
-def _gemma3n(read: Reader, values: ConfigFields) -> ConfigFields:
-    layers = values["layers"]
-    windows = read.windows(layers, 512, lambda layer: (layer + 1) % 5 > 0)
-    attentions = [_attention(values, reads_cache=shares) for shares in _sharing(read, windows, 15)]
+def _gemma3n(read: Reader) -> ConfigFields:
+    attentions = [
+        _attention(read, reads_cache=shares) for shares in _sharing(read, read["windows"], 15)
+    ]
     streams = read.integer("altup_num_inputs", 4, low=2)
     inputs = _inputs(read, low=1)
     laurel = Laurel(rank=read.integer("laurel_rank", 64))
     return {
-        "windows": windows,
         "attentions": attentions,
-        "mlps": [Mlp(inner=width) for width in read.integers("intermediate_size", 16384, layers)],
+        "mlps": [
+            Mlp(inner=width) for width in read.integers("intermediate_size", 16384, read["layers"])
+        ],
         "others": ((laurel,), (AltUp(streams=streams), *inputs)),
         "streams": streams,
         "other_parameters": inputs[0].width,  # norm of the projected inputs
-        "logit_softcap": read.capped("final_logit_softcapping", True),
     }
 
 
-def _gemma4(read: Reader, values: ConfigFields) -> ConfigFields:
-    windows = read.windows(values["layers"], 512, lambda layer: (layer + 1) % 6 > 0)
-    windows = (*windows[:-1], 0)  # Transformers gives the last layer full attention
+def _gemma4(read: Reader) -> ConfigFields:
+    windows = (*read["windows"][:-1], 0)  # Transformers gives the last layer full attention
     bidirectional = ("vision",)  # "all" makes an encoder
     read.value(
         "use_bidirectional_attention", "vision", "vision or null", bidirectional.__contains__
@@ -75,41 +72,32 @@ def _gemma4(read: Reader, values: ConfigFields) -> ConfigFields:
     if read.raw("per_layer_config") is None:  # which states these sizes otherwise
         full["head_dim"] = read.integer("global_head_dim", 512)
         groups = read.or_none("num_global_key_value_heads", 0)
-        full["kv_heads"] = (equal and groups) or values["kv_heads"]
+        full["kv_heads"] = (equal and groups) or read["kv_heads"]
     attentions = [
-        _attention(values, reads_cache=shares, skips_prompts=True, **({} if window else full))
+        _attention(read, reads_cache=shares, skips_prompts=True, **({} if window else full))
         for shares, window in zip(sharing, windows)
     ]
     wide = read.flag("use_double_wide_mlp")
-    plain = mlp_of(values)
+    plain = mlp_of(read)
     doubled = replace(plain, inner=2 * plain.inner)
     mlps: list[Sublayer] = [doubled if wide and shares else plain for shares in sharing]
-    inputs = _inputs(read, low=0) if values.get("layer_inputs", True) else []
+    inputs = _inputs(read, low=0) if read.get("layer_inputs", True) else []
     return {
         "windows": windows,
         "attentions": attentions,
         "mlps": mlps,
         "others": ((), tuple(inputs)),
         "other_parameters": sum(one.width for one in inputs),  # norm of the projected inputs
-        "logit_softcap": read.capped("final_logit_softcapping", False),
     }
 
 
-def _gemma4_experts(read: Reader, values: ConfigFields) -> ConfigFields:
-    fields = _gemma4(read, values)
+def _gemma4_experts(read: Reader) -> ConfigFields:
+    fields = _gemma4(read)
     if not read.flag("enable_moe_block"):
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             read.raw(key)  # without effect
         return fields
-    width = read.integer("moe_intermediate_size")
-    experts = routed(
-        read,
-        values,
-        "num_experts",
-        width,
-        values["inner"],
-        branch_norms=True,
-    )["mlps"]
+    experts = routed(read, "num_experts", shared=read["inner"], branch_norms=True)["mlps"]
     mlps = [replace(some, shared_inner=mlp.inner) for some, mlp in zip(experts, fields["mlps"])]
     return fields | {"mlps": mlps}
 

@@ -42,12 +42,12 @@ class AltUp(Sublayer):
         every = self.streams * p.hidden
         products = self.products(hidden)
         for name, first in (("prediction", 1), ("correction", 0)):
-            yield p.move("altup", part, hidden, hidden, hidden, 2 * hidden * first)
+            yield p.move("altup", part, hidden, params=2 * hidden * first)
             router = p.wide_gemm("altup", part, *products["router"][:2])
             yield router | {"params": first * router["params"]}
             yield p.wide_gemm("altup", part, *products[name][:2])
         # predictions: sums of streams; corrections: a multiple of the computed change
-        yield p.move("altup", part, every, 2 * every, every)
-        yield p.move("altup", part, every, every + hidden, every)
+        yield p.move("altup", part, every, 2 * every)
+        yield p.move("altup", part, every, every + hidden)
         # the layer's input is added to all streams except the computed one
-        yield p.move("altup", part, every - hidden, every, every - hidden)
+        yield p.move("altup", part, every - hidden, every)

@@ -17,8 +17,15 @@ class Attention(Sublayer):
 
     LABEL = "attention"
     SIZES: ClassVar[tuple[str, ...]] = (
-        *("heads", "kv_heads", "head_dim", "rotary", "value_dim", "gates"),
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "rotary",
+        "value_dim",
+        "gates",
     )
+
+    NAMED = (("heads", "heads"), ("KV heads", "kv_heads"))
 
     heads: int
     kv_heads: int
@@ -83,12 +90,11 @@ class Attention(Sublayer):
         indexer = self.indexer.products(hidden) if self.indexer else {}
         return {**super().products(hidden), **(mask if self.masks else {}), **indexer}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         biases = self.qkv_bias * sum(self.projected.values()) + self.o_bias * hidden
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         norms = self.norm_weights + self.output_weights + (self.reads > 1) * self.reads * hidden
-        return weights + biases + norms + self.score_weights + self.mask_weights + indexer
+        return biases + norms + self.score_weights + self.mask_weights + indexer
 
     @property
     def score_weights(self) -> int:
@@ -131,9 +137,6 @@ class Attention(Sublayer):
         gates = self.gates // devices
         return replace(self, heads=self.heads // devices, kv_heads=kv_heads, gates=gates)
 
-    def sizes(self) -> BySize:
-        return {"heads": self.heads, "KV heads": self.kv_heads}
-
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Attention:
         groups = remaining(self.kv_heads, shares["attention"])
         heads = remaining(self.heads * groups // self.kv_heads, shares["heads"])
@@ -150,14 +153,14 @@ class Attention(Sublayer):
         values = self.kv_heads * self.value_features
         read = self.reads * hidden
         if self.reads > 1:
-            yield p.move("attention_norm", part, read, read, read, read)
+            yield p.move("attention_norm", part, read, params=read)
         yield from p.quantized("qkv", part, read)
         yield from p.products(
             self, "qkv", self.projected, read, self.qkv_bias, fuses=p.fuses("qkv")
         )
         if self.norm and (self.norm != "unit" or present(self.rotary)):
             width = queries + keys
-            yield p.move("qk_norm", part, width, width, width, self.norm_weights)
+            yield p.move("qk_norm", part, width, params=self.norm_weights)
         yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
         yield p.cache_write(keys + values, self.heads, self.kv_heads)
         if self.masks:  # Transformers projects the whole cache in each step
@@ -172,12 +175,11 @@ class Attention(Sublayer):
         yield p.attend(self.heads, **sizes) | {"params": self.score_weights * p.owns}
         if self.two_softmaxes:
             yield p.attend(self.heads, **sizes)
-            yield p.move("inner_norm", part, attended, 2 * attended, attended)
+            yield p.move("inner_norm", part, attended, 2 * attended)
         if present(self.gates):
             yield p.gemm("head_gate", part, self.gates, hidden)
         if self.gate or present(self.gates):
-            yield p.move("output_gate", part, attended, 2 * attended, attended)
+            yield p.move("output_gate", part, attended, 2 * attended)
         if self.output_norm:
-            yield p.move("inner_norm", part, attended, attended, attended, self.output_weights)
-        yield from p.quantized("o", part, attended)
-        yield from p.product(self, "o", hidden, attended, self.o_bias)
+            yield p.move("inner_norm", part, attended, params=self.output_weights)
+        yield from p.output(self, attended, self.o_bias)

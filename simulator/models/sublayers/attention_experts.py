@@ -40,9 +40,8 @@ class AttentionExperts(Attention):
             "expert_o": (hidden, self.width, self.experts),
         }
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
-        return weights + (self.experts + self.o_bias) * hidden
+    def other_parameters(self, hidden: int) -> int:
+        return (self.experts + self.o_bias) * hidden
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> AttentionExperts:
         if shares["heads"] > 0 or shares["kv"] > 0:

@@ -59,8 +59,15 @@ class Sublayer:
     PART: ClassVar[Part] = Part.ATTENTION
     # sizes that can differ between layers of one structure; pruning changes some of them
     SIZES: ClassVar[tuple[str, ...]] = ()
+    # sizes that devices divide among them, each with the texts of its SharedSize
+    DIVIDED: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    COPIED: ClassVar[tuple[str, ...]] = ()  # those of which further devices hold copies
+    # sizes that pruning changes: name, such as "KV heads", and field or property
+    NAMED: ClassVar[tuple[tuple[str, str], ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`
     WHOLE: ClassVar[tuple[str, ...]] = ()
+    KIND: ClassVar[str] = ""  # its name in the family depth; "": that of its part
+    SHAPE: ClassVar[str] = ""  # text with the sizes, which are fields or properties of "{0}"
     LABEL: ClassVar[str] = ""  # name of the kind; "": a small addition to other sublayers
     # whether devices that share a layer add their parts of its output; else each computes it whole
     REDUCES: ClassVar[bool] = True
@@ -81,7 +88,7 @@ class Sublayer:
     @property
     def kind(self) -> str:
         """The name of the sublayer in the family depth."""
-        return "mlp" if self.part == Part.MLP else "attention"
+        return self.KIND or ("mlp" if self.part == Part.MLP else "attention")
 
     @property
     def label(self) -> str:
@@ -90,7 +97,7 @@ class Sublayer:
     @property
     def shape(self) -> str:
         """The sizes in words."""
-        return ""
+        return self.SHAPE.format(self)
 
     def weights(self, hidden: int) -> Shapes:
         """Return outputs and inputs of the weights that pruning counts, by role."""
@@ -103,7 +110,11 @@ class Sublayer:
 
     def parameters(self, hidden: int) -> int:
         """Return the parameters, without norms of the residual stream and residual projections."""
-        return self.stored(hidden)
+        return self.stored(hidden) + self.other_parameters(hidden)
+
+    def other_parameters(self, hidden: int) -> int:
+        """Return the parameters besides those of the weights that pruning counts."""
+        return 0
 
     def stored_outside(self, hidden: int) -> int:
         """Return how many of the parameters a checkpoint stores outside the layer."""
@@ -115,15 +126,21 @@ class Sublayer:
 
     def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
         """Return the sizes that tensor or expert parallel divides among devices."""
-        return ()
+        return tuple(
+            SharedSize(words, getattr(self, name), prune, name in self.COPIED)
+            for name, words, prune in self.DIVIDED
+        )
 
     def share(self: S, devices: int, parallel: str) -> S:
         """Return the part of the sublayer that each of several devices computes."""
-        return self
+        parts: dict[str, Any] = {
+            name: max(getattr(self, name) // devices, int(name in self.COPIED))
+            for name, *_ in self.DIVIDED
+        }
+        return replace(self, **parts)
 
     def sizes(self) -> BySize:
-        """Return the sizes that pruning changes by name, such as "KV heads"."""
-        return {}
+        return {name: getattr(self, field) for name, field in self.NAMED}
 
     def narrower(self: S, shares: BySize, align: int, inner: int | None) -> S:
         """Return the sublayer without shares of its parts: "attention" (KV heads with their query

@@ -38,9 +38,9 @@ class CompressedAttention(LatentAttention):
     def normed(self) -> int:
         return self.query_rank + self.cached
 
-    def parameters(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         entries = self.compressor.parameters(hidden) if self.compressor else 0
-        return super().parameters(hidden) + entries
+        return super().other_parameters(hidden) + entries
 
     def share(self, devices: int, parallel: str) -> CompressedAttention:
         return replace(self, heads=self.heads // devices, groups=max(self.groups // devices, 1))
@@ -55,9 +55,9 @@ class CompressedAttention(LatentAttention):
         yield from p.quantized("qkv", part, hidden)
         for role in ("q_a", "kv_a"):
             yield p.gemm(role, part, *weights[role])
-        yield p.move("latent_norm", part, self.normed, self.normed, self.normed, self.normed)
+        yield p.move("latent_norm", part, self.normed, params=self.normed)
         yield p.gemm("q_b", part, *weights["q_b"])
-        yield p.move("qk_norm", part, queries, queries, queries)
+        yield p.move("qk_norm", part, queries)
         yield from p.rotary((heads + 1) * self.rotary)
         yield p.cache_write(self.cached, heads, heads)
         ratio = 0

@@ -26,8 +26,8 @@ class ConvolvedAttention(Attention):
         heads = {"grouped_conv": (self.channels, self.head_kernel * self.head_dim, 1)}
         return {**super().products(hidden), "v": (n // 2, k, 2), **heads}
 
-    def parameters(self, hidden: int) -> int:
-        return super().parameters(hidden) + self.convolutions + self.kv_heads
+    def other_parameters(self, hidden: int) -> int:
+        return super().other_parameters(hidden) + self.convolutions + self.kv_heads
 
     @property
     def convolutions(self) -> int:
@@ -44,7 +44,7 @@ class ConvolvedAttention(Attention):
         heads = p.wide_gemm("grouped_conv", part, channels, inputs)
         yield heads | {"params": heads["params"] + (channels + self.kv_heads) * p.owns}
         # mean of queries and keys, which is added to the convolved
-        yield p.move("residual", part, channels, 2 * channels, channels)
+        yield p.move("residual", part, channels, 2 * channels)
         # values of the token before; another stage, as a layer has one state per role and stage
         values = convolution(p, self.kv_heads * self.head_dim // 2, 0)
         yield values | {"window": 1, "kv_len": 1, "stage": 1}

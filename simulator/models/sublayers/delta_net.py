@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.codes import Kind
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,14 @@ class DeltaNet(Sublayer):
     the decay of the state. In Kimi's delta attention every feature of a key has a decay."""
 
     SIZES = ("heads", "kv_heads")
+    DIVIDED = (
+        ("heads", "{} attention heads", "width heads={}"),
+        ("kv_heads", "{} key/value heads", "width attention={}"),
+    )
+    COPIED = ("kv_heads",)
+    NAMED = (("value heads", "heads"), ("key heads", "kv_heads"))
     LABEL = "gated delta net"
+    SHAPE = "{0.heads} value heads of {0.value} on {0.kv_heads} key heads of {0.key}"
     WHOLE = ("delta_in", "delta_ba", "delta_rank", "delta_up")
 
     heads: int  # value heads
@@ -34,11 +41,6 @@ class DeltaNet(Sublayer):
     @property
     def label(self) -> str:
         return "Kimi delta attention" if self.channel_decay else self.LABEL
-
-    @property
-    def shape(self) -> str:
-        heads = f"{self.heads} value heads of {self.value}"
-        return f"{heads} on {self.kv_heads} key heads of {self.key}"
 
     @property
     def keys(self) -> int:
@@ -97,22 +99,8 @@ class DeltaNet(Sublayer):
         """Parameters of the convolution and of the decays."""
         return self.conv * (2 * self.keys + self.values) + self.heads + self.decays
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
-        return weights + self.state_parameters + self.value
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (
-            SharedSize("{} attention heads", self.heads, "width heads={}"),
-            SharedSize("{} key/value heads", self.kv_heads, "width attention={}", copies=True),
-        )
-
-    def share(self, devices: int, parallel: str) -> DeltaNet:
-        kv_heads = max(self.kv_heads // devices, 1)
-        return replace(self, heads=self.heads // devices, kv_heads=kv_heads)
-
-    def sizes(self) -> BySize:
-        return {"value heads": self.heads, "key heads": self.kv_heads}
+    def other_parameters(self, hidden: int) -> int:
+        return self.state_parameters + self.value
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone
@@ -152,5 +140,4 @@ class DeltaNet(Sublayer):
             kv_len=p.kept(self.conv),
         )
         yield p.move("gated_norm", part, values, 2 * values, values, self.value)
-        yield from p.quantized("o", part, values)
-        yield from p.product(self, "o", hidden, values)
+        yield from p.output(self, values)

@@ -46,7 +46,7 @@ class GatedNorm(Entry):
 
     def before(self, p: PassRows, part: Part) -> OperatorRows:
         yield from super().before(p, part)
-        yield p.move("entry", part, p.hidden, 2 * p.hidden, p.hidden)
+        yield p.move("entry", part, p.hidden, 2 * p.hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class Streams(Entry):
 
     def before(self, p: PassRows, part: Part) -> OperatorRows:
         yield from super().before(p, part)
-        yield p.move("entry", part, p.hidden, self.streams * p.hidden, p.hidden)
+        yield p.move("entry", part, p.hidden, self.streams * p.hidden)
 
     def after(self, p: PassRows, part: Part) -> OperatorRows:
         width = self.streams * p.hidden
-        yield p.move("streams", part, width, width + p.hidden, width)
+        yield p.move("streams", part, width, width + p.hidden)

@@ -29,8 +29,16 @@ class Experts(Sublayer):
 
     PART = Part.MLP
     SIZES = (
-        *("experts", "active", "inner", "outputs_of_router", "trained", "choices"),
-        *("shared_inner", "latent", "zero_experts", "router_inner"),
+        "experts",
+        "active",
+        "inner",
+        "outputs_of_router",
+        "trained",
+        "choices",
+        "shared_inner",
+        "latent",
+        "zero_experts",
+        "router_inner",
     )
     LABEL = "experts"
     WHOLE = ("experts", "latent_in", "latent_out")
@@ -72,9 +80,9 @@ class Experts(Sublayer):
         """The MLP that all tokens use."""
         if not present(self.shared_inner):
             return None
-        bias = self.shared_bias
-        forms = self.forms
-        return Mlp(inner=self.shared_inner, gated=self.gated, bias=bias, forms=forms)
+        return Mlp(
+            inner=self.shared_inner, gated=self.gated, bias=self.shared_bias, forms=self.forms
+        )
 
     @property
     def routes(self) -> int:
@@ -221,7 +229,7 @@ class Experts(Sublayer):
             yield from p.product(self, "latent_out", *latents["latent_out"], self.shared_bias)
         if self.branch_norms:
             yield p.norm_after(part, adds=False)
-            yield p.move("residual", part, hidden, 2 * hidden, hidden)
+            yield p.move("residual", part, hidden, 2 * hidden)
 
     def _router_rows(self, p: PassRows) -> OperatorRows:
         part = self.part
@@ -233,7 +241,7 @@ class Experts(Sublayer):
                 yield row | {"params": row["params"] + bias * n * p.owns}
             if role == "router_in":
                 owned = (1 + self.router_carry) * inner
-                yield p.move("mlp_norm", part, inner, inner, inner, owned)
+                yield p.move("mlp_norm", part, inner, params=owned)
 
     def _select(self, p: PassRows, tokens: int, devices: int) -> OperatorRow:
         """Return the kernel that changes which experts each token uses."""

@@ -29,7 +29,7 @@ class Compressor:
         return (self.ratio * self.series + 1) * self.features
 
     def parameters(self, hidden: int) -> int:
-        return 2 * self.series * self.features * hidden + self.own
+        return elements(self.products(hidden)) + self.own
 
     def rows(self, p: PassRows) -> OperatorRows:
         """Yield the products as one, as engines fuse them, and the weighted mean."""
@@ -90,7 +90,7 @@ class Indexer:
         if self.compressor is not None:
             yield from self.compressor.rows(p)
         owned = 0 if self.compressor is not None else self.own
-        yield p.move("index_norm", part, made, made, made, owned)
+        yield p.move("index_norm", part, made, params=owned)
         paged = p.lowering.engine.cache == "paged"
         yield {
             "kind": Kind.INDEXER,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 from simulator.models.sublayers.indexer import Indexer
 
 
@@ -15,6 +15,8 @@ class LatentAttention(Sublayer):
     """One vector per position gives keys and values of all heads."""
 
     SIZES = ("heads",)
+    DIVIDED = (("heads", "{} attention heads", "width heads={}"),)
+    NAMED = (("heads", "heads"), ("KV heads", "heads"))
     LABEL = "latent attention"
     WHOLE = ("q_a", "kv_a", "q_b", "kv_b")
 
@@ -91,21 +93,11 @@ class LatentAttention(Sublayer):
         """Features of the norms of the ranks."""
         return self.query_rank + self.rank + self.key_norm * self.rotary
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         biases = self.bias * (self.query_rank + self.cached + hidden)
         indexer = self.indexer.parameters(hidden) if self.indexer else 0
         others = self.gates * hidden + self.sinks * self.heads + indexer
-        return weights + biases + self.normed + others
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("{} attention heads", self.heads, "width heads={}"),)
-
-    def share(self, devices: int, parallel: str) -> LatentAttention:
-        return replace(self, heads=self.heads // devices)
-
-    def sizes(self) -> BySize:
-        return {"heads": self.heads, "KV heads": self.heads}
+        return biases + self.normed + others
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> LatentAttention:
         if shares["kv"] > 0:
@@ -141,7 +133,7 @@ class LatentAttention(Sublayer):
             yield from p.product(self, "q_a", *weights["q_a"], self.bias)
         if not (self.query_rank and p.fuses("qkv")):
             yield from p.product(self, "kv_a", *weights["kv_a"], self.bias)
-        yield p.move("latent_norm", part, self.normed, self.normed, self.normed, self.normed)
+        yield p.move("latent_norm", part, self.normed, params=self.normed)
         if self.query_rank:
             yield p.gemm("q_b", part, *weights["q_b"])
         if absorbs:
@@ -165,6 +157,5 @@ class LatentAttention(Sublayer):
         if self.projects_gates:
             yield p.gemm("head_gate", part, self.gates, hidden)
         if self.gate:
-            yield p.move("output_gate", part, inner, 2 * inner, inner)
-        yield from p.quantized("o", part, inner)
-        yield from p.product(self, "o", hidden, inner, self.bias)
+            yield p.move("output_gate", part, inner, 2 * inner)
+        yield from p.output(self, inner, self.bias)

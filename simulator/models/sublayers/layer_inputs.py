@@ -17,16 +17,13 @@ class LayerInputs(Sublayer):
 
     PART = Part.MLP
     LABEL = "embedding per layer"
+    SHAPE = "{0.width} features"
     SIZES = ("width", "vocab")
     REDUCES = False
 
     width: int  # features of the input
     vocab: int  # rows of the table
     norms: tuple[bool, bool] | None = (False, True)
-
-    @property
-    def shape(self) -> str:
-        return f"{self.width} features"
 
     def weights(self, hidden: int) -> Shapes:
         return {"layer_gate": (self.width, hidden), "layer_output": (hidden, self.width)}
@@ -46,5 +43,5 @@ class LayerInputs(Sublayer):
         hidden = p.hidden
         width = self.width
         yield p.gemm("layer_gate", part, width, hidden)
-        yield p.move("activation", part, width, 2 * width, width)
+        yield p.move("activation", part, width, 2 * width)
         yield p.gemm("layer_output", part, hidden, width)

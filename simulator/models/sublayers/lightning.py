@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,15 +14,14 @@ class LightningAttention(Sublayer):
     """Each head has a state of key x value features; a norm and a gate follow."""
 
     LABEL = "lightning attention"
+    SHAPE = "{0.heads} heads of {0.head_dim}"
     SIZES = ("heads",)
+    DIVIDED = (("heads", "{} attention heads", "width attention={}"),)
+    NAMED = (("heads", "heads"),)
 
     heads: int
     head_dim: int
     chunk: int  # tokens of a chunk
-
-    @property
-    def shape(self) -> str:
-        return f"{self.heads} heads of {self.head_dim}"
 
     @property
     def inner(self) -> int:
@@ -35,18 +34,8 @@ class LightningAttention(Sublayer):
             "o": (hidden, self.inner),
         }
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
-        return weights + self.inner
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("{} attention heads", self.heads, "width attention={}"),)
-
-    def share(self, devices: int, parallel: str) -> LightningAttention:
-        return replace(self, heads=self.heads // devices)
-
-    def sizes(self) -> BySize:
-        return {"heads": self.heads}
+    def other_parameters(self, hidden: int) -> int:
+        return self.inner
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> LightningAttention:
         return replace(self, heads=remaining(self.heads, shares["attention"]))
@@ -56,11 +45,10 @@ class LightningAttention(Sublayer):
         inner = self.inner
         yield from p.quantized("qkv", part, p.hidden)
         yield from p.product(self, "qkv", 3 * inner, p.hidden)
-        yield p.move("activation", part, 3 * inner, 3 * inner, 3 * inner)
+        yield p.move("activation", part, 3 * inner)
         sizes = self.heads, self.heads, self.head_dim, self.head_dim
         yield p.recurrence("lightning", *sizes, block=self.chunk) | p.wide
-        yield p.move("inner_norm", part, inner, inner, inner, inner)
+        yield p.move("inner_norm", part, inner, params=inner)
         yield from p.product(self, "head_gate", inner, p.hidden)
-        yield p.move("output_gate", part, inner, 2 * inner, inner)
-        yield from p.quantized("o", part, inner)
-        yield from p.product(self, "o", p.hidden, inner)
+        yield p.move("output_gate", part, inner, 2 * inner)
+        yield from p.output(self, inner)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, aligned, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -16,7 +16,11 @@ class Mamba(Sublayer):
     depend on the input."""
 
     SIZES = ("channels", "state")
+    DIVIDED = (("channels", "{} Mamba channels", "width mamba_heads={}"),)
+    NAMED = (("Mamba heads", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba"
+    KIND = "mamba"
+    SHAPE = "{0.channels:,} channels, state {0.state}"
     WHOLE = ("mamba_in", "mamba_x", "mamba_dt")
 
     channels: int
@@ -28,14 +32,6 @@ class Mamba(Sublayer):
     # norms of step sizes, B and C: with weights ("rms"), without ("unit"), or none
     norm: str = ""
     heads: int = 1  # groups of channels with their own step sizes, B and C (Zamba)
-
-    @property
-    def kind(self) -> str:
-        return "mamba"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.channels:,} channels, state {self.state}"
 
     @property
     def selected(self) -> int:
@@ -67,20 +63,10 @@ class Mamba(Sublayer):
     def norm_weights(self) -> int:
         return self.selected * (self.norm == "rms")
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         conv = self.channels * (self.conv + self.conv_bias)
         biases = self.bias * (2 * self.channels + hidden)
-        return weights + conv + self.state_parameters + self.norm_weights + biases
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("{} Mamba channels", self.channels, "width mamba_heads={}"),)
-
-    def share(self, devices: int, parallel: str) -> Mamba:
-        return replace(self, channels=self.channels // devices)
-
-    def sizes(self) -> BySize:
-        return {"Mamba heads": self.channels, "Mamba state": self.state}
+        return conv + self.state_parameters + self.norm_weights + biases
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba:
         if shares["mamba_channels"] > 0:
@@ -107,10 +93,9 @@ class Mamba(Sublayer):
             yield from p.collective("all_reduce", part, p.tokens, self.selected)
         if self.norm:
             moved = self.selected
-            yield p.move("mamba_norm", part, moved, moved, moved, self.norm_weights)
+            yield p.move("mamba_norm", part, moved, params=self.norm_weights)
         for _ in range(self.heads):
             yield from p.product(self, "mamba_dt", each, self.rank)
         owned = self.state_parameters * p.owns
         yield p.recurrence("mamba", channels, self.heads, self.state, 1, params=owned)
-        yield from p.quantized("o", part, channels)
-        yield from p.product(self, "o", p.hidden, channels, self.bias)
+        yield from p.output(self, channels, self.bias)

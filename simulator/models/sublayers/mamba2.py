@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import BySize, Sublayer, remaining
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -14,7 +14,15 @@ class Mamba2(Sublayer):
     """One projection makes gate, x, B, C and step sizes; heads share B and C in groups."""
 
     SIZES = ("heads", "channels", "state", "groups")
+    DIVIDED = (
+        ("heads", "{} Mamba heads", "width mamba_heads={}"),
+        ("groups", "{} Mamba groups", "width mamba_heads={}"),
+    )
+    COPIED = ("groups",)
+    NAMED = (("Mamba heads", "heads"), ("Mamba channels", "channels"), ("Mamba state", "state"))
     LABEL = "Mamba-2"
+    KIND = "mamba"
+    SHAPE = "{0.heads} heads of {0.channels}, state {0.state}"
     WHOLE = ("mamba_in",)
 
     heads: int
@@ -26,14 +34,6 @@ class Mamba2(Sublayer):
     conv_bias: bool = True
     bias: bool = False  # of the input and output projections
     norm: bool = True  # a gated norm precedes the output projection; else only the gate
-
-    @property
-    def kind(self) -> str:
-        return "mamba"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.heads} heads of {self.channels}, state {self.state}"
 
     @property
     def inner(self) -> int:
@@ -54,28 +54,10 @@ class Mamba2(Sublayer):
         """Parameters of decays, of the direct path, and biases of step sizes."""
         return 3 * self.heads
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         conv = self.convolved * (self.conv + self.conv_bias)
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
-        return weights + conv + self.state_parameters + self.norm * self.inner + biases
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (
-            SharedSize("{} Mamba heads", self.heads, "width mamba_heads={}"),
-            SharedSize("{} Mamba groups", self.groups, "width mamba_heads={}", copies=True),
-        )
-
-    def share(self, devices: int, parallel: str) -> Mamba2:
-        groups = max(self.groups // devices, 1)
-        return replace(self, heads=self.heads // devices, groups=groups)
-
-    def sizes(self) -> BySize:
-        return {
-            "Mamba heads": self.heads,
-            "Mamba channels": self.channels,
-            "Mamba state": self.state,
-        }
+        return conv + self.state_parameters + self.norm * self.inner + biases
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba2:
         # groups keep equal numbers of heads (arXiv 2504.11409, section 3.1)
@@ -96,5 +78,4 @@ class Mamba2(Sublayer):
         yield p.recurrence("mamba", *sizes, block=self.chunk, params=owned)
         role = "gated_norm" if self.norm else "output_gate"
         yield p.move(role, part, inner, 2 * inner, inner, self.norm * inner)
-        yield from p.quantized("o", part, inner)
-        yield from p.product(self, "o", p.hidden, inner, self.bias)
+        yield from p.output(self, inner, self.bias)

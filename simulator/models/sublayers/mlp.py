@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from simulator.codes import Part
 from simulator.models.form import present
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned
+from simulator.models.sublayers.base import BySize, Sublayer, aligned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class Mlp(Sublayer):
     PART = Part.MLP
     LABEL = "MLP"
     SIZES = ("inner", "out")
+    DIVIDED = (("inner", "an MLP width of {}", "width mlp={}"),)
+    NAMED = (("inner width", "inner"),)
 
     inner: int
     gated: bool = True
@@ -47,26 +49,16 @@ class Mlp(Sublayer):
             inputs = {role: (n, hidden) for role, n in self.projected.items()}
         return {**inputs, "down": (self.outputs(hidden), self.inner)}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         biases = self.bias * sum(self.projected.values())
         biases += (self.bias or self.down_bias) * self.outputs(hidden)
-        return weights + biases + self.inner_weights + self.scalars
+        return biases + self.inner_weights + self.scalars
 
     @property
     def inner_weights(self) -> int:
         """Parameters of the norm before the down projection, or of the vectors that scale the
         others."""
         return (2 if self.channel_scales else self.inner_norm) * self.inner
-
-    def shared_sizes(self, parallel: str) -> tuple[SharedSize, ...]:
-        return (SharedSize("an MLP width of {}", self.inner, "width mlp={}"),)
-
-    def share(self, devices: int, parallel: str) -> Mlp:
-        return replace(self, inner=self.inner // devices)
-
-    def sizes(self) -> BySize:
-        return {"inner width": self.inner}
 
     def narrower(self, shares: BySize, align: int, inner: int | None) -> Mlp:
         if not shares["mlp"]:
@@ -83,7 +75,7 @@ class Mlp(Sublayer):
         read = (2 if self.gated else 1) * inner
         yield p.move("activation", part, inner, read, inner, self.scalars)
         if self.inner_norm:
-            yield p.move("inner_norm", part, inner, inner, inner, self.inner_weights)
+            yield p.move("inner_norm", part, inner, params=self.inner_weights)
         yield from p.quantized("down", part, inner)
         bias = self.bias or self.down_bias
         yield from p.product(self, "down", self.outputs(hidden), inner, bias)

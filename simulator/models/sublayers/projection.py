@@ -35,4 +35,4 @@ class Projection(Sublayer):
             yield p.wide_gemm(role, self.part, n, k)
         if self.rank:
             features = self.features or p.hidden
-            yield p.move("residual", self.part, features, 2 * features, features)
+            yield p.move("residual", self.part, features, 2 * features)

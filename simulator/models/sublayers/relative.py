@@ -42,11 +42,11 @@ class RelativeAttention(Attention):
         """Channels of keys and values."""
         return self.kv_heads * (self.head_dim + self.value_features)
 
-    def parameters(self, hidden: int) -> int:
+    def other_parameters(self, hidden: int) -> int:
         products = elements(self._projections(hidden))
         scales = self.clips * self.heads * (self.head_dim + self.relative)
         own = self.extent * self.relative + self.convolved * self.conv + scales
-        return super().parameters(hidden) + products + own
+        return super().other_parameters(hidden) + products + own
 
     def rows(self, p: PassRows) -> OperatorRows:
         for n, k, many in self._projections(p.hidden).values():
@@ -88,7 +88,7 @@ class Blocks(Entry):
             for _ in range(many):
                 yield p.wide_gemm(role, part, n, k)
         if self.sources:
-            yield p.move("entry", part, p.hidden, self.sources * p.hidden, p.hidden)
+            yield p.move("entry", part, p.hidden, self.sources * p.hidden)
 
     def after(self, p: PassRows, part: Part) -> OperatorRows:
         row = convolution(p, p.hidden, self.conv, part=part, role="output_conv")

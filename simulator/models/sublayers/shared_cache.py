@@ -42,7 +42,6 @@ class SharedCacheAttention(Attention):
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         hidden = p.hidden
-        attended = self.attended
         made = super().projected
         yield from p.quantized("qkv", part, hidden)
         if p.fuses("qkv"):
@@ -54,11 +53,10 @@ class SharedCacheAttention(Attention):
             yield from p.products(self, "qkv", self.projected, hidden, self.qkv_bias, False)
         own = 0 if self.reads_cache else self.kv_heads
         normed = made["q"] + 2 * own * self.head_dim
-        yield p.move("qk_norm", part, normed, normed, normed, self.norm_weights)
+        yield p.move("qk_norm", part, normed, params=self.norm_weights)
         yield from p.rotary((self.heads + own) * self.rotary)
         if not self.reads_cache:
             yield p.cache_write(made["k"] + made["v"], self.heads, self.kv_heads)
         role = {"role": "shared_attention"} if self.reads_cache else {}
         yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim) | role
-        yield from p.quantized("o", part, attended)
-        yield from p.product(self, "o", hidden, attended, self.o_bias)
+        yield from p.output(self, self.attended, self.o_bias)

@@ -39,28 +39,21 @@ class ShortConv(Sublayer):
     """One projection makes two gates and the input of a convolution."""
 
     LABEL = "short convolution"
+    KIND = "conv"
+    SHAPE = "{0.conv} positions"
     WHOLE = ("conv_in",)
 
     conv: int  # positions of the convolution
     bias: bool = False  # of the convolution and of both projections
     parts: int = 1  # devices that divide the channels, which are as many as the hidden size
 
-    @property
-    def kind(self) -> str:
-        return "conv"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.conv} positions"
-
     def weights(self, hidden: int) -> Shapes:
         channels = hidden // self.parts
         return {"conv_in": (3 * channels, hidden), "o": (hidden, channels)}
 
-    def parameters(self, hidden: int) -> int:
-        weights = self.stored(hidden)
+    def other_parameters(self, hidden: int) -> int:
         channels = hidden // self.parts
-        return weights + channels * self.conv + self.bias * (4 * channels + hidden)
+        return channels * self.conv + self.bias * (4 * channels + hidden)
 
     def share(self, devices: int, parallel: str) -> ShortConv:
         return replace(self, parts=devices)
@@ -68,11 +61,10 @@ class ShortConv(Sublayer):
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         channels = p.hidden // self.parts
-        gate = p.move("conv_gate", part, channels, 2 * channels, channels)
+        gate = p.move("conv_gate", part, channels, 2 * channels)
         yield from p.quantized("qkv", part, p.hidden)
         yield from p.product(self, "conv_in", 3 * channels, p.hidden, self.bias)
         yield gate
         yield convolution(p, channels, self.conv, self.bias)
         yield gate
-        yield from p.quantized("o", part, channels)
-        yield from p.product(self, "o", p.hidden, channels, self.bias)
+        yield from p.output(self, channels, self.bias)
