@@ -232,13 +232,13 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     deviation, fuller = np.zeros((2, len(ROLES)))
     (deviation[common],) = -np.diff(np.log(times[:, common] / least[:, common]), axis=0)
     (fuller[common],) = -np.diff(lost[:, common] / times[:, common], axis=0)
-    explained = np.clip(deviation, np.minimum(fuller, 0.0), np.maximum(fuller, 0.0))
-    effect = explained * times[1] / p.device_s[1]
+    effect = np.clip(deviation, np.minimum(fuller, 0.0), np.maximum(fuller, 0.0))
+    effect *= times[1] / p.device_s[1]
     role = int(np.argmax(np.abs(effect)))
     if role not in common:
         return None
-    longest = [np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]
-    filled = tuple((float(waves[i]), float(np.ceil(waves[i]))) for i in longest)
+    longest = waves[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
+    filled = tuple(zip(longest.tolist(), np.ceil(longest).tolist()))
     return LastWaves(float(effect.sum()), ROLES[role], filled)
 
 
