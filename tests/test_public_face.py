@@ -167,7 +167,7 @@ ROWS = {
     "waterfall": 12,
     "table": 4,
     "gemm_time": 6,
-    "section": 24,
+    "section": 26,
     "lower": 16,
     "workload_time": 16,
 }

@@ -690,6 +690,17 @@ def _bottleneck(a: Analytical, model: ReadyModel, k: Array) -> CodeArray:
     return out
 
 
+def _unused(blocks: Array, m: Array, n: Array, model: ReadyModel) -> tuple[Any, Any]:
+    """Return the factors on the arithmetic from padding beyond whole tiles, and from idle SMs."""
+    machine = model.machine
+    if machine.striped:
+        return 1.0, 1.0
+    factors: tuple[Any, Any] = 1.0, 1.0 if machine.persistent else np.ceil(blocks) / blocks
+    if quantises(machine):
+        factors = quantisation(m, n, model)
+    return factors[0], np.where(blocks > 1.0, factors[1], 1.0 / blocks)
+
+
 def _details(
     kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
 ) -> dict[str, Array]:
@@ -706,15 +717,8 @@ def _details(
     weight_s = machine.weight_bytes * n * k / machine.bandwidth_bytes_per_s
     memory = weight_s + machine.element_bytes * m * (n + k) / machine.bandwidth_bytes_per_s
     tiles = np.ceil(m / tile_m) * np.ceil(n / tile_n)
-    padded = 2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s
-    blocks = tiles * split / machine.sm_count
-    whole: Array | float = np.ceil(blocks) / blocks
-    if quantises(machine):
-        padding, whole = quantisation(m, n, model)
-        padded = padded * padding
-    elif machine.persistent:
-        whole = 1.0
-    idle = 1.0 if machine.striped else np.where(blocks > 1.0, whole, 1.0 / blocks)
+    padding, idle = _unused(tiles * split / machine.sm_count, m, n, model)
+    padded = padding * (2.0 * tiles * tile_m * tile_n * k / machine.peak_flop_per_s)
     slower = padded * idle * (1.0 + kernel.align_step * halvings**0.5)
     return {
         "tile_m": tile_m,

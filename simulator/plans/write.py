@@ -38,7 +38,7 @@ DTYPE_NAMES: Mapping[str, str] = {
     "fp16": "torch.float16",
     "bf16": "torch.bfloat16",
     "int8": "torch.int8",
-    **{name: name for name in ("int4", "nvfp4", "mxfp4")},
+    **{name: name for name in ("int4", "nvfp4", "mxfp4", "mxfp6")},
 }
 """Names of number formats in ModelOpt: those of torch, else their own."""
 

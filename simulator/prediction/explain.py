@@ -221,40 +221,37 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     """Return the effect of the last waves of GEMMs and decode attention, None without any. Waves
     explain a role's deviation from the speedup of its roofline at most as far as dense and pruned
     fill them differently."""
-    w, owner = p.workloads.rows, p.workloads.owner
-    idle, waves = np.zeros(len(w)), np.zeros(len(w))
-    for operator, rows, formats in p.workloads.operators:
-        for some, e in operator.idling(rows, p.hw, formats):
-            index = rows.at[some]
-            idle[index], waves[index] = np.ravel(e.idle), np.ravel(e.waves)
-    runs = (waves > 0.0) & (p.ideal_s > 0.0)
+    w, (idle, waves) = p.workloads.rows, _waves(p)
+    of_model = [(p.workloads.owner == i) & (waves > 0.0) & (p.ideal_s > 0.0) for i in range(2)]
 
     def by_role(values: FloatArray) -> FloatArray:
-        return np.array(
-            [np.bincount(w.role, values * (runs & (owner == i)), len(ROLES)) for i in (0, 1)]
-        )
+        return np.array([np.bincount(w.role, values * rows, len(ROLES)) for rows in of_model])
 
-    times = by_role(p.row_s)
-    common = np.flatnonzero((times[0] > 0.0) & (times[1] > 0.0))
+    times, least, lost = by_role(p.row_s), by_role(p.ideal_s), by_role(p.row_s * idle)
+    common = np.flatnonzero(times.min(axis=0) > 0.0)
     if not len(common):
         return None
-    (dense, pruned), (least, least_pruned), (lost, lost_pruned) = (
-        [part[common] for part in parts]
-        for parts in (times, by_role(p.ideal_s), by_role(p.row_s * idle))
-    )
-    deviation = np.log(dense / pruned / (least / least_pruned))
-    fuller = lost / dense - lost_pruned / pruned
-    explained = np.sign(fuller) * np.minimum(
-        np.abs(fuller), np.maximum(np.sign(fuller) * deviation, 0.0)
-    )
-    effect = explained * pruned / p.device_s[1]
-    role = int(common[np.argmax(np.abs(effect))])
-    longest = [
-        rows[np.argmax(p.row_s[rows])]
-        for rows in (np.flatnonzero(runs & (owner == i) & (w.role == role)) for i in (0, 1))
-    ]
-    filled = tuple((float(waves[i]), float(np.ceil(waves[i]))) for i in longest)
+    deviation, fuller = np.zeros((2, len(ROLES)))
+    (deviation[common],) = -np.diff(np.log(times[:, common] / least[:, common]), axis=0)
+    (fuller[common],) = -np.diff(lost[:, common] / times[:, common], axis=0)
+    effect = np.clip(deviation, np.minimum(fuller, 0.0), np.maximum(fuller, 0.0))
+    effect *= times[1] / p.device_s[1]
+    role = int(np.argmax(np.abs(effect)))
+    if role not in common:
+        return None
+    longest = waves[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
+    filled = tuple(zip(longest.tolist(), np.ceil(longest).tolist()))
     return LastWaves(float(effect.sum()), ROLES[role], filled)
+
+
+def _waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
+    """Return ``Estimate.idle`` and ``Estimate.waves`` of all rows; 0 where no blocks run in
+    waves."""
+    idle, waves = np.zeros((2, len(p.workloads.rows)))
+    for operator, rows, formats in p.workloads.operators:
+        for some, e in operator.idling(rows, p.hw, formats):
+            idle[rows.at[some]], waves[rows.at[some]] = np.ravel(e.idle), np.ravel(e.waves)
+    return idle, waves
 
 
 def _fixed(p: PredictedPass) -> FloatArray:

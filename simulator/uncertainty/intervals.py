@@ -321,8 +321,8 @@ class _Posterior:
 
     def deviation(self, i: int, j: int) -> float:
         """Return the standard deviations between measured and predicted time on one host."""
-        host = sum(float(min(x, self.most)) ** 2 for x in (self.first[i], self.second[j]))
-        return math.sqrt(host + float(self.log[i, j] ** 2 / self.whole[i, j]))
+        host = min(math.hypot(self.first[i], self.second[j]), self.most)
+        return math.sqrt(host**2 + float(self.log[i, j] ** 2 / self.whole[i, j]))
 
     @property
     def typical_s(self) -> float:

@@ -41,10 +41,10 @@ def test_several_equal_concurrencies(cli: Any) -> None:
 
 def test_a_device_that_cannot_run_the_model_is_excluded(cli: Any) -> None:
     out, err = cli(
-        "serve llama-3.1-8b --hardware h100,a100,t4 --prune 'depth 0.25' --dtype fp8"
+        "serve llama-3.1-8b --hardware b200,a100,t4 --prune 'depth 0.25' --dtype nvfp4"
         " --concurrency 4"
     )
-    assert out.startswith("With 4 requests in flight on h100_sxm")
+    assert out.startswith("With 4 requests in flight on b200_sxm")
     for name in ("a100_sxm_80gb", "t4"):
         assert f"note: {name} in vllm is excluded: " in err
 

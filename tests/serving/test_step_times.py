@@ -62,10 +62,10 @@ def test_errors_scale_the_steps_that_they_concern() -> None:
     few, many = (1, 100), (256, 100)
     assert kernels.decode(*few) > typical.decode(*few)
     assert kernels.step(4096, 2048, 1) > typical.step(4096, 2048, 1)
-    # the time per pass counts most in a short step, the time per sequence in a step of many
+    # the time per sequence counts in a step of many, the time per pass in a short step too
     gain = {
-        name: [slow.decode(*at) - typical.decode(*at) for at in (few, many)]
+        name: [slow.decode(*at) / typical.decode(*at) - 1.0 for at in (few, many)]
         for name, slow in (("passes", passes), ("work", work))
     }
-    assert gain["passes"][0] > 0.5 * gain["passes"][1] > 0.0
-    assert gain["work"][1] > 10.0 * gain["work"][0] > 0.0
+    assert min(*gain["passes"], *gain["work"]) > 0.0
+    assert gain["work"][1] / gain["work"][0] > 3.0 * gain["passes"][1] / gain["passes"][0]
