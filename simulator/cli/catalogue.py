@@ -203,6 +203,14 @@ def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
             f"Errors are means over rows of unseen {with_and(unseen)} ({folds}); {page}."
         )
     _show_origins(rows)
+    for origin in dict.fromkeys(
+        fit["fitted_on"] for row in rows for fit in row["engines"].values()
+    ):
+        if origin:
+            render.conclude(
+                f"Kernels fitted on {origin} were never measured on this GPU: the errors are those"
+                f" of {origin}, and intervals include how far GPUs of one architecture differ."
+            )
 
 
 def _fit_text(fit: Mapping[str, Any]) -> str:
@@ -238,7 +246,8 @@ def _served(hw: HardwareProfile) -> list[dict[str, Any]]:
         row = section_row(hw.name, operator, dtype, hw.section(operator, dtype))
         stack = "datasheet" if row["status"] == "default" else row["stack"] or "own"
         kept = {name: row[name] for name in ("status", "rows", "origin")}
-        return {"stack": stack, **kept, "error": row["accuracy"].get("mape")}
+        origin = hw.fitted_on(hw.section(operator, dtype))
+        return {"stack": stack, **kept, "error": row["accuracy"].get("mape"), "fitted_on": origin}
 
     return [
         {

@@ -534,6 +534,7 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
         experts_assumed,
         inferred_line,
         overridden,
+        related_kernels,
         uncalibrated,
     )
     from simulator.prediction.prunings import source_of
@@ -546,7 +547,11 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
     assumed = (
         note
         for e in found
-        for note in (assumed_link(e.hardware, e.dense), experts_assumed(e.dense))
+        for note in (
+            assumed_link(e.hardware, e.dense),
+            experts_assumed(e.dense),
+            related_kernels(e.hardware, e.dense),
+        )
     )
     lines += dict.fromkeys(filter(None, assumed))
     for e in found:

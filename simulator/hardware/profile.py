@@ -504,6 +504,12 @@ class HardwareProfile(Displayed):
         )
         return ENGINE_STACK if engines else OTHER_STACK, max(section.section_scale, 1.0)
 
+    def fitted_on(self, section: FittedValues) -> str:
+        """Return the related GPU on which a section was fitted; "" for the device itself."""
+        about = section.provenance if section.status == "inherited" else None
+        origin = about.inherited_from.partition(" ")[0] if about else ""
+        return "" if origin == self.name else origin
+
     @property
     def is_workstation(self) -> bool:
         """Whether the GPU is one of workstations and personal computers, whose hosts are other than

@@ -25,7 +25,7 @@ from simulator.passes import by_formats, section_of
 from simulator.prediction.batch import batch_with
 from simulator.prediction.compare import SMALL_SHARE, compare
 from simulator.prediction.prunings import Pruning, difference_of
-from simulator.prediction.requests import batch_name, by_key, computed_on, on
+from simulator.prediction.requests import batch_name, by_key, computed_on, on, once
 from simulator.prediction.result import Results
 from simulator.request import SETTINGS, Request
 from simulator.uncertainty.forward import operator_times
@@ -160,6 +160,8 @@ def dense_notes(
             yield inferred_line(inferred, hw.label, request.dense_s)
         if other := fallback(hw, dense):
             yield other
+        if related := related_kernels(hw, dense):
+            yield related
 
 
 def other_releases(dense: Workload, hw: HardwareProfile, request: Request) -> str:
@@ -263,6 +265,22 @@ def fallback(hw: HardwareProfile, w: Workload) -> str:
         *_unused_decode(engine, hw, labels.get("attention_decode", "")),
     ]
     return "; ".join(filter(None, (f"{hw.label}: {'; '.join(texts)}" if texts else "", assumed)))
+
+
+def related_kernels(hw: HardwareProfile, w: Workload) -> str:
+    """Return a note on kernels of a workload that were fitted on another GPU, or ""."""
+    served = load_engine(w.meta.engine).serving(hw)
+    parts: dict[str, list[str]] = {}
+    for part, label in sections_of(w).items():
+        if part in TITLES and (origin := served.fitted_on(served.section(part, label))):
+            parts.setdefault(origin, []).append(TITLES[part])
+    fitted = " and ".join(f"{with_and(once(some))} fitted on {gpu}" for gpu, some in parts.items())
+    return (
+        f"{hw.label}: kernels of {fitted}, never measured on {hw.name}: intervals include how far"
+        " GPUs of one architecture differ"
+        if parts
+        else ""
+    )
 
 
 def _other_stacks(engine: Engine, hw: HardwareProfile, labels: Mapping[str, str]) -> Iterator[str]:

@@ -24,7 +24,13 @@ from simulator.arrays import Array, IndexArray
 from simulator.codes import Kind
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import MOST_CODES, OPERATORS
-from simulator.operators.base import ENGINE_STACK, SAME_STACK, ErrorSize, Estimate
+from simulator.operators.base import (
+    ENGINE_STACK,
+    SAME_STACK,
+    ErrorSize,
+    Estimate,
+    FittedValues,
+)
 
 ERROR_SIZES: Mapping[str, ErrorSize] = {
     name: size for operator in OPERATORS for name, size in operator.errors.items()
@@ -40,6 +46,7 @@ ERROR_FACTORS: Mapping[str, float] = (
         for name, size in ERROR_SIZES.items()
         for part, sd in size.factors.items()
     }
+    | {f"{name} gpus": 1.0 for name, size in ERROR_SIZES.items() if size.gpus}
     | {"host": 0.43}
 )
 """Error factor -> prior standard deviation of the log of the part that it changes, from held-out
@@ -131,6 +138,7 @@ class Scales(NamedTuple):
     machine: float = 1.0  # on the error factors of the machine
     kernels: float = 1.0  # on the error factors of the operator's kernels
     others: float = 1.0  # on correlated and independent errors
+    gpus: float = 0.0  # log standard deviation that kernels of another GPU add
 
 
 def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
@@ -141,7 +149,14 @@ def error_scales(e: Estimate, hw: HardwareProfile) -> Scales:
         return same_stack_scales(e.operator)._replace(others=others)
     size = ERROR_SIZES[e.operator]
     others = others * size.engine_scale if stack == ENGINE_STACK else others
-    return Scales(stack, size.scales.get(stack, stack), others)
+    return Scales(stack, size.scales.get(stack, stack), others, _between_gpus(e.section, size, hw))
+
+
+def _between_gpus(section: FittedValues, size: ErrorSize, hw: HardwareProfile) -> float:
+    if not size.gpus or not hw.fitted_on(section):
+        return 0.0
+    label = next((key[1] for key, own in hw.sections.items() if own is section), "*")
+    return size.gpus.get(label, size.gpus.get("*", 0.0))
 
 
 def same_stack_scales(operator: str) -> Scales:
@@ -165,6 +180,10 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
         systematic[i] = e.loadings[name]
     systematic = systematic.reshape(len(names), -1)
     systematic *= sds.astype(dtype)[:, None]
+    if scales.gpus:
+        names = (*names, f"{e.operator} gpus")
+        between = np.full((1, systematic.shape[1]), scales.gpus, dtype=dtype)
+        systematic = np.concatenate([systematic, between])
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():
         independent = independent + (sd * (e.noise if name in e.noise else e.loadings)[name]) ** 2

@@ -71,6 +71,11 @@ measurement differ by 0.9 % (median, docs/generated/comparison.md). With it alon
 their interval, 82 % without. On a CPU, and in engines with ``apart_log_sd``, other numbers include
 it."""
 
+FOLLOWS_WORK = 0.5
+"""Share of the host time of an engine that was calibrated on this machine that may follow the work
+instead of being spent per pass and per layer. With 0.5, 87 % of 70 decodes in vLLM on a calibrated
+CPU are inside, without it 80 %; narrower MLPs gain 4.5 % more than predicted."""
+
 UNEXPLAINED = 0.3
 """Share of the deviation of a measured time from its prediction that may be time per pass where the
 model assumes time in proportion to the work, or the reverse (assumed): the model has no cause for
@@ -170,6 +175,10 @@ class _Pairs:
         a, b = hosts.share, hosts.share[:, other]
         together = 0.5 * (variance + variance[other] - self.of_ratio)  # covariance of the two
         between = a * a * variance + b * b * variance[other] - 2.0 * a * b * together
+        if measured_engine(self.p.engine, self.p.hw)[1] is not None:
+            waits = (1.0 - hosts.share)[:, other]
+            moved = np.expm1(-np.abs(hosts.log - hosts.log[:, other]))
+            between = between + (FOLLOWS_WORK * waits * moved) ** 2
         repeated = np.where((self.same == 1.0).all(axis=1), 0.0, REPEATED_LOG_SD**2)
         models = np.maximum(2.0 * apart, repeated)
         between = between + np.where(other == np.arange(len(other)), 0.0, models)
