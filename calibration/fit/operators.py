@@ -234,13 +234,13 @@ class ExpertsFit(Fit):
                 for name, constant in EXPERTS_CONSTANTS.items()
             }
         few = self.sample(MOST_LAYERS)
-        c, whole = few.calls, few.calls.whole
+        whole = few.calls.whole
         classes = {
-            ("align",): c.n % ALIGNED > 0,
-            ("l2_gain", "l2_share"): c.warm,
+            ("align",): few.calls.n % ALIGNED > 0,
+            ("l2_gain", "l2_share"): few.calls.warm,
             ("product_s",): ~whole,
+            ("t0_s", "expert_s", "e_io"): whole,
         }
-        classes[("t0_s", "expert_s", "e_io")] = whole
         absent = [name for names, rows in classes.items() if not np.any(rows) for name in names]
         fixed = dict.fromkeys(absent, solver.ABSENT)
 
@@ -259,8 +259,8 @@ class ExpertsFit(Fit):
         if not np.any(whole):
             return free
         visited = searched(IDLE_S, fixed)
-        before, after = (few.loss(found.values) for found in (free, visited))
-        return visited if after < IDLE_LOSS * before else free
+        better = few.loss(visited.values) < IDLE_LOSS * few.loss(free.values)
+        return visited if better else free
 
     def loss(self, values: Values) -> float:
         scaled = self.log_residual(values) / solver.HUBER

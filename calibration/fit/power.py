@@ -78,23 +78,19 @@ def fit_power(
     ``prior`` is the section of such a device, else the defaults."""
     section = prior or default_section("power", hw.architecture)
     sizes = PRIOR_LOG_SD if prior is None else POWER_ERRORS.factors
-    # all phases of a pass together draw its mean power
-    time = np.maximum(work.time.sum(axis=1), 1e-300)
-    parts = [time, *(part.sum(axis=1) for part in (work.busy, work.memory, work.compute))]
-    share = np.stack([part / time for part in parts], axis=1)
     beside = np.zeros(len(watts)) if further is None else further
+    share = np.column_stack([_shares(work), beside])
     used = watts < NEAR_LIMIT * hw.power_w
-    start = np.array([section[name] for name in PARTS])
-    wide = np.array([sizes[name] for name in PARTS])
+    start = np.log([*(section[name] for name in PARTS), FURTHER])
+    wide = np.array([*(sizes[name] for name in PARTS), 1.0])
 
     def residuals(logs: FloatArray) -> FloatArray:
-        predicted = share @ np.exp(logs[:-1]) + beside * np.exp(logs[-1])
-        error = np.log(predicted * hw.power_w / watts)[used] / NOISE_LOG_SD
-        prior = (logs - np.log([*start, FURTHER])) / [*wide, 1.0]
+        error = np.log(share @ np.exp(logs) * hw.power_w / watts)[used] / NOISE_LOG_SD
         # heavy tails: a host that stalls is no error of the power
-        return np.concatenate([np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1)), prior])
+        tailed = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
+        return np.concatenate([tailed, (logs - start) / wide])
 
-    found = least_squares(residuals, np.log([*start, FURTHER]))
+    found = least_squares(residuals, start)
     values = np.exp(found.x)
     deviation = np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
     constants = {
@@ -105,3 +101,10 @@ def fit_power(
         MappingProxyType(constants), status="calibrated", provenance=provenance, stack=""
     )
     return fitted, float(values[-1])
+
+
+def _shares(work: Work) -> FloatArray:
+    """Return the parts (W, 4) of passes per time; all phases of a pass together draw its mean
+    power."""
+    parts = np.stack([work.time, work.busy, work.memory, work.compute]).sum(axis=2)
+    return np.asarray((parts / np.maximum(parts[0], 1e-300)).T)

@@ -709,13 +709,12 @@ def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
     if norms:
         qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
     rotates = found & {*SHORTCUTS.values()} and not shown["norms"]
-    gated = not isinstance(mlp, Mlp) or mlp.gated
     return shown | {
         "down_bias": shown["down_bias"] and not shown["mlp_bias"],
         "router_bias": shown["router_bias"] or shown["correction_bias"],
         "qk_norm": qk_norm,
         "norm": "none" if rotates else model.norm,
-        "gated": gated and not shown["plain"],
+        "gated": (not isinstance(mlp, Mlp) or mlp.gated) and not shown["plain"],
     }
 
 

@@ -75,17 +75,24 @@ class PassEnergy:
         share = self.parts / self.total()
         return np.asarray(share * self.power.log_sd[:, None])
 
+    def ratio_sd(self, other: IndexArray) -> FloatArray:
+        """Return the deviations (W,) of the logs of the ratios to the energies of passes
+        ``other``."""
+        errors, joules = self.errors, self.total()
+        changed = RATIO_SD * np.log(joules / joules[other])
+        alike = np.square(errors - errors[:, other]).sum(axis=0)
+        return np.asarray(np.sqrt(alike + np.square(changed)))
+
 
 def energy_columns(
     p: PredictedPass, times: PredictionIntervals, level: float, dense: IndexArray
 ) -> dict[str, Array]:
     """Return the columns of a result about the energy of a pass on all devices."""
     found = PassEnergy.of(p, times.seconds)
-    joules, errors = found.total(), found.errors
+    joules = found.total()
     half = NORMAL_90 * level_scale(level)
-    of_power = half * np.sqrt(np.square(errors).sum(axis=0))
-    own = RATIO_SD * np.log(joules / joules[dense])
-    between = half * np.sqrt(np.square(errors - errors[:, dense]).sum(axis=0) + np.square(own))
+    of_power = half * np.sqrt(np.square(found.errors).sum(axis=0))
+    between = half * found.ratio_sd(dense)
     lower, upper = (
         _end(found, side * of_power, end / times.seconds)
         for side, end in ((-1.0, times.lower), (1.0, times.upper))

@@ -239,8 +239,8 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     role = int(np.argmax(np.abs(effect)))
     if role not in common:
         return None
-    longest = waves[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
-    filled = tuple(zip(longest.tolist(), np.ceil(longest).tolist()))
+    waves = waves[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
+    filled = tuple(zip(waves.tolist(), np.ceil(waves).tolist()))
     return LastWaves(float(effect.sum()), ROLES[role], filled)
 
 

@@ -150,18 +150,25 @@ def dense_notes(
             )
             needs = _too_large(dense, hw, too_large[hw.label])
             yield f"{where} on {hw.label} {needs}; its times are hypothetical"
-        if joined := assumed_link(hw, dense):
-            yield joined
-        if far := beyond_measured(dense, hw):
-            yield far
-        if request.dense_s is None and (releases := other_releases(dense, hw, request)):
-            yield releases
-        if request.dense_s is not None and (inferred := inferred_by(dense, hw, request)):
-            yield inferred_line(inferred, hw.label, request.dense_s)
-        if other := fallback(hw, dense):
-            yield other
-        if related := related_kernels(hw, dense):
-            yield related
+        yield from filter(
+            None,
+            (
+                assumed_link(hw, dense),
+                beyond_measured(dense, hw),
+                _host_note(dense, hw, request),
+                fallback(hw, dense),
+                related_kernels(hw, dense),
+            ),
+        )
+
+
+def _host_note(dense: Workload, hw: HardwareProfile, request: Request) -> str:
+    """Return what a measured time of the dense workload says; without one, a note on releases of
+    its engine."""
+    if request.dense_s is None:
+        return other_releases(dense, hw, request)
+    inferred = inferred_by(dense, hw, request)
+    return inferred_line(inferred, hw.label, request.dense_s) if inferred else ""
 
 
 def other_releases(dense: Workload, hw: HardwareProfile, request: Request) -> str:

@@ -182,8 +182,7 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     systematic *= sds.astype(dtype)[:, None]
     if scales.gpus:
         names = (*names, f"{e.operator} gpus")
-        between = np.full((1, systematic.shape[1]), scales.gpus, dtype=dtype)
-        systematic = np.concatenate([systematic, between])
+        systematic = np.pad(systematic, ((0, 1), (0, 0)), constant_values=scales.gpus)
     independent: Any = sizes.independent**2
     for name, sd in sizes.by_share.items():
         independent = independent + (sd * (e.noise if name in e.noise else e.loadings)[name]) ** 2
