@@ -227,7 +227,7 @@ GOLDEN = {
     "dynamic_width prefill vllm": (
         "dynamic_width at 50 % pays in prefill if its added work takes less than 581 us (382-787)"
         " per layer; 44.5 us is predicted. Its kernels must reach 0.52 of the dense kernels'"
-        " useful rate (0.51-0.53); 0.88 is predicted. With the other settings unchanged, it pays"
+        " useful rate (0.51-0.54); 0.88 is predicted. With the other settings unchanged, it pays"
         " at any batch that fits (up to 128), from 336 tokens (certainly from 608) and from 16 %"
         " sparsity (certainly from 32 %)."
     ),
