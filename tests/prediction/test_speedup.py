@@ -292,7 +292,7 @@ def test_bounds_of_depth_by_hand() -> None:
 
 def test_the_interval_is_tight_where_shapes_did_not_change_and_wide_at_a_high_level() -> None:
     depth, width = (against_dense("h100", family) for family in ("depth", "width"))
-    assert math.log(depth.upper / depth.lower) < 0.2 * math.log(width.upper / width.lower)
+    assert math.log(depth.upper / depth.lower) < 0.3 * math.log(width.upper / width.lower)
     dense, hw = dense_of("llama-3.1-8b", "prefill", 1, 512), simulator.load_hardware("a100")
     narrow, wide = (
         speedup(dense, prune(dense, "width", 0.3), hw, level=level) for level in (0.5, 0.95)
