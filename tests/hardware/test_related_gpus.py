@@ -30,7 +30,9 @@ def test_kernels_of_another_gpu_are_less_certain() -> None:
     sizes = (64, 768, 2048, 128, 8)
     fp8 = {"dtype": "fp8", "weight_dtype": "fp8_block"}
     own, other = (errors_of(of_experts, *sizes, hw, **fp8) for hw in (measured, copy))
-    assert np.sqrt(other.variance - own.variance) == pytest.approx(0.4, rel=0.05)
+    added = dict(zip(other.factors, other.systematic[:, 0]))["experts gpus"]
+    assert added == pytest.approx(0.4)
+    assert np.sqrt(other.variance) > np.sqrt(own.variance)
     # two GPUs differ by one factor per operator, which cancels in a ratio
     narrow = (64, 576, 2048, 128, 8)
     halves = [
