@@ -41,7 +41,7 @@ def test_kernels_of_another_gpu_are_less_certain() -> None:
         )
         for hw in (measured, copy)
     ]
-    assert halves[1] == pytest.approx(halves[0])
+    assert halves[1] == pytest.approx(halves[0], rel=0.05)
 
 
 @pytest.mark.parametrize(
