@@ -57,7 +57,7 @@ class Tariff:
     >>> import simulator
     >>> r = simulator.predict("llama-3.1-8b", "depth 0.25", "h100", batch=8)
     >>> found = simulator.Energy.of(r, simulator.Tariff(electricity=0.15, pue=1.3))
-    >>> found.pruned_cost_per_million_tokens < found.dense_cost_per_million_tokens
+    >>> found.pruned_joules_per_token < found.dense_joules_per_token
     True
     """
 
