@@ -62,7 +62,7 @@ class RunResult:
     seq: int = 0
     new_tokens: int = 0
     notes: tuple[str, ...] = ()
-    # of requests that arrive: "run", or a percentile such as "ttft_p99"; or "energy"
+    # "run" or a percentile such as "ttft_p99" if requests arrive; "energy"; else ""
     time: str = ""
 
     @property

@@ -273,7 +273,7 @@ class Estimate:
     # share of the time of products whose last tiles are nearly empty
     edge: Any = None
     # blocks of an operator over the blocks that the SMs run at once, and the log of the most time
-    # that idle SMs in the last wave cost; of GEMMs where `details` are asked for
+    # lost by idle SMs in the last wave; GEMMs have both only if `details` are requested
     waves: Any = None
     idle: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
@@ -569,8 +569,8 @@ class ErrorSize:
     # changes
     factors: Values = field(default_factory=dict)
     # number format ("*": others) -> standard deviation between GPUs of one architecture, for
-    # kernels that were fitted on another GPU. Each of H100, H200 and H20 was predicted by the fits
-    # of another: the mean over the three of the share inside is 90 %
+    # kernels that were fitted on another GPU. Each of H100, H200 and H20 was predicted by fits of
+    # another: on average, 90 % of the rows are inside
     gpus: Values = field(default_factory=dict)
 
 

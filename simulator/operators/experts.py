@@ -443,7 +443,7 @@ class Experts(Operator):
         return (4.0 + 2.0 * w.gated) * w.m * w.n * w.k * w.active
 
     def executed_flops(self, w: Rows) -> Any:
-        """Those of whole tiles: a Hopper tensor core multiplies at least 64 rows."""
+        """FLOPs of whole tiles: a Hopper tensor core multiplies at least 64 rows."""
         m, experts, active = (np.asarray(c, np.float64) for c in (w.m, w.experts, w.active))
         tiles = drawn_load(m, experts, active, w.skew).tiles[1]
         rows = np.maximum(tiles * TILES[1], m * active)

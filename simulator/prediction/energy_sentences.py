@@ -79,7 +79,7 @@ def energy_notes(tariff: Tariff | None, devices: Sequence[HardwareProfile]) -> I
     if tariff.excluded:
         yield f"energy is that of the devices: it excludes {tariff.excluded}"
     for hw in devices:
-        if hw.section("power", "*").status == "default":
+        if hw.section("power", "*").status != "calibrated":
             assumed = f"shares of {hw.power_w:.0f} W with wide intervals are used"
             yield f"{hw.label}: the power was not fitted; {assumed}"
 

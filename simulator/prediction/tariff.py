@@ -110,37 +110,25 @@ class Energy(Displayed):
 
     Parameters
     ----------
-    dense_watts : float
-        Mean power of one device with the dense model, W.
+    dense_watts, pruned_watts : float
+        Mean power of one device with the dense and with the pruned model, W.
     dense_joules_per_token, dense_joules_per_token_lower, dense_joules_per_token_upper : float
-        Energy per token, J, with the ends of its interval.
-    dense_joules_per_request : float or None
+        Energy per token with the dense model, J, with the ends of its interval.
+    pruned_joules_per_token, pruned_joules_per_token_lower, pruned_joules_per_token_upper : float
+        Energy per token with the pruned model, J, with the ends of its interval.
+    dense_joules_per_request, pruned_joules_per_request : float or None
         Energy per request, J; None in decode, which is a part of a request.
     dense_joules_per_request_lower, dense_joules_per_request_upper : float or None
-        Ends of its interval.
-    dense_tokens_per_joule : float
-        Tokens per J.
-    dense_kwh_per_million_tokens : float
-        Energy of a million tokens, kWh.
-    dense_cost_per_million_tokens : float or None
-        Price of this energy; None without a price.
-    dense_carbon_g_per_million_tokens : float or None
-        Carbon dioxide of this energy, g; None without a value per kWh.
-    pruned_watts : float
-        Mean power of one device with the pruned model, W.
-    pruned_joules_per_token, pruned_joules_per_token_lower, pruned_joules_per_token_upper : float
-        Energy per token, J, with the ends of its interval.
-    pruned_joules_per_request : float or None
-        Energy per request, J; None in decode, which is a part of a request.
+        Ends of the interval of the energy per request with the dense model, J.
     pruned_joules_per_request_lower, pruned_joules_per_request_upper : float or None
-        Ends of its interval.
-    pruned_tokens_per_joule : float
+        Ends of the interval of the energy per request with the pruned model, J.
+    dense_tokens_per_joule, pruned_tokens_per_joule : float
         Tokens per J.
-    pruned_kwh_per_million_tokens : float
+    dense_kwh_per_million_tokens, pruned_kwh_per_million_tokens : float
         Energy of a million tokens, kWh.
-    pruned_cost_per_million_tokens : float or None
+    dense_cost_per_million_tokens, pruned_cost_per_million_tokens : float or None
         Price of this energy; None without a price.
-    pruned_carbon_g_per_million_tokens : float or None
+    dense_carbon_g_per_million_tokens, pruned_carbon_g_per_million_tokens : float or None
         Carbon dioxide of this energy, g; None without a value per kWh.
     energy_saved, energy_saved_lower, energy_saved_upper : float
         Share of the dense model's energy that the pruning saves, with the ends of its interval.
@@ -154,26 +142,26 @@ class Energy(Displayed):
     """
 
     dense_watts: float
+    pruned_watts: float
     dense_joules_per_token: float
     dense_joules_per_token_lower: float
     dense_joules_per_token_upper: float
-    dense_joules_per_request: float | None
-    dense_joules_per_request_lower: float | None
-    dense_joules_per_request_upper: float | None
-    dense_tokens_per_joule: float
-    dense_kwh_per_million_tokens: float
-    dense_cost_per_million_tokens: float | None
-    dense_carbon_g_per_million_tokens: float | None
-    pruned_watts: float
     pruned_joules_per_token: float
     pruned_joules_per_token_lower: float
     pruned_joules_per_token_upper: float
+    dense_joules_per_request: float | None
     pruned_joules_per_request: float | None
+    dense_joules_per_request_lower: float | None
+    dense_joules_per_request_upper: float | None
     pruned_joules_per_request_lower: float | None
     pruned_joules_per_request_upper: float | None
+    dense_tokens_per_joule: float
     pruned_tokens_per_joule: float
+    dense_kwh_per_million_tokens: float
     pruned_kwh_per_million_tokens: float
+    dense_cost_per_million_tokens: float | None
     pruned_cost_per_million_tokens: float | None
+    dense_carbon_g_per_million_tokens: float | None
     pruned_carbon_g_per_million_tokens: float | None
     energy_saved: float
     energy_saved_lower: float

@@ -73,7 +73,7 @@ class Grid:
             prompts = max(prompts, longest)
         return cls(
             sequences=_steps(1, sequences, 2),
-            # of whole blocks
+            # multiples of the first, so caches have whole blocks
             contexts=_steps(_FIRST_CONTEXT, -(-longest // _FIRST_CONTEXT) * _FIRST_CONTEXT, 1),
             tokens=_steps(1, prompts + sequences, 2),
             prompts=_steps(1, prompts, 1),

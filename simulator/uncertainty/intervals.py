@@ -73,8 +73,9 @@ it."""
 
 FOLLOWS_WORK = 0.5
 """Share of the host time of an engine that was calibrated on this machine that may fall with the
-work of a shorter pass, instead of being spent per pass and per layer. With 0.5, 87 % of 70 decodes in vLLM on a calibrated
-CPU are inside, without it 80 %; narrower MLPs gain 4.5 % more than predicted."""
+work of a shorter pass, instead of being spent per pass and per layer. With 0.5, 87 % of 70 decodes
+in vLLM on a calibrated CPU are inside, without it 80 %; narrower MLPs gain 4.5 % more than
+predicted."""
 
 UNEXPLAINED = 0.3
 """Share of the deviation of a measured time from its prediction that may be time per pass where the
