@@ -28,7 +28,6 @@ from simulator.prediction.claims import (
     judge,
 )
 from simulator.prediction.prunings import Pruning
-from simulator.prediction.requests import by_key
 from simulator.request import Request
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -89,7 +88,7 @@ def changed(claim: Claim) -> Iterator[tuple[str, Claim]]:
     request = claim.request
     other = EAGER if load_engine(request.engine).graph else GRAPHS
     requests = [
-        *(("phase", replace(request, phase=phase)) for phase in PHASES[request.phase]),
+        *(("phase", replace(request, phase=phase)) for phase in PHASES if phase != request.phase),
         *(("batch", replace(request, batch=b)) for b in OTHER_BATCHES if b != request.batch),
         ("graphs", replace(request, engine=other)),
     ]
@@ -129,39 +128,36 @@ def _judged(row: Mapping[str, str], chooses: bool) -> Iterator[Judged]:
 
 
 def _share(some: Sequence[Judged], threshold: float = UNLIKELY) -> str:
-    if not some:
-        return ""
-    return f"{sum(j.judgement.probability < threshold for j in some)} of {len(some)}"
+    found = sum(j.judgement.probability < threshold for j in some)
+    return f"{found} of {len(some)}" if some else ""
 
 
 def claim_tables() -> list[str]:
-    """Return the tables of ``docs/generated/claims.md``: detection and false alarms by threshold on
-    the sources that choose it, and by change on all sources."""
-    groups = by_key(judged_claims(), lambda j: (j.chooses, j.change))
+    """Return the tables of ``docs/generated/claims.md``: false alarms and detections by threshold
+    on the sources that choose it, and by change on all sources."""
+    every = judged_claims()
+    notable = [j for j in every if j.moved >= NOTABLE]
+    changes = tuple(CHANGES)[2:]
+    rows = [*(((change,), title) for change, title in CHANGES.items()), (changes, "all changes")]
 
-    def notable(chooses: bool, change: str) -> list[Judged]:
-        return [j for j in groups.get((chooses, change), ()) if j.moved >= NOTABLE]
+    def some(chooses: bool, kinds: Sequence[str]) -> list[Judged]:
+        return [j for j in notable if j.chooses == chooses and j.change in kinds]
 
-    changes = [change for change in CHANGES if change not in (AS_PUBLISHED, CUSTOM)]
-    plain = notable(True, AS_PUBLISHED)
-    moved = [j for change in changes for j in notable(True, change)]
-    chosen = [[f"{t:g}", _share(plain, t), _share(moved, t)] for t in THRESHOLDS]
+    chosen = [
+        [f"{100 * t:g} %", *(_share(some(True, kinds), t) for kinds in ((AS_PUBLISHED,), changes))]
+        for t in THRESHOLDS
+    ]
     cells = []
-    for change, title in CHANGES.items():
-        both = [notable(chooses, change) for chooses in (False, True)]
-        found = [j for some in both for j in some if j.judgement.unlikely]
-        first, three = (sum(j.place < most for j in found) for most in (1, 3))
-        right = ["", ""] if change == AS_PUBLISHED else [f"{first}", f"{three}"]
-        total = sum(len(groups.get((chooses, change), ())) for chooses in (False, True))
-        broken = sum(j.judgement.breaks_bound for some in both for j in some)
+    for kinds, title in rows:
+        both = [some(False, kinds), some(True, kinds)]
+        found = [j for part in both for j in part if j.judgement.unlikely]
+        right = [f"{sum(j.place < most for j in found)} of {len(found)}" for most in (1, 3)]
+        total = sum(j.change in kinds for j in every)
+        broken = sum(j.judgement.breaks_bound for part in both for j in part)
+        right = ["", ""] if kinds == (AS_PUBLISHED,) else right
         cells.append([title, f"{total}", *map(_share, both), *right, f"{broken}"])
+    header = ["claims", "all", "unlikely (evaluation)", "unlikely (choice)", "right cause first"]
     return [
-        table(["probability below", "false alarms", "detected"], chosen),
-        table(
-            [
-                *("claims", "all", "unlikely, evaluation", "unlikely, choice"),
-                *("right explanation first", "in the first three", "break the bound"),
-            ],
-            cells,
-        ),
+        table(["unlikely below", "false alarms", "detected changes"], chosen),
+        table([*header, "right cause in the first three", "break the bound"], cells),
     ]

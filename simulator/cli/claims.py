@@ -33,6 +33,7 @@ def claims(
     """
     output = render.Output(out.json, out.csv)
     from simulator.prediction.claims import judged_file
+    from simulator.prediction.notes import uncalibrated
 
     found = judged_file(file)
     rows = [one.to_dict() for one in found]
@@ -43,45 +44,40 @@ def claims(
         render.conclude(
             f"{len(unlikely)} of {len(found)} claims are unlikely; {broken} break their bound."
         )
-        if not out.verbose:
-            _print_claims(found)
-        for one in found if out.verbose else ():
-            print_judgement(one)
+        _print_claims(found)
+        for one in unlikely:
+            print()
+            print_judgement(one, out.verbose)
+        render.notes(uncalibrated(one.result for one in found), out.verbose)
 
 
 def _print_claims(found: Sequence[Judgement]) -> None:
-    """Print one row per claim, then the likeliest explanation of each unlikely one."""
     from simulator.prediction.wording import probability_text
 
     columns = render.columns(
-        list(enumerate(found, start=1)),
-        ("", lambda row: row[0]),
-        ("<model", lambda row: row[1].result.model),
-        ("<pruning", lambda row: row[1].result.pruning),
-        ("claimed", lambda row: f"{row[1].claimed:g}"),
-        ("predicted", lambda row: render.interval(row[1].result)),
-        ("prob-\nability", lambda row: probability_text(row[1].probability)),
-        ("bound", lambda row: render.ratio(row[1].result.roofline_bound)),
-        ("<request", lambda row: row[1].result.request),
+        found,
+        ("<model", lambda j: j.result.model),
+        ("<pruning", lambda j: j.result.pruning),
+        ("claimed", lambda j: f"{j.claimed:g}"),
+        ("predicted", lambda j: render.interval(j.result)),
+        ("prob-\nability", lambda j: probability_text(j.probability)),
+        ("bound", lambda j: render.ratio(j.result.roofline_bound)),
+        ("<request", lambda j: j.result.request),
     )
-    render.show(render.narrowed(columns, 7))
-    for number, one in enumerate(found, start=1):
-        if one.unlikely:
-            print()
-            render.say(f"{number}: likeliest explanation: {one.explanation}.", "   ")
+    render.show(render.narrowed(columns, 6))
 
 
-def print_judgement(one: Judgement) -> None:
-    """Print the answer, and for an unlikely claim the likeliest other condition of each kind."""
+def print_judgement(one: Judgement, verbose: bool) -> None:
+    """Print the answer; ``verbose``: also the likeliest other condition of each kind."""
     from simulator.prediction.wording import probability_text
 
-    render.conclude(one.sentence)
-    if one.unlikely and one.causes:
+    render.say(one.sentence)
+    if verbose and one.causes:
         columns = render.columns(
             one.each_kind,
             ("<other condition", lambda cause: cause.name),
             ("speedup", render.interval),
             ("probability", lambda cause: probability_text(one.of_cause(cause))),
         )
-        render.show(columns, f"claimed {one.claimed:g}x under other conditions")
         print()
+        render.show(columns)

@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
-from simulator.cli.claims import print_judgement
 from simulator.cli.options import opt
 from simulator.display import as_plain
 from simulator.errors import InputError
@@ -86,7 +85,10 @@ def speedup(
         rows = [{**row, **judged.to_dict()} for row in rows]
     if output.write(rows):
         if judged is not None:
-            print_judgement(judged)
+            from simulator.cli.claims import print_judgement
+
+            print_judgement(judged, judged.unlikely)
+            print()
         _print(found, answers if prunings.named else (), memory, tariff, out.verbose)
     if out.figure:
         from simulator.figures.energy import energies_of

@@ -38,7 +38,7 @@ from simulator.prediction.wording import (
     probability_text,
     speedup_text,
 )
-from simulator.request import SETTINGS, Flag, Request
+from simulator.request import SETTINGS, Request
 from simulator.units import parse_ratio, ratio
 
 RATIO = Range(0.001, 10_000.0, "a ratio from 0.001 to 10,000")
@@ -57,13 +57,8 @@ GPUS = (
 """GPUs that may have been measured instead: common ones of each generation."""
 
 BATCHES = (1, 8, 32, 128)
-PHASES: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("decode",),
-    "decode": ("prefill",),
-    "generate": ("prefill", "decode"),
-    "serve": ("prefill", "decode"),
-}
-"""Phase -> phases that may have been measured instead."""
+PHASES = ("prefill", "decode")
+"""Batches and phases that may have been measured instead."""
 
 EAGER, GRAPHS = "hf", "compile"
 """An engine that launches every kernel from the host, and one that replays CUDA graphs."""
@@ -78,13 +73,9 @@ the last block is computed."""
 REQUIRED = ("model", "hardware", "engine", "pruning", "phase", "batch", "speedup")
 COLUMNS = (
     *REQUIRED,
-    *(
-        name
-        for name, one in SETTINGS.items()
-        if name not in (*REQUIRED, "level", "dense_s") and not isinstance(one.accepts, Flag)
-    ),
+    *("seq", "new_tokens", "cached_prefix", "dtype", "weight_dtype", "kv_dtype", "devices"),
 )
-"""Columns of a file of claims: those that it must have, and those that it may have."""
+"""Columns of a file of claims: those that it must have, and all that it may have."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +87,9 @@ class Claim:
     pruning: Pruning
     hardware: HardwareProfile
 
+    def __post_init__(self) -> None:
+        number("claimed speedup", self.speedup, RATIO)
+
     @classmethod
     def of(cls, speedup: float, found: Results, hardware: Sequence[HardwareProfile]) -> Claim:
         """Return the claim about the only result of a table."""
@@ -105,7 +99,6 @@ class Claim:
                 f"--claim: expected one pruning, device, engine and request, got {many} predictions"
             )
         (hw,) = (hw for hw in hardware if hw.label == found[0].hardware)
-        number("--claim", speedup, RATIO)
         return cls(speedup, found.requests[0], found.prunings[found.pruning[0]], hw)
 
     @classmethod
@@ -120,10 +113,8 @@ class Claim:
 
         given = {name: value(name) for name in cells.keys() & SETTINGS.keys() if cells[name]}
         (request,) = requests_of([cells["model"]], given)
-        stated = number("speedup", parse_ratio(cells["speedup"]), RATIO)
-        return cls(
-            stated, request, Pruning.read(cells["pruning"]), load_hardware(cells["hardware"])
-        )
+        pruning, hw = Pruning.read(cells["pruning"]), load_hardware(cells["hardware"])
+        return cls(parse_ratio(cells["speedup"]), request, pruning, hw)
 
 
 def judged_file(path: str | Path) -> list[Judgement]:
@@ -163,39 +154,18 @@ class Cause:
 
 @dataclass(frozen=True, repr=False)
 class Judgement(HasResult):
-    """A claimed speedup next to its prediction.
-
-    Parameters
-    ----------
-    result : Result
-        The prediction under the stated conditions.
-    claimed : float
-        The claimed speedup.
-    probability : float
-        Share of outcomes that are at least as far from the prediction.
-    breaks_bound : bool
-        Whether the claim is above the roofline bound and above the interval. (A prediction may be
-        above the bound where the kernels of the dense model are farther from their roofline.)
-    causes : tuple of Cause
-        Conditions that may have been measured instead, the likeliest first.
-
-    Examples
-    --------
-    >>> import simulator
-    >>> found = simulator.judge_claim(2.1, "llama-2-7b", "width 0.5", "a100", engine="hf", seq=512)
-    >>> found.unlikely, found.breaks_bound, found.causes[0].name
-    (True, True, 'prefill instead of decode')
-    """
+    """A claimed speedup next to its prediction."""
 
     result: Result
     claimed: float
-    probability: float
+    probability: float  # share of outcomes that are at least as far from the prediction
+    # whether the claim is above the roofline bound and above the interval: a prediction is above
+    # its bound where the dense model's kernels are farther from their roofline
     breaks_bound: bool
-    causes: tuple[Cause, ...]
+    causes: tuple[Cause, ...]  # the likeliest first
 
     @property
     def unlikely(self) -> bool:
-        """Whether the probability is below 10 %."""
         return self.probability < UNLIKELY
 
     @property
@@ -266,11 +236,10 @@ def judge_claim(
     Examples
     --------
     >>> found = judge_claim(1.25, "llama-3.1-8b", "depth 0.25", "h100")
-    >>> found.unlikely, found.probability > 0.1
-    (False, True)
+    >>> found.unlikely, found.breaks_bound
+    (False, False)
     """
     (request,) = requests_of([Request(model=model, **settings).model], settings)
-    number("claimed", claimed, RATIO)
     return judge(Claim(claimed, request, Pruning.read(prune), load_hardware(hardware)))
 
 
@@ -311,9 +280,10 @@ def _probability(deviation: float) -> float:
 def _causes(claim: Claim, stated: Result) -> Iterator[Cause]:
     """Yield the conditions that may have been measured instead of the stated ones."""
     request, hw = replace(claim.request, dense_s=None), claim.hardware
-    for phase in PHASES[request.phase]:
+    for phase in PHASES:
         for r in _predicted(claim, [hw], replace(request, phase=phase)):
-            yield Cause.of("phase", f"{phase} instead of {request.phase}", r)
+            if phase != request.phase:
+                yield Cause.of("phase", f"{phase} instead of {request.phase}", r)
     batches = [replace(request, batch=batch) for batch in BATCHES if batch != request.batch]
     for r in _predicted(claim, [hw], *batches):
         yield Cause.of("batch", f"batch {r.batch} instead of {request.batch}", r)
