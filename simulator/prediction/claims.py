@@ -47,6 +47,9 @@ UNLIKELY = 0.1
 """Probability below which a claim is unlikely. It was chosen on published speedups of three sources
 and evaluated on those of four others (docs/generated/claims.md)."""
 
+EXPLAINS = 0.01
+"""Probability of a claim under a condition from which the condition explains it (assumed)."""
+
 SMALLEST_LOG_SD = 0.01
 """Least log standard deviation of a measured speedup: REPEATED_LOG_SD of the intervals."""
 
@@ -175,8 +178,10 @@ class Judgement(HasResult):
 
     @property
     def explanation(self) -> str:
-        """The likeliest condition, with its speedup."""
-        return f"{self.causes[0].name}, {speedup_text(self.causes[0])}" if self.causes else "none"
+        """The likeliest condition, with its speedup, unless it hardly explains the claim."""
+        if not self.causes or self.of_cause(self.causes[0]) < EXPLAINS:
+            return "none of the named conditions"
+        return f"{self.causes[0].name}, {speedup_text(self.causes[0])}"
 
     def of_cause(self, cause: Cause) -> float:
         """Return the probability of the claim under another condition."""

@@ -77,6 +77,7 @@ def test_a_bound_is_broken_only_above_it_and_above_the_interval() -> None:
     assert not judged(0.99 * highest, engine="vllm").breaks_bound
     assert judged(1.01 * highest, engine="vllm").breaks_bound
     assert f"breaks the roofline bound of {r.roofline_bound:.2f}x" in judged(9.0).sentence
+    assert judged(9.0).sentence.endswith("likeliest explanation: none of the named conditions.")
 
 
 def test_a_claim_is_known_to_half_a_unit_of_its_last_digit() -> None:
