@@ -284,37 +284,34 @@ def _probability(deviation: float) -> float:
 
 def _causes(claim: Claim, stated: Result) -> Iterator[Cause]:
     """Yield the conditions that may have been measured instead of the stated ones."""
-    request, hw = replace(claim.request, dense_s=None), claim.hardware
+    request = claim.request
     for phase in PHASES:
-        for r in _predicted(claim, [hw], replace(request, phase=phase)):
-            if phase != request.phase:
-                yield Cause.of("phase", f"{phase} instead of {request.phase}", r)
-    batches = [replace(request, batch=batch) for batch in BATCHES if batch != request.batch]
-    for r in _predicted(claim, [hw], *batches):
+        for r in _predicted(claim, {"phase": phase}) if phase != request.phase else ():
+            yield Cause.of("phase", f"{phase} instead of {request.phase}", r)
+    for r in _predicted(claim, *({"batch": b} for b in BATCHES if b != request.batch)):
         yield Cause.of("batch", f"batch {r.batch} instead of {request.batch}", r)
-    devices = [other for other in map(load_hardware, GPUS) if other.label != hw.label]
-    for r in _predicted(claim, devices, request):
+    devices = [hw for hw in map(load_hardware, GPUS) if hw.label != claim.hardware.label]
+    for r in _predicted(claim, {}, hardware=devices):
         yield Cause.of("gpu", f"{r.hardware} instead of {stated.hardware}", r)
     cached = float((request.seq - 1) // CACHE_BLOCK * CACHE_BLOCK)
     if request.phase != "decode" and cached > stated.cached_prefix:
-        for r in _predicted(claim, [hw], replace(request, cached_prefix=cached)):
+        for r in _predicted(claim, {"cached_prefix": cached}):
             yield Cause.of("prefix", "cached prompts", r)
             yield Cause.between("prefix", "prompts cached for the pruned model alone", stated, r)
-    yield from _engine_causes(claim, request, stated)
+    yield from _engine_causes(claim, stated)
 
 
-def _engine_causes(claim: Claim, request: Request, stated: Result) -> Iterator[Cause]:
-    engine = load_engine(request.engine)
+def _engine_causes(claim: Claim, stated: Result) -> Iterator[Cause]:
+    engine = load_engine(claim.request.engine)
     if engine.graph:
-        for r in _predicted(claim, [claim.hardware], replace(request, engine=EAGER)):
+        for r in _predicted(claim, {"engine": EAGER}):
             yield Cause.of("host", f"both host-bound, without CUDA graphs ({EAGER})", r)
             name = f"a dense model without CUDA graphs ({EAGER})"
             yield Cause.between("graphs", name, r, stated)
     else:
-        for r in _predicted(claim, [claim.hardware], replace(request, engine=GRAPHS)):
+        for r in _predicted(claim, {"engine": GRAPHS}):
             yield Cause.of("graphs", f"CUDA graphs ({GRAPHS})", r)
-        slow = replace(request, dense_s=SLOW_HOST * stated.dense_s)
-        for r in _predicted(claim, [claim.hardware], slow):
+        for r in _predicted(claim, {"dense_s": SLOW_HOST * stated.dense_s}):
             yield Cause.of("host", f"a host that makes the dense model {SLOW_HOST:g}x slower", r)
     if (slower := engine.own_code.value) > 1.0:
         # published slowdowns: from none to about the square of the engine's
@@ -324,12 +321,14 @@ def _engine_causes(claim: Claim, request: Request, stated: Result) -> Iterator[C
 
 
 def _predicted(
-    claim: Claim, hardware: Sequence[HardwareProfile], *requests: Request
+    claim: Claim, *changes: Mapping[str, Any], hardware: Sequence[HardwareProfile] = ()
 ) -> Iterator[Result]:
-    """Yield the pruning's results in requests that differ only in shape; those that cannot run or
-    do not fit into the memory are omitted."""
+    """Yield the pruning's results with other shapes, or another setting, on other devices; those
+    that cannot run or do not fit into the memory are omitted."""
     try:
-        found = request_results(requests, [claim.pruning], hardware, lambda *_: None)
+        requests = [replace(claim.request, **{"dense_s": None, **change}) for change in changes]
+        devices = hardware or [claim.hardware]
+        found = request_results(requests, [claim.pruning], devices, lambda *_: None)
     except InputError:
         return
     yield from (r for r in found if r.dense_fits and r.pruned_fits)
