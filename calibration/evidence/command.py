@@ -22,6 +22,7 @@ from pathlib import Path
 
 from calibration.evidence import models
 from calibration.evidence.changes import evidence_changes
+from calibration.evidence.claims import claim_tables
 from calibration.evidence.commands_page import commands_page
 from calibration.evidence.pages import (
     DOCS,
@@ -78,6 +79,7 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
 
     makers: Mapping[str, Callable[[], None]] = {
         "commands": lambda: write("commands", commands_page()),
+        "claims": lambda: write("claims", filled("claims", claim_tables())),
         "engines": lambda: write("engines", filled("engines", engine_tables())),
         "energy": lambda: write("energy", filled("energy", power_tables())),
         "serving": lambda: write("serving", filled("serving", schedule_tables())),

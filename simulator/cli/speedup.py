@@ -42,6 +42,10 @@ def speedup(
     memory: Annotated[
         bool, opt("--memory", None, "Also show memory against the device's capacity.")
     ] = False,
+    claim: Annotated[
+        str | None,
+        opt("--claim", "X", "A claimed speedup, such as 2.1: its probability, bound, explanation."),
+    ] = None,
     metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -50,9 +54,11 @@ def speedup(
     Begins with the answer. Every combination of the lists is predicted. Over a range of batches or
     lengths (--batch 1:64) it states from which value each pruning pays. A combination that a family
     does not support (2:4 at 0.25) is excluded with a note, or an error if it is the only one. With
-    --pruned, existing models are compared with the dense one.
+    --pruned, existing models are compared with the dense one. --claim judges a stated speedup of
+    one prediction.
     """
     output = render.Output(out.json, out.csv, [out.figure])
+    claimed = None if claim is None else parsing.checked("--claim", claim, parse_ratio)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
     from simulator.prediction.table import table
@@ -71,7 +77,18 @@ def speedup(
         {**r.to_dict(), **answer.to_dict(), **energy_fields(r, tariff)}
         for r, answer in zip(found, answers)
     ]
+    judged = None
+    if claimed is not None:
+        from simulator.prediction.claims import Claim, judge
+
+        judged = judge(Claim.of(claimed, found, profiles))
+        rows = [{**row, **judged.to_dict()} for row in rows]
     if output.write(rows):
+        if judged is not None:
+            from simulator.cli.claims import print_judgement
+
+            print_judgement(judged, judged.unlikely)
+            print()
         _print(found, answers if prunings.named else (), memory, tariff, out.verbose)
     if out.figure:
         from simulator.figures.energy import energies_of
