@@ -4,15 +4,15 @@ predicted one."""
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
-from simulator.display import as_plain
+from simulator.display import as_plain, with_and
 from simulator.errors import InputError
 from simulator.units import parse_ratio
 
@@ -182,11 +182,15 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     runs it."""
     from simulator.prediction.wording import parts_line
 
-    lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
+    lines = dict.fromkeys(
+        f"{r.pruning}: {parts_line(r)}." for r in found if r.parts and not r.in_formats
+    )
     # a request that does not run, else the first: the others differ only in a gain
     runs: dict[str, Runnable] = {}
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"
+        if r.in_formats and answer.works and answer.aligned:
+            continue
         runs[name] = answer if name not in runs or answer.works is False else runs[name]
     print()
     for line in (
@@ -197,12 +201,17 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
-    """Print one table per request, rows by family and sparsity, devices side by side."""
-    from simulator.prediction.requests import by_key
+    """Print one table per request, rows by family and sparsity, devices and their numbers side by
+    side."""
+    from simulator.prediction.requests import by_key, device_text
 
     available = render.width()
     first = True
-    for title, group in by_key(results, lambda r: r.scenario).items():
+    counts = {r.devices: r.parallel for r in results}
+    if len(counts) > 1:
+        results = [replace(r, hardware=device_text(r)) for r in results]
+    scenario = partial(_scenario, counts=counts)
+    for title, group in by_key(results, scenario).items():
         for part in _chunks(group, available):
             if not first:
                 print()
@@ -214,6 +223,14 @@ def _print_tables(results: Sequence[Result], memory: bool) -> None:
         if memory:
             print()
             _print_memory(group)
+
+
+def _scenario(r: Result, counts: Mapping[int, str]) -> str:
+    """Return the scenario of a result with all numbers of devices, and how they share the model."""
+    if len(counts) == 1:
+        return r.scenario
+    numbers = with_and([str(count) for count in counts])
+    return f"{replace(r, devices=1).scenario}, {numbers} devices ({counts[max(counts)]})"
 
 
 def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:

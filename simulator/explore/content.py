@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator._version import __version__
-from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.load import loads_of
@@ -21,7 +21,7 @@ from simulator.figures.style import device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.energy_sentences import energy_notes, energy_table, of_energy
-from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.explain import Explanation, explanation
 from simulator.prediction.explain_sentences import conclusions
 from simulator.prediction.load import LoadService
 from simulator.prediction.load_sentences import COLUMNS, ENERGY, load_columns, of_loads
@@ -34,7 +34,6 @@ from simulator.prediction.speedup_sentences import break_even, of_speedups
 from simulator.prediction.table import table
 from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import parts_line
-from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
@@ -242,29 +241,13 @@ def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[E
     accelerates most."""
     best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
-    engines = {load_engine(r.engine).name: r.engine for r in found.requests}
-    others = {name: value for name, value in asked.items() if name in SETTINGS}
-    out: list[Explanation] = []
-    for r, index in zip(found, found.pruning.tolist()):
-        same = (r.pruning, r.phase, r.batch, r.seq) == (
-            best.pruning,
-            best.phase,
-            best.batch,
-            best.seq,
-        )
-        if not same or len(out) == MOST_DETAILS:
-            continue
-        one = found.prunings[index]
-        which: dict[str, Any] = {"prune": [one]} if one.model is None else {"pruned": [one.model]}
-        where = {
-            **others,
-            "phase": r.phase,
-            "batch": r.batch,
-            "seq": r.seq,
-            "engine": engines[r.engine],
-        }
-        out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
-    return tuple(out)
+    same = attrgetter("pruning", "phase", "batch", "seq")
+    explained = [
+        explanation(request, found.prunings[index], devices[r.hardware])
+        for r, request, index in zip(found, found.asked, found.pruning.tolist())
+        if same(r) == same(best)
+    ]
+    return tuple(explained[:MOST_DETAILS])
 
 
 def _facts(rows: Sequence[Result]) -> dict[str, str]:

@@ -115,10 +115,11 @@ def request_results(
     """Return the results of requests that differ only in shape, by request, pruning and device.
     Workloads differ between devices where the engine's arithmetic or token budget does."""
     models = [p.model for p in prunings if p.model is not None]
-    parts = [
-        results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
-        for some, devices in by_budget(requests, hardware, models)
-    ]
+    together = [[hw] for hw in hardware] if any(p.formats for p in prunings) else [hardware]
+    parts = []
+    for some, devices in (group for one in together for group in by_budget(requests, one, models)):
+        computed = [p.computed(some[0], devices[0]) for p in prunings]
+        parts.append(results_of(batch_of(some, computed, reject), prunings, devices, some, reject))
     if len(parts) == 1:
         return parts[0]
     results = Results.join(parts)
@@ -246,11 +247,10 @@ def _firsts(batch: WorkloadBatch) -> Iterator[tuple[int, int]]:
 
 
 def _other_formats(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
-    """Return the number formats of each existing pruned model that has others than the dense
-    model."""
+    """Return the number formats of each pruned model that has others than the dense model."""
     out = [""] * len(prunings)
     for i, first in _firsts(batch):
-        if prunings[i].model is not None:
+        if prunings[i].other:
             dense, pruned = _formats(batch, int(batch.dense[first])), _formats(batch, first)
             out[i] = f"{pruned.text} against {dense.text}" if pruned != dense else ""
     return tuple(out)

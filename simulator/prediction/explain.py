@@ -27,7 +27,7 @@ from simulator.prediction.budget import KernelBudget, kernel_budget, reaching
 from simulator.prediction.compare import compare, request_results
 from simulator.prediction.energy import PassEnergy
 from simulator.prediction.notes import better_than_bound, inferred_by
-from simulator.prediction.prunings import Pruning, applied, asked
+from simulator.prediction.prunings import Pruning, applied, asked, in_formats
 from simulator.prediction.requests import check_measured, on, profiles
 from simulator.prediction.result import HasResult, Result
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -334,19 +334,19 @@ def explanations(
     cannot run are errors; with ``excluded``, which takes notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
     _check_named(settings)
-    prunings, requests, _ = asked([config], settings)
+    prunings, every, _ = asked([config], settings)
     if len(prunings) > 1 and (name := _name(settings)):
         raise InputError(
             f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}"
         )
-    check_measured(requests, devices)
-    order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
-    requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
+    prunings, kept = in_formats(prunings, every)
+    check_measured(kept, devices)
+    order = [(one.phase, one.batch, one.seq) for one in kept]  # by request, then engine
+    requests = sorted(kept, key=lambda one: order.index((one.phase, one.batch, one.seq)))
     out: list[Explanation] = []
     for request, pruning, hw in itertools.product(requests, prunings, devices):
         try:
-            (one,) = on([request], hw)
-            out.append(replace(_explanation(one, pruning, hw), target=target))
+            out.append(replace(explanation(request, pruning, hw), target=target))
         except InputError as error:
             if excluded is None:
                 raise
@@ -372,7 +372,10 @@ def _check_named(settings: Mapping[str, Any]) -> None:
         raise InputError("family 'all': expected one family to explain")
 
 
-def _explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Explanation:
+def explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Explanation:
+    """Return the waterfall of one request."""
+    (request,) = on([request], hw)
+    pruning = pruning.computed(request, hw)
     dense = lower(request)
     pruned = pruning.apply(dense, request)
     r = request_results([request], [pruning], [hw])[0]

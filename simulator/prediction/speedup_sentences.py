@@ -77,7 +77,7 @@ def _fastest(
 def formats_clause(r: Result) -> str:
     """Return the number formats of an existing pruned model as the end of a sentence, if they
     differ from those of the dense model."""
-    return f"; {r.formats}" if r.formats else ""
+    return f"; {r.formats}" if r.formats and r.pruned else ""
 
 
 @dataclass(frozen=True)
