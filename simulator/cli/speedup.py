@@ -481,13 +481,15 @@ def explain(
     budget of a dynamic pruning follows: how long its added work may take, how fast its kernels must
     be, and from which batch, length and sparsity it pays. Named steps lead from the nominal speedup
     1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side
-    by side. With more than three predictions only the conclusions are printed, and the steps with
-    --verbose.
+    by side. A table by operator has the times of both models, and why an operator differs from its
+    roofline bound. With more than three predictions only the conclusions are printed, and the
+    tables with --verbose.
     """
     output = render.Output(out.json, figures=[out.figure, roofline])
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.advise import Target
+    from simulator.prediction.by_operator import by_operator
     from simulator.prediction.energy_sentences import energy_notes, of_energy
     from simulator.prediction.explain import explanations
     from simulator.prediction.explain_sentences import budget_text, conclusion, conclusions
@@ -508,6 +510,7 @@ def explain(
             **e.result.to_dict(),
             "waterfall": [asdict(step) for step in e.steps],
             "conclusion": conclusion(e),
+            "operators": [asdict(one) for one in by_operator(e)],
             "budget": as_plain(e.budget),
             **energy_fields(e.result, tariff),
             **({"energy_parts": e.energy_parts} if tariff else {}),
@@ -528,6 +531,8 @@ def explain(
         groups = by_key(found if out.verbose or not many else (), same)
         for together in render.between(groups.values()):
             _print_waterfalls(together)
+            for e in together:
+                _print_operators(e)
             if tariff:
                 _print_energy([e.result for e in together], tariff)
                 _print_energy_parts(together)
@@ -598,6 +603,27 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
     print(
         f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
     )
+
+
+def _print_operators(e: Explanation) -> None:
+    """Print the times of the operators in a dense and a pruned pass, and what loses speedup."""
+    from simulator.prediction.by_operator import by_operator
+
+    columns = render.columns(
+        by_operator(e),
+        ("<operator", lambda one: one.name),
+        ("dense", lambda one: render.seconds(one.dense_s)),
+        ("pruned", lambda one: render.seconds(one.pruned_s)),
+        ("speedup", lambda one: _ratio(one.dense_s, one.pruned_s)),
+        ("roofline\nbound", lambda one: render.ratio(one.bound) if one.bound > 0.0 else "-"),
+        ("<cause", lambda one: one.cause),
+    )
+    print()
+    render.show(columns, f"{e.result.engine}: time by operator")
+
+
+def _ratio(dense_s: float, pruned_s: float) -> str:
+    return render.ratio(dense_s / pruned_s) if pruned_s > 0.0 else "-"
 
 
 def _print_energy_parts(together: Sequence[Explanation]) -> None:
