@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from simulator.prediction.speedup_sentences import BreakEven
     from simulator.prediction.tariff import Tariff
 
-# most sentences on break-even; of more prunings only the fastest is stated
-MOST_SENTENCES = 8
-
 MOST_COLUMNS = 3  # from so many batches or lengths on, they are rows of one table
 
 # characters of the first two columns of a table over batches or lengths, and of the column of a
@@ -55,6 +52,7 @@ def speedup(
     output = render.Output(out.json, out.csv, [out.figure])
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
+    from simulator.prediction.speedup_sentences import answer_of
     from simulator.prediction.table import table
     from simulator.prediction.tariff import energy_fields
 
@@ -68,7 +66,12 @@ def speedup(
 
         answers = runnables(found, profiles if prunings.named else ())
     rows = [
-        {**r.to_dict(), **answer.to_dict(), **energy_fields(r, tariff)}
+        {
+            **r.to_dict(),
+            **answer.to_dict(),
+            **energy_fields(r, tariff),
+            "answer": " ".join(answer_of([r], [answer])),
+        }
         for r, answer in zip(found, answers)
     ]
     if output.write(rows):
@@ -95,23 +98,14 @@ def _print(
 ) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
     from simulator.prediction.energy_sentences import of_energy
-    from simulator.prediction.runnable import runs_clause
-    from simulator.prediction.speedup_sentences import break_even, of_speedups
+    from simulator.prediction.speedup_sentences import MOST_BREAK_EVEN, answer_of, break_even
 
     even = break_even(found.rows)
-    runs = dict(zip(found.rows, answers))
     over = (
         max((len(b.values) for b in even), default=0) >= MOST_COLUMNS
-        or 0 < len(even) <= MOST_SENTENCES
+        or 0 < len(even) <= MOST_BREAK_EVEN
     )
-    if over and (verbose or len(even) <= MOST_SENTENCES):
-        # the longest: a budget of tokens may keep all of the first
-        last = [runs.get(b.results[-1]) for b in even]
-        stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
-        answer = [f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)]
-    else:
-        clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
-        answer = of_speedups(found.rows, clauses)
+    answer = answer_of(found.rows, answers, [_fitting(r) for r in found] if memory else ())
     render.conclude(*answer, *(of_energy(found.rows, tariff) if tariff else ()))
     if over:
         _print_over(even)
@@ -127,14 +121,8 @@ def _print(
         _print_parts(found, answers)
 
 
-def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    from simulator.prediction.runnable import runs_clause, unaligned
-
-    runs = runs_clause(answer) if answer else ""
-    if answer and answer.works and not answer.aligned:
-        runs += f", but {unaligned(answer)}"
-    fit = f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
-    return runs + (fit if memory else "")
+def _fitting(r: Result) -> str:
+    return f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
 
 
 def _print_over(even: Sequence[BreakEven]) -> None:

@@ -28,9 +28,9 @@ from simulator.prediction.load_sentences import COLUMNS, ENERGY, load_columns, o
 from simulator.prediction.notes import uncalibrated
 from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
-from simulator.prediction.runnable import runnables, runs_clause
+from simulator.prediction.runnable import runnables
 from simulator.prediction.service import serve
-from simulator.prediction.speedup_sentences import break_even, of_speedups
+from simulator.prediction.speedup_sentences import answer_of
 from simulator.prediction.table import table
 from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import parts_line
@@ -39,7 +39,6 @@ from simulator.units import percent, ratio
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
 # matplotlib's settings belong to the process, and each visitor of the page has a thread
@@ -153,8 +152,8 @@ class LoadContent:
 
 def content(asked: Mapping[str, Any], detail: str = "") -> PageContent | LoadContent:
     """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called
-    ``detail``, or the fastest. With a ``rate`` or limits the arguments are those of
-    :func:`simulator.serve`."""
+    ``detail``, or the one that stays farthest below its roofline bound. With a
+    ``rate`` or limits the arguments are those of :func:`simulator.serve`."""
     if asked.keys() & {"rate", "ttft_s", "tpot_s"}:
         return _load_content(**asked)
     return _page_content(dict(asked), detail)
@@ -203,11 +202,7 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
-    even = break_even(found.rows)
-    if 0 < len(even) <= MOST_SENTENCES:
-        answer = [b.sentence for b in even]
-    else:
-        answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
+    answer = answer_of(found.rows, answers if named else ())
     if tariff:
         answer += of_energy(found.rows, tariff)
     parts: dict[str, str] = {}
@@ -222,7 +217,12 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
         facts=_facts(found.rows),
         rows=found.rows,
         records=tuple(
-            {**r.to_dict(), **a.to_dict(), **energy_fields(r, tariff)}
+            {
+                **r.to_dict(),
+                **a.to_dict(),
+                **energy_fields(r, tariff),
+                "answer": " ".join(answer_of([r], [a])),
+            }
             for r, a in zip(found, answers)
         ),
         details=_explained(found, asked, detail),
@@ -237,15 +237,16 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
-    """Return the explanations of one pruning on each device and engine, for the request that it
-    accelerates most."""
-    best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
+    """Return the explanations of one pruning on each device and engine, for the request in which
+    it stays farthest below its roofline bound."""
+    rows = [r for r in found if r.pruning == detail] or found.rows
+    worst = min(rows, key=lambda r: r.speedup / r.roofline_bound)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
     same = attrgetter("pruning", "phase", "batch", "seq")
     explained = [
         explanation(request, found.prunings[index], devices[r.hardware])
         for r, request, index in zip(found, found.asked, found.pruning.tolist())
-        if same(r) == same(best)
+        if same(r) == same(worst)
     ]
     return tuple(explained[:MOST_DETAILS])
 

@@ -609,15 +609,14 @@ def removed_parts(
         if grouped and name == "KV heads":
             sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
         wanted = asked.get(name)
-        text = percent(share)
-        if wanted is not None and percent(wanted) != text:
-            text = f"{percent(wanted)} requested, {text} realised"
+        if wanted is not None and percent(wanted) != percent(share):
+            sizes_text = f"{percent(wanted)} requested, {sizes_text}"
         hint = (
             ""
             if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED
             else _alone(steps, wanted)
         )
-        out.append(f"{name} {text} ({sizes_text}){hint}")
+        out.append(f"{name} {percent(share)} ({sizes_text}){hint}")
     return "; ".join(out)
 
 
