@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator._version import __version__
+from simulator.display import one_percentage
 from simulator.errors import InputError
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.load import loads_of
@@ -307,7 +308,7 @@ MOST_ROWS = 500  # rows of the table
 
 
 def report_html(found: PageContent | LoadContent, commands: Sequence[str]) -> str:
-    notes = list(found.notes)
+    notes = one_percentage(found.notes)
     if (more := len(found.records) - MOST_ROWS) > 0:
         notes.append(
             f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more"

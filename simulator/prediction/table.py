@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from simulator.arguments import OneOrMore
+from simulator.arguments import OneOrMore, listed
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -158,17 +158,32 @@ def unable(
     return reasons if len(reasons) < len(engines) else {}
 
 
+@overload
 def predict(
     model: str | Model, prune: str, hardware: str | HardwareProfile, **settings: Any
-) -> Result:
+) -> Result: ...
+
+
+@overload
+def predict(
+    model: str | Model, prune: Sequence[str], hardware: str | HardwareProfile, **settings: Any
+) -> Results: ...
+
+
+def predict(
+    model: str | Model,
+    prune: str | Sequence[str],
+    hardware: str | HardwareProfile,
+    **settings: Any,
+) -> Result | Results:
     """Predict one speedup; names are enough.
 
     Parameters
     ----------
     model : str or Model
         Name, path or shapes of the dense model.
-    prune : str
-        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
+    prune : str, or list of str
+        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan; or several.
     hardware : str or HardwareProfile
         The device.
     **settings
@@ -176,8 +191,9 @@ def predict(
 
     Returns
     -------
-    Result
-        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers.
+    Result or Results
+        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers; of a
+        list of prunings, one result for each.
 
     Raises
     ------
@@ -191,12 +207,15 @@ def predict(
     >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
     (True, True)
     """
-    for name, value in {"model": model, "prune": prune, "hardware": hardware, **settings}.items():
+    for name, value in {"model": model, "hardware": hardware, **settings}.items():
         if isinstance(value, list | tuple):
             raise InputError(
                 f"{name}: expected one value, got {len(value)}; simulator.table takes lists"
             )
-    return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
+    several = isinstance(prune, list | tuple)
+    every = listed("prune", prune) if several else [prune]
+    found = table([Request(model=model, **settings).model], [hardware], prune=every, **settings)
+    return found if several else found[0]
 
 
 def speedups(

@@ -293,3 +293,9 @@ def test_a_device_without_fp8_computes_a_row_in_fp8_with_narrow_weights() -> Non
         ("h100_sxm", "dense in fp8"): "fp8 against bf16",
     }
     assert any("has no fp8 arithmetic: vllm computes in bf16" in note for note in found.notes)
+
+
+def test_predict_takes_a_list_of_prunings() -> None:
+    prunings = ["depth 0.25", "width mlp=0.3"]
+    found = simulator.predict("llama-3.1-8b", prunings, "h100")
+    assert list(found) == [simulator.predict("llama-3.1-8b", one, "h100") for one in prunings]
