@@ -11,7 +11,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import EXPERTS, ROLES, Kind
 from simulator.operators import BY_CODE
 from simulator.prediction.explain import Explanation, effects, waves
-from simulator.uncertainty.forward import forward_passes
+from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
 
@@ -33,6 +33,7 @@ _CAUSES: Mapping[str, str] = {
 }
 """Effect -> cause of a speedup that differs from its roofline bound."""
 
+LEAST = 0.001  # share of a pass from which gaps and host are shown
 NOTABLE = 0.015  # log of a speedup from which a cause is named
 
 
@@ -52,30 +53,39 @@ def by_operator(e: Explanation) -> list[OperatorSpeedup]:
     those of the result."""
     p = forward_passes(WorkloadBatch.of([e.dense, e.pruned]), e.hardware)
     scale = np.array([e.result.dense_s, e.result.pruned_s]) / p.total_s
-    own, names = p.workloads.owner, _names(p.workloads.rows)
-
-    def of_models(values: FloatArray, name: str) -> FloatArray:
-        return p.workloads.total(np.where(names == name, values, 0.0))
-
-    steps = effects(p) | {"fixed": p.row_s}
-    filled = waves(p)[1]
-    out = []
-    for name in dict.fromkeys(names.tolist()):
-        times = {step: of_models(values, name) for step, values in steps.items()}
-        rows = [np.where((own == i) & (names == name), p.row_s, -1.0) for i in range(2)]
-        longest = filled[[int(np.argmax(of_model)) for of_model in rows]]
-        ideal = times["ideal"]
-        bound = float(ideal[0] / ideal[1]) if ideal.min() > 0.0 else np.nan
-        cause = _cause(times, longest)
-        dense_s, pruned_s = (scale * times["fixed"]).tolist()
-        out.append(OperatorSpeedup(name, dense_s, pruned_s, bound, cause))
-    out.sort(key=lambda one: -one.dense_s)
+    divided = _Divided(p, effects(p) | {"fixed": p.row_s}, waves(p)[1], _names(p.workloads.rows))
+    found = [divided.operator(name, scale) for name in dict.fromkeys(divided.names.tolist())]
+    found.sort(key=lambda one: -one.dense_s)
     gaps = p.device_s - p.workloads.total(p.row_s)
     for name, spent in (("gaps", gaps), ("host", p.total_s - p.device_s)):
-        if spent.max() > 0.001 * p.total_s.max():
+        if spent.max() > LEAST * p.total_s.max():
             dense_s, pruned_s = (scale * spent).tolist()
-            out.append(OperatorSpeedup(name, dense_s, pruned_s, np.nan, _OUTSIDE[name]))
-    return out
+            found.append(OperatorSpeedup(name, dense_s, pruned_s, np.nan, _OUTSIDE[name]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """A dense and a pruned pass by operator."""
+
+    passes: PredictedPass
+    steps: Mapping[str, FloatArray]  # seconds of rows with cumulative effects
+    filled: FloatArray  # waves of rows
+    names: Array  # operators of rows
+
+    def operator(self, name: str, scale: FloatArray) -> OperatorSpeedup:
+        """Return an operator, with its times multiplied by ``scale``."""
+        workloads, mine = self.passes.workloads, self.names == name
+        times = {
+            step: workloads.total(np.where(mine, values, 0.0))
+            for step, values in self.steps.items()
+        }
+        rows = [np.where((workloads.owner == i) & mine, self.passes.row_s, -1.0) for i in range(2)]
+        longest = self.filled[[int(np.argmax(of_model)) for of_model in rows]]
+        ideal = times["ideal"]
+        bound = float(ideal[0] / ideal[1]) if ideal.min() > 0.0 else np.nan
+        dense_s, pruned_s = (scale * times["fixed"]).tolist()
+        return OperatorSpeedup(name, dense_s, pruned_s, bound, _cause(times, longest))
 
 
 _OUTSIDE = {

@@ -114,12 +114,10 @@ def request_results(
 ) -> Results:
     """Return the results of requests that differ only in shape, by request, pruning and device.
     Workloads differ between devices where the engine's arithmetic or token budget does."""
-    models = [p.model for p in prunings if p.model is not None]
-    together = [[hw] for hw in hardware] if any(p.formats for p in prunings) else [hardware]
-    parts = []
-    for some, devices in (group for one in together for group in by_budget(requests, one, models)):
-        computed = [p.computed(some[0], devices[0]) for p in prunings]
-        parts.append(results_of(batch_of(some, computed, reject), prunings, devices, some, reject))
+    parts = [
+        results_of(batch_of(some, computed, reject), prunings, devices, some, reject)
+        for some, computed, devices in _computed_together(requests, prunings, hardware)
+    ]
     if len(parts) == 1:
         return parts[0]
     results = Results.join(parts)
@@ -131,6 +129,17 @@ def request_results(
     label = {hw.label: i for i, hw in enumerate(hardware)}
     device = [label[name] for name in results.columns["hardware"].tolist()]
     return results.take(np.lexsort((np.array(device), results.pruning, np.array(place))))
+
+
+def _computed_together(
+    requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]
+) -> Iterator[tuple[list[Request], list[Pruning], tuple[HardwareProfile, ...]]]:
+    """Yield the requests and prunings as some devices compute them, with these devices."""
+    models = [p.model for p in prunings if p.model is not None]
+    together = [[hw] for hw in hardware] if any(p.formats for p in prunings) else [hardware]
+    for one in together:
+        for some, devices in by_budget(requests, one, models):
+            yield some, [p.computed(some[0], devices[0]) for p in prunings], devices
 
 
 def against(
