@@ -187,7 +187,7 @@ def _of_files(
     _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
     if notes:  # the files belong to the prunings by their order
         raise InputError(notes[0])
-    return hw.title, hw, cases, notes, compare_files(cases, runs, asked["dtype"])
+    return hw.title, hw, cases, notes, compare_files(cases, runs, run.text("dtype"))
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:

@@ -311,7 +311,7 @@ class Run:
             if parsed["batch"] != [1] or parsed["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
             parsed["batch"] = integers("--concurrency", concurrency)
-        if "link" in parsed and parsed.get("devices") == 1:
+        if "link" in parsed and parsed.get("devices") == [1]:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (parsed.get("dense_s"), rate, file)) > 1:
             raise InputError(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from simulator.display import few
+from simulator.display import few, one_percentage
 from simulator.errors import InputError, one_line
 from simulator.units import finite as finite
 from simulator.units import percent as percent
@@ -169,7 +169,7 @@ def notes(lines: Iterable[str], verbose: bool = False) -> None:
     """Print notes to standard error, the most important first: with ``verbose`` all, else
     :data:`MOST_NOTES`. Notes that state the same of several subjects ("A: text", "B: text") become
     one. A run calls this once."""
-    found = same_together(lines)
+    found = same_together(one_percentage(lines))
     shown = found if verbose else found[:MOST_NOTES]
     more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""
     for i, line in enumerate(shown, start=1):

@@ -434,7 +434,7 @@ def write(lines: Sequence[str], style: str = "") -> None:
 
 
 def choose() -> None:
-    """Explain the chosen pruning from now on, instead of the fastest."""
+    """Explain the chosen pruning from now on, instead of the least efficient."""
     st.session_state.detail = st.session_state.explained
 
 

@@ -15,6 +15,7 @@ from simulator.plans.variants import (
     text_of,
     variant,
 )
+from simulator.pruning import prune_model
 
 pytestmark = pytest.mark.quick
 
@@ -81,3 +82,11 @@ def test_generated_widths_are_aligned_and_shared_by_the_devices(devices: int) ->
     dense = latent.layers[1]
     texts = [text_of("attention", one, dense) for one in generated("attention", dense)]
     assert texts == ["dense", "none"]
+
+
+def test_a_fraction_removes_what_the_family_width_removes() -> None:
+    model = load_model("llama-3.1-8b")
+    (dense, *_), pruned = model.layers, prune_model(model, "width mlp=0.3 attention=0.25")
+    assert variant("mlp", "0.3", variant("attention", "25%", dense)) == pruned.layers[0]
+    with pytest.raises(InputError, match="a fraction to remove"):
+        variant("mlp", "1.3", dense)

@@ -526,3 +526,20 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
         )
         with pytest.raises(InputError, match=re.escape(message)):
             read_grid(tmp_path / "bad.yaml")
+
+
+def test_a_grid_may_be_a_mapping() -> None:
+    axes = {
+        "models": ["llama-3.1-8b"],
+        "hardware": ["h100"],
+        "prune": ["depth 0.25"],
+        "phases": ["decode"],
+        "batches": [1, 8],
+        "seqs": [2048],
+    }
+    frame = simulator.sweep(axes)
+    assert frame["batch"].tolist() == [1, 8]
+    with pytest.raises(InputError, match="batchs"):
+        simulator.sweep({**axes, "batchs": [1]})
+    with pytest.raises(InputError, match="grid: expected a mapping of texts"):
+        simulator.sweep({"models": {1, 2}} | {(1, 2): 3})
