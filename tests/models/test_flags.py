@@ -12,7 +12,6 @@ import pytest
 from calibration.evidence import models
 from calibration.evidence.models import Case
 from simulator.capacity import cache_bytes
-from simulator.errors import InputError
 from simulator.models.library import from_hf_config
 from simulator.models.lower import lower
 from simulator.pruning import prune_model
@@ -163,49 +162,3 @@ def test_heads_have_their_own_rows_and_projections() -> None:
     assert (w.m[row].tolist(), w.n[row].tolist(), w.k[row].tolist()) == ([2], [64], [64])
     # the first layer has no norm before its attention
     assert w.layers[w.is_role("attention_norm")].sum() == 3
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("kind", "keys", "rotary"),
-    [
-        ("bloom", {**GPT, "n_embed": 64}, [0, 0]),
-        ("falcon", {**SIZES, "alibi": True}, [0] * 4),
-        ("gptj", {**GPT, "rotary_dim": 8}, [8, 8]),
-        ("phi", GROUPED, [8] * 4),
-        ("cohere2", GROUPED, [16, 16, 16, 0]),
-        ("exaone4", {**GROUPED, "sliding_window": None}, [16] * 4),
-        ("exaone4", GROUPED, [16, 16, 16, 0]),
-        ("granite_swa", {**GROUPED, "layer_rope_theta": [0, 1, 1, 0]}, [0, 16, 16, 0]),
-        (
-            "cohere_compass_text",
-            {**GROUPED, "layer_types": KINDS, "rope_parameters": {"full_attention": None}},
-            [0, 0, 16, 16],
-        ),
-        ("gpt_neox", {**FULL, "rope_parameters": {"partial_rotary_factor": 0.5}}, [8] * 4),
-    ],
-)
-def test_rotary_positions(kind: str, keys: dict[str, Any], rotary: list[int]) -> None:
-    layers = read(kind, **keys).layers
-    assert [layer.of("attention").rotary for layer in layers] == rotary
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("kind", "keys", "reason"),
-    [
-        ("doge", {**GROUPED, "is_moe": True}, "is_moe: expected false"),
-        ("helium", {**GROUPED, "head_dim": 8}, "head_dim: expected hidden_size 64 / num_attention"),
-        ("gpt_neo", {**SIZES, "attention_types": [["local", 4]]}, "attention_types: expected a li"),
-        ("gpt_neo", {**SIZES, "attention_types": [[["local"], 3]]}, "expected 4 layers, got 3"),
-        ("granite_swa", {**GROUPED, "layer_rope_theta": [0]}, "expected a list of 4 numbers"),
-        ("apertus1p5_text", {**GROUPED, "output_vocab_size": 101}, "output_vocab_size: expected"),
-        ("falcon", {**SIZES, "num_kv_heads": 3, "new_decoder_architecture": True}, "num_kv_heads"),
-        ("dory", {**DORY, "n_recurrent_layers": 8}, "n_recurrent_layers: expected 8 layers"),
-        ("dory", {**DORY, "recurrent_kv_cache_mode": "last_loop"}, "expected per_loop"),
-        ("gpt2", {**GPT, "hidden_size": 32}, "hidden_size: is not understood"),
-    ],
-)
-def test_bad_flags_are_named(kind: str, keys: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        read(kind, **keys)
