@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from shaped import Sizes, value_of
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import from_hf_config
@@ -16,11 +15,12 @@ from simulator.models.model import Model
 
 pytestmark = pytest.mark.quick
 
-TABLE = yaml.safe_load(Path(__file__).with_name("configs.yaml").read_text(encoding="utf-8"))
+TABLE = tables_of("models/configs.yaml")
 
 
 def content_of(row: dict[str, Any]) -> dict[str, Any]:
-    return TABLE["bases"][row["of"]] | row["keys"]
+    content: dict[str, Any] = TABLE["bases"][row["of"]] | row["keys"]
+    return content
 
 
 def stated(model: Model, path: str) -> Any:
