@@ -161,20 +161,7 @@ def test_layers_that_a_model_lacks(text: str) -> None:
         LayerRange.parse(text).numbers(8)
 
 
-@pytest.mark.parametrize(
-    ("part", "needs"),
-    [
-        ({"prune": [{"width": "s"}]}, True),
-        ({"prune": [{"width": 0.5}]}, False),
-        ({"prune": [{"kv_cache": None, "budget": 64}]}, False),
-        ({"prune": [{"kv_cache": None, "budget": "s * 64"}]}, True),
-        ({"prune": [{"width": "s"}], "per_layer": "layer / layers / 2"}, False),
-        ({"prune": [{"token": "s"}], "per_layer": "geometric"}, True),
-        ({"dynamic": {"mlp": {"m": "1 - s"}}}, True),
-        ({"adds": [{"time": {"seconds": "1us", "role": "sort", "when": "s > 0.5"}}]}, True),
-        ({"adds": [{"time": {"seconds": "1us", "role": "sort"}}]}, False),
-    ],
-)
+@pytest.mark.parametrize(("part", "needs"), tables_of("pruning/mistakes.yaml")["needs"])
 def test_a_request_states_s_if_an_expression_has_it(part: dict[str, Any], needs: bool) -> None:
     assert Description.of({"method": "m", **part}).needs_sparsity == needs
 
