@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from shaped import Layer, cut, layer, sublayer_of
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -44,13 +45,7 @@ def test_texts_are_read_back(sublayer: str, dense: Layer, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sublayer", "text", "message"),
-    [
-        ("attention", "kv=3", "divides the 32 query heads"),
-        ("attention", "kv=16", "at most heads=32 kv=8"),
-        ("attention", "kv=4 kv=2", "expected dense, none, linear"),
-        ("mlp", "20000", "a width up to 14336"),
-    ],
+    ("sublayer", "text", "message"), tables_of("plans/mistakes.yaml")["variants"]
 )
 def test_variants_that_do_not_fit_are_one_line(sublayer: str, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
