@@ -159,7 +159,17 @@ def test_choices_are_all_combinations(tmp_path: Path) -> None:
     assert [len(own) for own in read(tmp_path, many, "choices.yaml").layers] == [2] * 30
 
 
-@pytest.mark.parametrize(("text", "message"), tables_of("plans/mistakes.yaml")["choices"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *tables_of("plans/mistakes.yaml")["choices"],
+        (f"mlp: {[768] * 50_000}\n", "mlp: expected a list of 1 to 4096 variants, got 50000$"),
+        (
+            f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n",
+            "layer 0: expected at most 4096 variants",
+        ),
+    ],
+)
 def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, text, "choices.yaml")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from shaped import Layer, cut, layer
-from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import from_hf_config, load_model
@@ -243,7 +242,42 @@ def test_wrong_validations_are_named(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "reason"), tables_of("plans/mistakes.yaml")["content"])
+def _puzzle(**change: Any) -> dict[str, Any]:
+    own = variant(4, 2048, 1.0, 0.0)
+    return {"layer_0": {"own": {part: own[part] | change.get(part, {}) for part in own}}}
+
+
+OTHER = (
+    "own.json: expected Puzzle's block_library.json .*, or the folder of Puzzletron's validations"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (7, OTHER),
+        ([{"parent_layer_indices": [0]}], OTHER),  # the replacement_library.json of version 0.3
+        ({"replacement_0": {"metrics": {}}}, OTHER),
+        ({"layer_2": {"own": {}}}, "own.json: layer_2: expected layer_0 to layer_1"),
+        ({"layer_0": {"own": {}}}, "own.json: layer_0.own.stats: missing; expected an object"),
+        (
+            _puzzle(stats={"num_kv_heads": 3}),
+            "layer_0.own.stats.num_kv_heads: expected a divisor of 8 query heads",
+        ),
+        (
+            _puzzle(stats={"runtime_ms": "1"}),
+            "layer_0.own.stats.runtime_ms: expected a finite number, got '1'",
+        ),
+        (
+            _puzzle(metrics={"kl_div": float("nan")}),
+            "layer_0.own.metrics.kl_div: expected a finite number, got",
+        ),
+        (
+            _puzzle(metrics={"kl_div": 10**4000}),
+            "layer_0.own.metrics.kl_div: expected a finite number, got",
+        ),
+    ],
+)
 def test_other_content_is_named(content: Any, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as error:
         read(content)
