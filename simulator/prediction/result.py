@@ -255,7 +255,7 @@ class Result(Displayed):
 
     @property
     def _name(self) -> str:
-        if self.formats and self.family == "none":
+        if self.formats and self.family == "none" and not self.pruned:
             return "dense"
         family = self.prune in ("", self.family, f"{self.family} {self.sparsity:.9g}")
         return self.pruned or self.method or (self.family if family else self.prune)

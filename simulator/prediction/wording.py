@@ -40,10 +40,10 @@ def shares(r: Result) -> str:
     """Return the share of all parts that is removed, requested and realised; "" if the pruning's
     name has it."""
     requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
-    if r.name.startswith("dense") and r.family == "none":
-        return ""
     if r.pruned:
         return f"{requested} of all parameters removed"
+    if r.family == "none":
+        return ""
     if requested in r.pruning:
         return "" if realised == requested else f"{realised} realised"
     if not r.parts and realised == requested:
