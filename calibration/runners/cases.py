@@ -398,6 +398,16 @@ def in_turns(
     return found
 
 
+def repeated(sample: Callable[[], float], limit_s: float) -> tuple[float, float]:
+    """Return the median of a few samples after an untimed one, and its relative half-width."""
+    start = time.perf_counter()
+    sample()
+    found = list[float]()
+    while len(found) < LEAST or (len(found) < ENOUGH and time.perf_counter() - start < limit_s):
+        found.append(sample())
+    return median(found), 0.5 * (max(found) - min(found)) / median(found)
+
+
 def looped(step: Callable[[], Any], synchronize: Callable[[], Any]) -> Sampler:
     def sample(loops: int) -> float:
         synchronize()
@@ -427,7 +437,8 @@ class ModelRun:
 class Observation:
     """A pass of a dense model."""
 
-    seconds: float  # without the profiler
+    seconds: float  # median without the profiler
+    half: float  # relative half-width of its 95 % interval, or of its extremes
     kernels: Mapping[str, float]  # time of each kernel by its name, s, with the profiler
     version: str  # the engine's
 
@@ -455,8 +466,12 @@ class Runner:
         nothing any more; Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
 
-    def observe(self, case: Case) -> Observation:
-        """Run the dense model of a case and take its pass apart with the engine's own profiler."""
+    def begin(self, case: Case) -> None:
+        """Start the dense model, which :meth:`observe` runs."""
+
+    def observe(self, case: Case, seconds: float) -> Observation:
+        """Run the dense model of a case for some seconds, and take its pass apart with the engine's
+        own profiler."""
         raise Unsupported(f"{self.model.engine} has no profiler to take its passes apart")
 
     def close(self) -> None: ...

@@ -302,7 +302,7 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     plant(slower="30")  # else it is faster than the CPU of the profile can be
     line = "calibrate engine --engine vllm -o run --hardware cpu --dtype fp32"
     out, _ = cli(line)
-    assert "Use run/profile.yaml as --hardware: it predicts the measured passes within" in out
+    assert "Use run/profile.yaml as --hardware: it predicts passes that are left out within" in out
     (found,) = load_hardware("run/profile.yaml").engines.values()
     assert (found.version, found.tokens) == (RELEASES[1], (1, 4, 16, 128, 512))
     assert set(found.operators) == {"gemm", "prefill_attention", "decode_attention"}

@@ -29,7 +29,6 @@ import os
 import re
 import select
 import signal
-import statistics
 import subprocess
 import tempfile
 import time
@@ -49,6 +48,7 @@ from calibration.runners.cases import (
     Observation,
     Runner,
     in_turns,
+    repeated,
 )
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import Kind
@@ -70,6 +70,7 @@ MOST = 50  # most pairs of one case
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
+_LEAST_BATCHED = 256  # tokens of one step; vLLM expects at least one per sequence
 _MOST_BATCHED = 32768  # tokens of one step in prefill and generate cases
 _BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
@@ -127,8 +128,8 @@ class VllmRunner(Runner):
         self.dtype = model.dtype
         self.patience_s = patience_s
         self.budget = _BATCHED["cpu" if device.name == "cpu" else "cuda"]
-        least = LargestRequest(batched=self.budget)
-        self.sizes = {False: least, True: least}  # key: in serve
+        # key: in serve. More tokens per step than the cases need lengthen the start of a model
+        self.sizes = {False: LargestRequest(batched=_LEAST_BATCHED), True: LargestRequest()}
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Served, EngineProcess] = {}
         self.traced = False  # whether engines start with their profiler
@@ -154,6 +155,8 @@ class VllmRunner(Runner):
             )
         serving = case.phase == "serve"
         sizes = self.sizes[serving].with_case(case)
+        if serving:
+            sizes = replace(sizes, batched=self.budget)
         positions = self.models.dense.max_positions
         if sizes.tokens > positions:
             raise InputError(
@@ -177,11 +180,14 @@ class VllmRunner(Runner):
                 "reason": str(error),
             }
 
-    def observe(self, case: Case) -> Observation:
+    def begin(self, case: Case) -> None:
         self.traced = True
+        self._engine((self.models.dense, False))
+
+    def observe(self, case: Case, seconds: float) -> Observation:
         engine = self._engine((self.models.dense, False))
         tokens, output = lengths(case)
-        samples = [self._sample(case, engine)[0][0] for _ in range(1 + ENOUGH)]
+        times = repeated(lambda: self._sample(case, engine)[0][0], seconds)
         steps = engine.ask(
             "profile",
             folder=str(engine.log.with_name(_TRACE)),
@@ -202,7 +208,7 @@ class VllmRunner(Runner):
         kernels = {
             name: sum(step.get(name, 0.0) for step in found) / len(found) for name in found[0]
         }
-        return Observation(statistics.median(samples[1:]), kernels, engine.versions["vllm"])
+        return Observation(*times, kernels, engine.versions["vllm"])
 
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
         serving = case.phase == "serve"
