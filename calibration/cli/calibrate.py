@@ -110,8 +110,9 @@ def in_format(run: options.Run, device: str) -> options.Run:
     if slow:
         use = "it is emulated slowly; use --dtype fp32" if asked else "fp32 is used"
         render.status(f"{slow} has no bf16 instructions that torch uses; {use}")
-    chosen: Any = run
-    return replace(chosen, dtype=asked or ("fp32" if slow else DEFAULT_DTYPE))
+    settings: Any = run  # a dataclass, see run_options
+    chosen: options.Run = replace(settings, dtype=asked or ("fp32" if slow else DEFAULT_DTYPE))
+    return chosen
 
 
 @options.expanded("csv", "figure")

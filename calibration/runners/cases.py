@@ -246,9 +246,8 @@ def cases_of(
         except InputError as error:
             notes[f"excluded: {pruning.prune or pruning.title} in {request.phase}: {error}"] = None
     if not cases:
-        raise InputError(
-            next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare"
-        )
+        reasons = (note.removeprefix("excluded: ") for note in notes)
+        raise InputError("; ".join(reasons) or "nothing to compare")
     return list(cases.values()), list(notes)
 
 
@@ -430,7 +429,7 @@ class ModelRun:
     # the model's config.json, for engines of a library
     content: Mapping[str, Any] = field(default_factory=dict)
     python: str = sys.executable  # interpreter that has vLLM
-    seed: int = 0  # determines weights and the order of the cases
+    seed: int = 0  # determines the weights
 
 
 @dataclass(frozen=True)
@@ -448,6 +447,18 @@ class Runner:
         self.device = device
         self.model = model
         self.interrupted: Callable[[], bool] = lambda: False  # whether the user requested an end
+
+    # duration of the last start of a model; 0 where none takes long
+    start_s = 0.0
+
+    @property
+    def least_s(self) -> float:
+        """Shortest budget that times a case, s; 0 if unknown."""
+        return 0.0
+
+    def starts(self, case: Case) -> bool:
+        """Return whether a model must start to time a case."""
+        return True
 
     @property
     def apart(self) -> tuple[str, ...]:

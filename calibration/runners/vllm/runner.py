@@ -67,6 +67,7 @@ STEPS = 32  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
+SHORTEST_START_S = 10.0  # shortest start of a model that was seen, on two cores of an AMD EPYC
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
@@ -142,6 +143,17 @@ class VllmRunner(Runner):
             self._folder = None
 
     @property
+    def least_s(self) -> float:
+        return 2.0 * SHORTEST_START_S
+
+    def starts(self, case: Case) -> bool:
+        return not {*self._pair(case)} <= {*self.engines}
+
+    def _pair(self, case: Case) -> list[Served]:
+        serving = case.phase in self.apart
+        return [(self.models.dense, serving), (self.models.pruned(case), serving)]
+
+    @property
     def apart(self) -> tuple[str, ...]:
         return ("serve",) if self.sizes[False].batched > self.budget else ()
 
@@ -212,10 +224,7 @@ class VllmRunner(Runner):
 
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
         serving = case.phase == "serve"
-        pair = [
-            (model, case.phase in self.apart)
-            for model in (self.models.dense, self.models.pruned(case))
-        ]
+        pair = self._pair(case)
         limit = min(0.8 * seconds, LONGEST_S)
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
@@ -316,6 +325,7 @@ class VllmRunner(Runner):
                     "torch_profiler_dir": str(trace),
                     "torch_profiler_with_stack": False,
                 }
+            start = time.monotonic()
             self.engines[one] = EngineProcess(
                 {**self._settings(one), **folders},
                 file.with_name("output.txt"),
@@ -324,6 +334,7 @@ class VllmRunner(Runner):
                 patience_s=self.patience_s,
                 interrupted=self.interrupted,
             )
+            self.start_s = time.monotonic() - start
         return self.engines[one]
 
     def _settings(self, one: Served) -> dict[str, Any]:
