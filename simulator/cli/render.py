@@ -290,7 +290,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         if not usable:
             if now - printed >= PROGRESS_EVERY_S:
                 printed = now
-                status(f"{what}: {done} of {total}, {left:.0f} s left")
+                status(f"{what}: {done} of {max(done, total)}, {left:.0f} s left")
             return
         if elapsed < PROGRESS_AFTER_S:
             return

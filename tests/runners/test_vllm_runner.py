@@ -323,6 +323,24 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     assert len(row["passes"]) == len(records) == 10
 
 
+def test_a_calibrated_engine_runs_the_settings_that_are_asked_within_its_budget(
+    plant: Callable[..., None], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("calibration.devices.open_device", lambda name, **_: _device(name))
+    plant(slower="30")
+    line = "calibrate engine --engine vllm --hardware cpu --dtype fp32 --batch 2,3 --seq 64"
+    (row,) = cli.json(f"{line} --phase decode -o run")
+    assert {(p["phase"], p["batch"], p["seq"]) for p in row["passes"]} == {
+        ("decode", 2, 64),
+        ("decode", 3, 64),
+    }
+    assert "Known: decode, prefill" in cli.refused(f"{line} --phase serve -o other")
+    _, err = cli(f"{line} --budget 0.001s -o short")  # the first setting of every phase
+    assert len(read_store(Path("short/engine.vllm.jsonl")).rows) == 4
+    assert "4 passes left (budget); run the command again to resume" in err
+
+
 def test_vllm_must_be_installed() -> None:
     (case,) = _cases("depth 0.25")
     with pytest.raises(InputError, match=r"vLLM is not installed .* pip install vllm"):
@@ -351,6 +369,15 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
             runner.check(case)
         assert runner.record(case, 10.0)["status"] == "unsupported"
         assert not runner.engines
+
+
+def test_a_step_has_as_many_tokens_as_the_cases_need(plant: Callable[..., None]) -> None:
+    """More tokens per step lengthen the start of a model."""
+    for phases, tokens in ((("prefill", "decode"), 256), (("serve",), 2048)):
+        cases = _cases("depth 0.25", phases=phases, batch=1, seq=128)
+        with closing(_runner(cases)) as runner:
+            settings = runner.record(cases[0], 0.0)["settings"]
+        assert settings["max_num_batched_tokens"] == tokens
 
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:
