@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -336,6 +337,7 @@ def test_a_calibrated_engine_runs_the_settings_that_are_asked_within_its_budget(
         ("decode", 3, 64),
     }
     assert "Known: decode, prefill" in cli.refused(f"{line} --phase serve -o other")
+    monkeypatch.setattr(ReplayDevice, "clock", lambda device: time.monotonic())
     _, err = cli(f"{line} --budget 0.001s -o short")  # the first setting of every phase
     assert len(read_store(Path("short/engine.vllm.jsonl")).rows) == 4
     assert "4 passes left (budget); run the command again to resume" in err
