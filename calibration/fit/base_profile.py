@@ -233,8 +233,7 @@ def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
     for code in np.unique(timed.dtype[products]):
         dtype = DTYPES[int(code)]
         if dtype in rates and base.sources.get(f"rates.{dtype}") == MEASURED:
-            rows = products & (timed.dtype == code)
-            reached = float(np.max(flops[rows] / timed.seconds[rows]))
+            reached = float(np.max((flops / timed.seconds)[products & (timed.dtype == code)]))
             rates[dtype] = replace(
                 rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached))
             )

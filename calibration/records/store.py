@@ -382,9 +382,10 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
         timings["idle"] = {**idle, "weight_dtype": header.dtype}
-    inner = ("own", "again")
-    rows = [{k: v for k, v in row.items() if k not in inner} for row in timings.values()]
-    return Records.from_rows(rows, [header.source()])
+    for timing in timings.values():
+        for name in ("own", "again"):  # of several visits
+            timing.pop(name, None)
+    return Records.from_rows(timings.values(), [header.source()])
 
 
 def _faster(earlier: Row, timing: Row) -> Row:

@@ -246,8 +246,7 @@ def cases_of(
         except InputError as error:
             notes[f"excluded: {pruning.prune or pruning.title} in {request.phase}: {error}"] = None
     if not cases:
-        reasons = (note.removeprefix("excluded: ") for note in notes)
-        raise InputError("; ".join(reasons) or "nothing to compare")
+        raise InputError("; ".join(notes).replace("excluded: ", "") or "nothing to compare")
     return list(cases.values()), list(notes)
 
 

@@ -581,8 +581,9 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     measured, predicted, lower, upper, roofline = (
         [getattr(r, name) for r in rows] for name in names
     )
-    spreads = [spread_of(r) for r in rows]
-    every = verdict_of("speedups", measured, predicted, lower, upper, roofline, spreads)
+    every = verdict_of(
+        "speedups", measured, predicted, lower, upper, roofline, list(map(spread_of, rows))
+    )
     first = rows[0]
     worst = _in_words(max(rows, key=lambda r: abs(r.error)))
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"

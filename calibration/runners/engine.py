@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -148,6 +148,12 @@ class _Plan:
     def passes(self) -> list[tuple[int, Setting]]:
         return list(itertools.product(self.layers, self.settings))
 
+    def found(self, records: Iterable[Mapping[str, Any]]) -> list[Pass]:
+        """Return the passes that have a record."""
+        rows = {str(row["key"]): row for row in records}
+        keys = ((layers, one, self.key(layers, one)) for layers, one in self.passes)
+        return [_pass_of((layers, *one), rows[key]) for layers, one, key in keys if key in rows]
+
     def key(self, layers: int, setting: Setting) -> str:
         phase, batch, seq = setting
         of = self.model
@@ -172,8 +178,10 @@ def observe(
     name = ENGINE_RECORDS.format(model.engine)
     file, header = begin(folder, device, model.dtype, budget_s, name, model=model.config.name)
     plan = _Plan(model, settings, device.clock(), budget_s, device.clock)
-    copies = {n: replace(model, config=fewer_layers(model.config, n)) for n in plan.layers}
-    runners = {n: runner_of(device, copy) for n, copy in copies.items()}  # starts nothing
+    runners = {  # starts nothing
+        n: runner_of(device, replace(model, config=fewer_layers(model.config, n)))
+        for n in plan.layers
+    }
     file.parent.mkdir(exist_ok=True)
     with Store(file, header) as kept, Interrupt() as interrupt:
 
@@ -186,65 +194,57 @@ def observe(
         # the speed of a CPU drifts, so both copies run in turns; on a GPU, a copy needs the memory
         groups = [plan.layers] if device.name == "cpu" else [(n,) for n in plan.layers]
         try:
-            for number, group in enumerate(groups):
+            for later, group in zip(reversed(range(len(groups))), groups):
                 with contextlib.ExitStack() as opened:
                     some = {n: opened.enter_context(closing(runners[n])) for n in group}
-                    _observe_copies(some, plan, kept, len(groups) - 1 - number)
+                    _observe_copies(some, plan, kept, later)
         except Interrupted:
             done = f"{len(kept.rows)} of {len(plan.passes)} passes are in {file}"
             raise KeyboardInterrupt(f"{done}; run the command again to resume") from None
-        rows = {str(row["key"]): row for row in kept.rows}
-    found = ((layers, one, plan.key(layers, one)) for layers, one in plan.passes)
-    return [_pass_of((layers, *one), rows[key]) for layers, one, key in found if key in rows]
+        return plan.found(kept.rows)
 
 
 def _observe_copies(runners: Mapping[int, Runner], plan: _Plan, kept: Store, later: int) -> None:
     """Observe the passes of copies that run in turns, in their share of the time; ``later`` as many
     starts follow."""
-    done = {str(row["key"]) for row in kept.rows}
-    todo = [
-        (layers, one)
-        for one in plan.settings
-        for layers in runners
-        if plan.key(layers, one) not in done
-    ]
-    cases = [_case_of(plan.model, layers, *one) for layers, one in todo]
-    for (layers, _), case in zip(todo, cases):
-        runners[layers].check(case)
+    todo = _todo(runners, plan, kept)
     least = len({phase for phase, _, _ in plan.settings}) * len(runners)
     before_s = plan.left_s
     try:
-        for (layers, _), case in zip(todo[: len(runners)], cases):
+        for layers in runners:
             _refuse_interrupt(runners[layers])
-            runners[layers].begin(case)
+            for _, _, case in [one for one in todo if one[0] == layers][:1]:
+                runners[layers].begin(case)
         # what follows takes as long to start, and gets as much time
         started_s = before_s - plan.left_s
         end_s = plan.left_s - (plan.left_s - later * started_s) / (1 + later)
-        for number, ((layers, one), case) in enumerate(zip(todo, cases)):
+        for number, (layers, key, case) in enumerate(todo):
             _refuse_interrupt(runners[layers])
             share_s = (plan.left_s - end_s) / (len(todo) - number)
             if share_s <= 0.0 and number >= least:
                 return
             found = runners[layers].observe(case, share_s / (1.0 + PROFILED))
-            about = {
-                "type": "engine",
-                "key": plan.key(layers, one),
-                "model": plan.model.config.name,
-            }
+            about = {"type": "engine", "key": key, "model": plan.model.config.name}
             kept.append({**about, **asdict(found)})
     except (Unsupported, OutOfMemory, RuntimeError, MemoryError) as error:
-        reason = one_line(str(error), 300)
-        raise InputError(f"{plan.model.engine}: {reason}") from None
+        raise InputError(f"{plan.model.engine}: {one_line(str(error), 300)}") from None
+
+
+def _todo(runners: Mapping[int, Runner], plan: _Plan, kept: Store) -> list[tuple[int, str, Case]]:
+    """Return layers, key and case of the passes that have no record; every case can run."""
+    done = {str(row["key"]) for row in kept.rows}
+    todo = list[tuple[int, str, Case]]()
+    for setting, layers in itertools.product(plan.settings, runners):
+        if (key := plan.key(layers, setting)) not in done:
+            w = workload_of(plan.model, layers, *setting)
+            todo.append((layers, key, Case(Pruning(()), (), w, w)))
+            runners[layers].check(todo[-1][2])
+    return todo
 
 
 def _refuse_interrupt(runner: Runner) -> None:
     if runner.interrupted():
         raise Interrupted
-
-
-def _case_of(model: ModelRun, *setting: Any) -> Case:
-    w = workload_of(model, *setting)
-    return Case(Pruning(()), (), w, w)
 
 
 def _pass_of(one: tuple[int, str, int, int], row: Mapping[str, Any]) -> Pass:
