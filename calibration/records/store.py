@@ -372,11 +372,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             timing = {**_timing(row, drifted), "line": position + 1}
             timing["flags"] |= Flag.POWER_CAPPED if slow else 0
             key = str(row["key"]) if "visit" in row and "key" in row else position
-            earlier = timings.get(key, timing)
-            timing["watts"] = timing["watts"] or earlier["watts"]
-            if timing["seconds"] > earlier["seconds"]:
-                timing = {**earlier, "watts": timing["watts"]}
-            timings[key] = timing
+            timings[key] = _faster(timings[key], timing) if key in timings else timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
@@ -386,7 +382,21 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
         timings["idle"] = {**idle, "weight_dtype": header.dtype}
+    for timing in timings.values():
+        for name in ("own", "again"):  # of several visits
+            timing.pop(name, None)
     return Records.from_rows(timings.values(), [header.source()])
+
+
+def _faster(earlier: Row, timing: Row) -> Row:
+    """Return the faster of two visits. Its time is known within the distance of the two fastest
+    visits, because a machine that others use repeats no time more closely."""
+    first, second = sorted((earlier, timing), key=lambda one: float(one["seconds"]))
+    apart = second["seconds"] / first["seconds"] - 1.0
+    again = min(earlier.get("again", math.inf), apart) if first is earlier else apart
+    own = first.get("own", first["spread"])
+    known = {"watts": timing["watts"] or earlier["watts"], "own": own, "again": again}
+    return {**first, **known, "spread": again if math.isnan(own) else max(own, again)}
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -30,13 +29,13 @@ from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Sampler, Unsupported
 from calibration.records.timing_table import Row
 from calibration.runners.cases import (
-    ENOUGH,
     Case,
     ModelRun,
     Observation,
     PairRunner,
     alternate,
     looped,
+    repeated,
 )
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
@@ -306,13 +305,18 @@ class HfRunner(PairRunner):
                 " model"
             )
 
+    def starts(self, case: Case) -> bool:
+        return case.prune not in self.kept
+
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
     def timed(self, case: Case, end: float) -> Row:
         if case.prune not in self.kept:
+            start = time.perf_counter()
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
             self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
+            self.start_s = time.perf_counter() - start
         dense = self.kept["dense"]
         pruned = self.kept[case.prune]
         runtime = "compiled" if self.model.engine == "compile" else "eager"
@@ -328,11 +332,14 @@ class HfRunner(PairRunner):
             "reason": MASKED if runtime == "compiled" else "",
         }
 
-    def observe(self, case: Case) -> Observation:
-        sample = eager_sampler(build(self.model, case.dense, self.device.name), case)
+    def begin(self, case: Case) -> None:
+        self.prepare(case)
+
+    def observe(self, case: Case, seconds: float) -> Observation:
+        sample = eager_sampler(self.kept["dense"], case)
         passes = 1 if case.phase == "prefill" else TOKENS + 1
         with torch.inference_mode():
-            samples = [sample(1) for _ in range(1 + ENOUGH)]
+            times = repeated(lambda: sample(1), seconds)
             with torch.profiler.profile() as profile:
                 sample(1)
         on_gpu = self.device.name.startswith("cuda")
@@ -341,9 +348,7 @@ class HfRunner(PairRunner):
             event.key: 1e-6 * float(getattr(event, own)) / passes
             for event in profile.key_averages()
         }
-        return Observation(
-            statistics.median(samples[1:]), kernels, metadata.version("transformers")
-        )
+        return Observation(*times, kernels, metadata.version("transformers"))
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:

@@ -36,6 +36,7 @@ T = TypeVar("T")
 ANSI: Mapping[str, int] = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 PIPED_WIDTH = 120  # columns of a table that goes to a pipe or a file
 PROGRESS_AFTER_S = 2.0  # run time after which a progress bar appears, s
+PROGRESS_EVERY_S = 30.0  # time between progress lines outside a terminal, s
 MOST_NOTES = 3  # notes that a run prints without --verbose
 
 # names of bottlenecks for narrow tables
@@ -275,20 +276,26 @@ class Output:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of steps done and their number that draws a bar on a terminal after some
-    seconds."""
-    start = time.monotonic()
+    """Yield a function of steps (or seconds) done and their number. On a terminal, it draws a bar
+    after some seconds; into a file, it prints a line every :data:`PROGRESS_EVERY_S`."""
+    start = printed = time.monotonic()
     shown = False
     usable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def report(done: int, total: int) -> None:
-        nonlocal shown
-        elapsed = time.monotonic() - start
-        if not usable or elapsed < PROGRESS_AFTER_S:
+        nonlocal shown, printed
+        now = time.monotonic()
+        elapsed = now - start
+        left = max(elapsed / max(done, 1) * (total - done), 0.0)
+        if not usable:
+            if now - printed >= PROGRESS_EVERY_S:
+                printed = now
+                status(f"{what}: {done} of {max(done, total)}, {left:.0f} s left")
+            return
+        if elapsed < PROGRESS_AFTER_S:
             return
         shown = True
-        filled = round(30 * done / max(total, 1))
-        left = elapsed / max(done, 1) * (total - done)
+        filled = min(round(30 * done / max(total, 1)), 30)
         sys.stderr.write(
             f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left"
             " \x1b[K"

@@ -303,7 +303,7 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     )
     texts = "--prune 'depth 0.5' --prune 'width mlp=0.5 layers=1-2'"
     out = cli.out(f"{line} {texts} --phase prefill,decode,generate --budget 6s")
-    assert "measured speedups; a verdict needs 10.\nWorst: " in out
+    assert "; a verdict needs 10.\nWorst: " in out
     assert out.count("generate") >= 2
     files = {p.name for p in folder.iterdir()}
     assert files == {
@@ -366,7 +366,8 @@ def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path,
     config.write_text(config.read_text().replace("12.0", "6.0"))  # the file is another model now
     _, other = cli.json(line)
     assert other["prune"] != model["prune"]
-    assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
+    records = read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows
+    assert len({row["key"] for row in records}) == 3
 
 
 @pytest.mark.parametrize(
