@@ -328,7 +328,7 @@ def describe(outcome: Outcome) -> str:
 def outcome_row(found: MeasuredRun) -> dict[str, Any]:
     outcome = found.outcome
     row = {
-        "planned": len(found.plan.items),
+        "planned": len(found.plan.items) - found.plan.spare,
         "elapsed_s": outcome.elapsed_s,
         "stopped": outcome.stopped,
     }

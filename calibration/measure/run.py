@@ -77,6 +77,7 @@ _FAILURES_IN_A_ROW = 5
 POWER_SHARE = 0.1  # largest share of a run that measures power
 # a GPU reaches its power limit in about a second
 SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192
+SUSTAINED_PROTOCOL = f"time of a GEMM of {SUSTAINED_SIZE}^3 under load, over that of a measurement"
 CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
@@ -391,6 +392,7 @@ def run(
             stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
             stopped = f"{LOST}: {error}"
+    state.counts.left = max(state.counts.left - plan.spare, 0)
     problems = (*state.problems, *_drift_notes(state), *_power_notes(state))
     return Outcome(state.counts, budget.elapsed_s, stopped, problems)
 

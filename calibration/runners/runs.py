@@ -8,6 +8,7 @@ to measure for a model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,18 +20,21 @@ import numpy as np
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
-from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.fit.profile import ProfileFit, fit_profile, provenance_of
 from calibration.measure.plan import (
+    FIT,
     SHARES,
+    Item,
     MeasurementPlan,
     Rates,
-    base_plan,
     in_order,
     next_rows,
     probe,
+    refilled_plan,
+    wave_gemms,
 )
 from calibration.measure.power import idle_power
-from calibration.measure.run import SUSTAINED, Outcome, run, sustained
+from calibration.measure.run import SUSTAINED, SUSTAINED_PROTOCOL, Outcome, run, sustained
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Content, Header, Store, content_records, parse, read_store
@@ -63,6 +67,7 @@ QUICK_SHARES = {
     "attention_decode": 0.15,
     "elementwise": 0.1,
 }
+TURNS = 0.1  # largest share of the time for GEMMs at the ends of waves
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
 # Purpose of records -> file and subject of their report
@@ -202,6 +207,7 @@ def measure_into(
     options: RunOptions,
     *,
     targets: TargetModels = (),
+    run_models: Sequence[Workload] = (),
     quick: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -209,8 +215,8 @@ def measure_into(
     """Plan and measure, into a new folder or the folder of an earlier run of the same device.
 
     The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are
-    measured exactly and first, in the order of how much they narrow the speedups. ``progress`` gets
-    seconds: passed, and in total.
+    measured exactly and first, in the order of how much they narrow the speedups. Then come the
+    GEMMs of ``run_models`` at the ends of waves. ``progress`` gets seconds: passed, and in total.
     """
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
@@ -224,10 +230,12 @@ def measure_into(
         save_hardware(replace(base, path=None), datasheet)
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        wanted = target_operators(targets, load_hardware(datasheet), every=quick) if targets else []
-        plan = _plan(wanted, rates, device, options, quick, protocol=protocol, seed=seed)
+        hw = load_hardware(datasheet)
+        wanted = target_operators(targets, hw, every=quick) if targets else []
+        turns = _turns_of(run_models, hw, options.dtype)
+        plan = _plan(wanted, turns, rates, device, options, quick, protocol=protocol, seed=seed)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
-        note(f"{len(plan.items)} operators planned: {counts}")
+        note(f"{len(plan.items) - plan.spare} operators planned, more if time is left: {counts}")
         return plan, protocol
 
     return measure_plan(file, header, device, options, planned, progress)
@@ -235,30 +243,50 @@ def measure_into(
 
 def _plan(
     wanted: Sequence[Operator],
+    turns: Sequence[Operator],
     rates: Rates,
     device: Device,
     options: RunOptions,
     quick: bool,
     **how: Any,
 ) -> MeasurementPlan:
-    """Plan the wanted operators, then a base plan in the time that is left."""
+    """Plan the wanted operators and the ``turns`` of waves, then a base plan in the time that is
+    left, then spare operators."""
     visits = default_visits(device.describe())
-    plan = in_order(wanted, rates, **how) if wanted else None
-    left = options.budget_s / visits - (plan.estimated_s if plan else 0.0)
-    if plan is None or left > 0.1 * options.budget_s / visits:
-        base = base_plan(
-            rates,
-            budget_s=left,
+    budget_s = options.budget_s / visits
+    first: list[Item] = []
+    for operators, most_s, purpose in ((wanted, math.inf, ""), (turns, TURNS * budget_s, FIT)):
+        items = in_order(operators, rates, **how).items if operators else ()
+        ends_s = np.cumsum([item.cost_s for item in items])
+        first += [
+            replace(item, purpose=purpose or item.purpose)
+            for item, end_s in zip(items, ends_s)
+            if end_s <= most_s
+        ]
+    first = [*{item.operator.key: item for item in reversed(first)}.values()][::-1]
+    left = budget_s - sum(item.cost_s for item in first)
+    if left > 0.1 * budget_s or not first:
+        plan = refilled_plan(
+            first,
+            left,
+            rates=rates,
             dtype=options.dtype,
             refuses=device.refuses,
             shares=QUICK_SHARES if quick else SHARES,
             kernels_apart=not quick,
             **how,
         )
-        first = {item.operator.key: item for item in plan.items} if plan else {}
-        rest = (item for item in base.items if item.operator.key not in first)
-        plan = replace(base, items=(*first.values(), *rest))
+    else:
+        plan = replace(in_order(wanted, rates, **how), items=tuple(first))
     return replace(plan, budget_s=options.budget_s, visits=visits)
+
+
+def _turns_of(models: Sequence[Workload], hw: HardwareProfile, dtype: str) -> list[Operator]:
+    """Return the GEMMs of models at the ends of waves; none for a CPU, which has no waves."""
+    if hw.architecture == "cpu":
+        return []
+    gemms = [op for w in models for op in _operators(w, every=False)]
+    return wave_gemms([(op.n, op.k) for op in gemms], hw.sm_count, dtype)
 
 
 def keep_apart(records: Records) -> Records:
@@ -292,9 +320,9 @@ def fit_run(
     path = Path(folder)
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
-    base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content)
+    base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content, records)
     fit: ProfileFit | Updated
-    fit = update_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
+    fit = update_profile(base, records) if anchor else _fitted(base, records, progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
@@ -314,12 +342,32 @@ def fit_run(
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
 
 
-def _with_sustained(base: HardwareProfile, content: Content) -> HardwareProfile:
+def _fitted(
+    base: HardwareProfile, records: Records, progress: Callable[[int, int], None] | None
+) -> ProfileFit:
+    """Fit records with the shipped fit of this GPU as prior. If they are too few, its sections are
+    the profile."""
+    shipped = base.architecture != "cpu" and any(kind == "gemm" for kind, _ in base.sections)
+    try:
+        return fit_profile(base, records, prior=base if shipped else None, progress=progress)
+    except InputError as error:
+        if not shipped:
+            raise
+        return ProfileFit(base, (), (str(error),))
+
+
+def _with_sustained(base: HardwareProfile, content: Content, records: Records) -> HardwareProfile:
     ratios = [float(row["ratio"]) for row in content.rows if row.get("type") == SUSTAINED]
     if not ratios:
         return base
     runtime = base.section("runtime", "*")
-    runtime = replace(runtime, constants={**runtime.constants, "sustained": Fitted(ratios[-1])})
+    about = replace(provenance_of(records), protocol=SUSTAINED_PROTOCOL, rows=len(ratios))
+    runtime = replace(
+        runtime,
+        constants={**runtime.constants, "sustained": Fitted(ratios[-1])},
+        provenance=runtime.provenance or about,
+        status="calibrated",
+    )
     return replace(base, sections={**base.sections, ("runtime", "*"): runtime})
 
 
