@@ -21,6 +21,7 @@ A record is a JSON-ready mapping:
 - ``method``: how launches were timed and kept cold
 - ``before``, ``after``: telemetry; a GPU's is read under load, ``after`` during the samples
 - ``visit``: round of the plan, from 0; the fastest counts (``calibration.records.store``)
+- ``spent_s``: time of the whole measurement, with its preparation
 - ``attempts``: number of measurements; ``throttled_samples`` were discarded because of throttling
 - ``waited``: share of the time in which this process waited for a CPU, where the system counts it
 - ``block``: number of the last drift check before this record
@@ -37,6 +38,7 @@ import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -277,7 +279,9 @@ class _Run:
         return {} if found is None or found.busy < BUSY else {"watts": found.watts}
 
     def keep(self, item: Item, protocol: Protocol, visit: int) -> str:
+        begin = self.device.clock()
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
+        record["spent_s"] = self.device.clock() - begin
         self.append(record)
         if "after" in record:
             self.telemetry.append(record["after"])
@@ -328,6 +332,8 @@ class _Budget:
     limit_s: float  # longest time of one operator
     waiting_s: float  # estimated time of the items that have not been visited
     start: float
+    earlier_s: float = 0.0  # time of earlier runs, which counts for spare items
+    spare: frozenset[str] = frozenset()  # keys of the spare items
     spent_s: float = 0.0
     expected_s: float = 0.0
 
@@ -338,9 +344,10 @@ class _Budget:
     def allows(self, item: Item, visit: int) -> bool:
         """Return whether an item is expected to end in the share of its visit. Estimates are rough
         at first and accurate after about 20 items, so estimates and measured times are combined."""
+        before_s = self.earlier_s if item.operator.key in self.spare else 0.0
         pace = (self.spent_s + 5.0 * self.limit_s) / (self.expected_s + 5.0 * self.limit_s)
         share = self.plan.budget_s * (visit + 1) / self.plan.visits
-        return self.elapsed_s + pace * max(item.cost_s, 1e-3) <= share
+        return before_s + self.elapsed_s + pace * max(item.cost_s, 1e-3) <= share
 
     def item_limit_s(self) -> float:
         return min(self.limit_s, max(self.plan.budget_s - self.elapsed_s, 0.05))
@@ -365,18 +372,28 @@ def run(
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
+    interrupt: Interrupt | None = None,
 ) -> Outcome:
     """Measure the items of a plan; an item is omitted if it is not expected to end within the
-    plan's budget. ``append`` stores one record before it returns (``Store.append``). ``previous``
-    are records of earlier runs in the same store: their operators are not measured again, and their
-    first drift check stays the reference. ``progress`` is called after every visit with the seconds
-    that have passed and the expected total."""
+    plan's budget, for which the time of earlier runs counts if the item is a spare one. ``append``
+    stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs
+    in the same store: their operators are not measured again, and their first drift check stays the
+    reference. ``progress`` is called after every visit with the seconds that have passed and the
+    expected total. ``interrupt`` is that of the caller, if there is one."""
     protocol, earlier = protocol or Protocol(), list(previous)
     todo = _todo(plan, earlier)
     waiting_s = sum(item.cost_s for items in todo for item in items)
-    budget = _Budget(plan, device, protocol.time_limit_s, waiting_s, device.clock())
+    budget = _Budget(
+        plan,
+        device,
+        protocol.time_limit_s,
+        waiting_s,
+        device.clock(),
+        sum(float(r.get("spent_s", 0.0)) for r in earlier),
+        frozenset(item.operator.key for item in plan.items[len(plan.items) - plan.spare :]),
+    )
     threads = device.describe().stack.get("threads", "1")
-    with Interrupt() as flag:
+    with nullcontext(interrupt) if interrupt else Interrupt() as flag:
         state = _Run(
             device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
         )

@@ -169,7 +169,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "status": lambda name, value: Name(STATUSES).check(name, text(name, value)),
     **dict.fromkeys(("visit", "block"), partial(number, right=SIZE)),
     **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
-    "lower_s": partial(number, right=_TIME_OR_ZERO),
+    **dict.fromkeys(("lower_s", "spent_s"), partial(number, right=_TIME_OR_ZERO)),
     "watts": partial(number, right=_POWER),
     **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _POWER)),
     **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),

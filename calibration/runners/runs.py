@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
+from calibration.devices.telemetry import THROTTLING, UNKNOWN
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile, provenance_of
@@ -34,7 +35,14 @@ from calibration.measure.plan import (
     wave_gemms,
 )
 from calibration.measure.power import idle_power
-from calibration.measure.run import SUSTAINED, SUSTAINED_PROTOCOL, Outcome, run, sustained
+from calibration.measure.run import (
+    SUSTAINED,
+    SUSTAINED_PROTOCOL,
+    Interrupt,
+    Outcome,
+    run,
+    sustained,
+)
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Content, Header, Store, content_records, parse, read_store
@@ -53,6 +61,7 @@ from simulator.prediction.requests import requests_of
 from simulator.pruning import prune
 from simulator.uncertainty import factors
 from simulator.uncertainty.forward import forward_passes
+from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
 
 RECORDS = "records.jsonl"
@@ -67,6 +76,7 @@ QUICK_SHARES = {
     "attention_decode": 0.15,
     "elementwise": 0.1,
 }
+UNFINISHED = "its calibration did not end"
 TURNS = 0.1  # largest share of the time for GEMMs at the ends of waves
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
@@ -95,6 +105,37 @@ class MeasuredRun:
     plan: MeasurementPlan
     outcome: Outcome
     records: Records
+
+
+BUSY_LOAD = 0.1  # load of an idle GPU from which another process is likely
+MOST_USED = 0.1  # share of the memory of an idle GPU that is in use
+OPERAND_SHARE = 0.9  # share of the free memory that a device reports as its limit
+
+
+def warnings_of(device: Device) -> list[str]:
+    """Return what may spoil a measurement on a GPU, before it begins."""
+    description, now = device.describe(), device.snapshot()
+    gpu = description.gpu
+    if gpu is None:
+        return []
+    found = []
+    if now.throttle == UNKNOWN and not gpu.mig:
+        remedy = "pip install nvidia-ml-py"
+        found.append(f"clocks, power and throttling of this GPU cannot be read; {remedy}")
+    elif reasons := THROTTLING & {*now.throttle}:
+        found.append(f"the GPU is throttled ({', '.join(sorted(reasons))}): it needs cooling")
+    used = 1.0 - description.memory_bytes / OPERAND_SHARE / gpu.memory_bytes
+    if used > MOST_USED:
+        found.append(f"other processes hold {percent(used)} of the GPU's memory; end them")
+    if isinstance(now.load, float) and now.load > BUSY_LOAD:
+        found.append(f"other processes load the GPU ({percent(now.load)}); end them")
+    limit = description.stack.get("power_limit_w", UNKNOWN)
+    default = gpu.power_limit_w
+    known = limit.replace(".", "").isdecimal() and isinstance(default, float)
+    if known and float(limit) < 0.99 * float(default):
+        lower = f"the power limit, {limit} W, is below the default, {float(default):.0f} W"
+        found.append(f"{lower}; times of other machines will be shorter")
+    return found
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -160,6 +201,7 @@ def measure_plan(
     options: RunOptions,
     planned: Planner,
     progress: Callable[[int, int], None] | None = None,
+    interrupt: Interrupt | None = None,
 ) -> MeasuredRun:
     protocol = default_protocol(device.describe(), options.budget_s)
     if is_new(file):
@@ -189,6 +231,7 @@ def measure_plan(
             previous=store.rows,
             protocol=protocol,
             progress=progress,
+            interrupt=interrupt,
         )
         known = any(row.get("type") == SUSTAINED for row in store.rows)
         if (
@@ -209,6 +252,7 @@ def measure_into(
     targets: TargetModels = (),
     run_models: Sequence[Workload] = (),
     quick: bool = False,
+    draft: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
@@ -216,18 +260,13 @@ def measure_into(
 
     The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are
     measured exactly and first, in the order of how much they narrow the speedups. Then come the
-    GEMMs of ``run_models`` at the ends of waves. ``progress`` gets seconds: passed, and in total.
+    GEMMs of ``run_models`` at the ends of waves. With ``draft``, a profile of the shipped fit, or
+    of the datasheet, exists from the beginning. ``progress`` gets seconds: passed, and in total.
     """
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
-    if is_new(file) and not quick:  # before anything runs
-        header = replace(header, extra={**header.extra, **idle_power(device)})
-    if is_new(file) or not datasheet.exists():
-        base = base_profile(device, options.dtype, options.hardware)
-        for line in thread_notes(base, device.describe().device):
-            note(line)
-        datasheet.parent.mkdir(exist_ok=True)
-        save_hardware(replace(base, path=None), datasheet)
+    for line in warnings_of(device):
+        note(f"warning: {line}")
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
         hw = load_hardware(datasheet)
@@ -238,7 +277,18 @@ def measure_into(
         note(f"{len(plan.items) - plan.spare} operators planned, more if time is left: {counts}")
         return plan, protocol
 
-    return measure_plan(file, header, device, options, planned, progress)
+    with Interrupt() as interrupt:
+        if is_new(file) and not quick:  # before anything runs
+            header = replace(header, extra={**header.extra, **idle_power(device)})
+        if is_new(file) or not datasheet.exists():
+            base = replace(base_profile(device, options.dtype, options.hardware), path=None)
+            for line in thread_notes(base, device.describe().device):
+                note(line)
+            datasheet.parent.mkdir(exist_ok=True)
+            save_hardware(base, datasheet)
+            if draft:
+                save_hardware(replace(base, verdict=UNFINISHED), file.with_name(PROFILE))
+        return measure_plan(file, header, device, options, planned, progress, interrupt)
 
 
 def _plan(

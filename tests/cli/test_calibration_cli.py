@@ -56,6 +56,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[ReplayDevice]:
     monkeypatch.setattr(
         "calibration.devices.open_device", lambda name, **_: queue.pop(0) if queue else device()
     )
+    monkeypatch.setattr("calibration.runners.in_engine.installed_engine", lambda python="": "")
     return queue
 
 
@@ -279,7 +280,7 @@ def test_a_profile_carries_the_verdict_of_its_calibration(cli: Any) -> None:
     assert "advised against this profile: no held-out shapes" in cli.out(
         "hardware show run/profile.yaml"
     )
-    cli("calibrate replay:planted -o run --budget 20s --hardware rtx_4090", 0)
+    cli("calibrate replay:planted -o run --budget 40s --hardware rtx_4090", 0)
     assert load_hardware("run/profile.yaml").verdict == ""
 
 
@@ -408,10 +409,15 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(
 
 @pytest.mark.usefixtures("undrawn")
 def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
+    known = replace(H100, gpu=Gpu(132, (9, 0), 85e9))  # as a driver describes it
+    planted.append(
+        ReplayDevice(roofline_timings(4e14, 2.2e12, 4e-6), noise=0.004, description=known)
+    )
     options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
     out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
     assert "rows from this machine and its software" in out
     profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
+    assert profile.section("runtime", "*").provenance.device == H100.device
     assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
     assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
     targets = target_workloads(
