@@ -121,7 +121,7 @@ class _Calibration:
     threads: int | None
 
 
-OPERATORS = 0.5  # share of the time for operators, if an engine runs
+OPERATORS = 0.6  # share of the time for operators, if an engine runs
 _ONE_PASS = {"phase": "prefill", "batch": 1, "seq": 1}  # all shapes (n, k) of a model
 
 REQUESTS: options.Run = options.run_options(

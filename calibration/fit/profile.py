@@ -66,7 +66,7 @@ REMEDIES: Mapping[Flag, str] = {
     Flag.DRIFT: "measure on an idle machine with steady clocks",
     Flag.CONFLICT: "measure these shapes again",
     Flag.WAITED: "measure on an idle machine",
-    Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
+    Flag.POWER_CAPPED: "raise the power limit or cool the GPU, or accept that times depend on it",
 }
 _APART: Mapping[str, str] = {
     "holdout": "held out",

@@ -346,14 +346,17 @@ REFILLS = 2
 on planted H100s."""
 
 
-def refilled_plan(first: Sequence[Item], budget_s: float, **options: Any) -> MeasurementPlan:
-    """Return the ``first`` items, a base plan (:func:`base_plan` with its ``options``), and spare
-    items for the time that the plan does not need."""
-    plan = base_plan(budget_s=budget_s, earlier=first, **options)
-    items = [*first, *plan.items]
+def refilled_plan(
+    first: Sequence[Item], mixed: Sequence[Item], budget_s: float, seed: int, **options: Any
+) -> MeasurementPlan:
+    """Return the ``first`` items, a base plan (:func:`base_plan` with its ``options``) with the
+    ``mixed`` items among its own, and spare items for the time that the plan does not need."""
+    known = [*first, *mixed]
+    plan = base_plan(budget_s=budget_s, earlier=known, seed=seed, **options)
+    items = [*first, *_shuffled((*mixed, *plan.items), seed)]
     many = len(items)
     for _ in range(REFILLS):
-        items += base_plan(budget_s=budget_s, earlier=items, **options).items
+        items += base_plan(budget_s=budget_s, earlier=items, seed=seed, **options).items
     return replace(plan, items=tuple(items), spare=len(items) - many)
 
 

@@ -20,6 +20,7 @@ A record is a JSON-ready mapping:
 - ``samples_s``, ``warmup_s``: raw, untrimmed times; ``loops``
 - ``method``: how launches were timed and kept cold
 - ``before``, ``after``: telemetry; a GPU's is read under load, ``after`` during the samples
+- ``steady``: throttle reasons of a device that always throttles, whose times count
 - ``visit``: round of the plan, from 0; the fastest counts (``calibration.records.store``)
 - ``spent_s``: time of the whole measurement, with its preparation
 - ``attempts``: number of measurements; ``throttled_samples`` were discarded because of throttling
@@ -75,6 +76,9 @@ from calibration.records.timing_table import Row
 _, _, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED = STATUSES
 
 MAX_ATTEMPTS = 3
+# throttled operators in a row after which throttling is the device's steady state: a rest of
+# seconds does not cool it
+ALWAYS_THROTTLED = 3
 _FAILURES_IN_A_ROW = 5
 POWER_SHARE = 0.1  # largest share of a run that measures power
 # a GPU reaches its power limit in about a second
@@ -188,6 +192,7 @@ class _Run:
     # shortest time per operator, and its status
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
     timed: set[str] = field(default_factory=set)  # operators with a time
+    throttled: int = 0  # throttled operators in a row
     start: float = 0.0
     power_s: float = 0.0  # spent on power so far
 
@@ -236,6 +241,8 @@ class _Run:
             reasons = throttled(before, after)
             fields = _timing_fields(timing, before, after, prepared.method)
             fields["waited"] = waited(before, after, timing.elapsed_s, self.threads)
+            if reasons not in ((), UNKNOWN) and self.throttled >= ALWAYS_THROTTLED:
+                fields["steady"], reasons = list(reasons), ()
             # an unknown share is no reason to repeat
             share = 0.0 if fields["waited"] == UNKNOWN else fields["waited"]
             if reasons in ((), UNKNOWN):
@@ -283,6 +290,8 @@ class _Run:
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
         record["spent_s"] = self.device.clock() - begin
         self.append(record)
+        slow = record["status"] == THROTTLED or "steady" in record
+        self.throttled = self.throttled + 1 if slow else 0
         if "after" in record:
             self.telemetry.append(record["after"])
         key, status = str(record["key"]), str(record["status"])
@@ -410,7 +419,7 @@ def run(
         except DeviceLost as error:
             stopped = f"{LOST}: {error}"
     state.counts.left = max(state.counts.left - plan.spare, 0)
-    problems = (*state.problems, *_drift_notes(state), *_power_notes(state))
+    problems = (*_steady_notes(state), *state.problems, *_drift_notes(state), *_power_notes(state))
     return Outcome(state.counts, budget.elapsed_s, stopped, problems)
 
 
@@ -468,6 +477,14 @@ def _visit(
     if since_check:
         state.check_drift(check)
     return stopped
+
+
+def _steady_notes(state: _Run) -> list[str]:
+    if state.throttled < ALWAYS_THROTTLED:
+        return []
+    return [
+        "the device throttles all the time: its times are those of a hot device and are flagged"
+    ]
 
 
 def _drift_notes(state: _Run) -> list[str]:

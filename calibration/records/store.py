@@ -419,6 +419,8 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
     if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
+    if row.get("steady"):  # as at a power limit: the clock is that of the usual state
+        flags |= Flag.POWER_CAPPED
     if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
         flags |= Flag.WAITED
     purpose, seconds = row.get("purpose", ""), row["median_s"]

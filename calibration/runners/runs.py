@@ -8,8 +8,7 @@ to measure for a model.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -300,25 +299,19 @@ def _plan(
     quick: bool,
     **how: Any,
 ) -> MeasurementPlan:
-    """Plan the wanted operators and the ``turns`` of waves, then a base plan in the time that is
+    """Plan the wanted operators, then a base plan with the ``turns`` of waves in the time that is
     left, then spare operators."""
     visits = default_visits(device.describe())
     budget_s = options.budget_s / visits
-    first: list[Item] = []
-    for operators, most_s, purpose in ((wanted, math.inf, ""), (turns, TURNS * budget_s, FIT)):
-        items = in_order(operators, rates, **how).items if operators else ()
-        ends_s = np.cumsum([item.cost_s for item in items])
-        first += [
-            replace(item, purpose=purpose or item.purpose)
-            for item, end_s in zip(items, ends_s)
-            if end_s <= most_s
-        ]
-    first = [*{item.operator.key: item for item in reversed(first)}.values()][::-1]
+    plan = in_order(wanted, rates, **how) if wanted else None
+    first = plan.items if plan else ()
     left = budget_s - sum(item.cost_s for item in first)
-    if left > 0.1 * budget_s or not first:
+    if plan is None or left > 0.1 * budget_s:
+        mixed = _within(turns, {item.operator.key for item in first}, TURNS * left, rates, **how)
         plan = refilled_plan(
             first,
-            left,
+            mixed,
+            left - sum(item.cost_s for item in mixed),
             rates=rates,
             dtype=options.dtype,
             refuses=device.refuses,
@@ -326,9 +319,17 @@ def _plan(
             kernels_apart=not quick,
             **how,
         )
-    else:
-        plan = replace(in_order(wanted, rates, **how), items=tuple(first))
     return replace(plan, budget_s=options.budget_s, visits=visits)
+
+
+def _within(
+    turns: Sequence[Operator], taken: Collection[str], most_s: float, rates: Rates, **how: Any
+) -> list[Item]:
+    """Return the operators that are not taken as items of a fit, as many as a time allows."""
+    new = [op for op in turns if op.key not in taken]
+    items = in_order(new, rates, **how).items if new else ()
+    ends_s = np.cumsum([item.cost_s for item in items])
+    return [replace(item, purpose=FIT) for item, end_s in zip(items, ends_s) if end_s <= most_s]
 
 
 def _turns_of(models: Sequence[Workload], hw: HardwareProfile, dtype: str) -> list[Operator]:

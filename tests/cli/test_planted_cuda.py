@@ -72,7 +72,7 @@ class Planted:
 BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)
 COMPARE = f"compare {MODEL} -o RUN --family width,depth,low_rank --budget 30s"
 CALIBRATE, MEASURE = (
-    ("calibrate cuda -o RUN --budget 50s",),
+    ("calibrate cuda -o RUN --engine none --budget 50s",),
     ("calibrate cuda -o RUN --measure-only --budget 12s",),
 )
 CASES: Mapping[str, Planted] = {
