@@ -62,10 +62,8 @@ PREHEAT_S = 0.3  # load before the first measurement and after a pause
 _PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
-# launches per graph; they share the gap between replays
-_FEWEST_LAUNCHES = 20
-_MOST_LAUNCHES = 1 << 13
-_GRAPH_SPAN_S = 2e-3
+_MOST_LAUNCHES = 1 << 13  # of a graph
+_GRAPH_SPAN_S = 2e-3  # least time of a graph: its launches share the gap between replays
 # a longer graph needs no queued replay: the start of its first launch does not count
 _LONGEST_LEAD_S = 0.02
 _EVENTS = 128  # event pairs in flight without graphs
@@ -125,8 +123,7 @@ class GpuTimer:
         """Capture a graph of whole rounds over the copies that is long enough to hide the gap
         between replays."""
         once = self.single(launches, 3, flush=False)
-        fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
-        wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
+        wanted = min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7)))
         length = math.ceil(wanted / launches.copies) * launches.copies
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())

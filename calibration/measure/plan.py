@@ -100,14 +100,18 @@ class Rates:
             op.flops / self.flop_per_s, op.bytes / self.bytes_per_s
         )
 
+    def sampling_s(self, op: Operator, protocol: Protocol, needed: int = 0) -> float:
+        """Estimate the time of the loop count, the warm-up and ``needed`` samples, s."""
+        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, needed)
+        return windows * max(1.2 * protocol.min_window_s, self.launch_s(op))
+
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the
         protocol's limit. ``compiled`` are the :func:`compilation` of earlier operators. The median
         of n samples has an interval of about 1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
-        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
-        sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
+        sampling_s = min(protocol.time_limit_s, self.sampling_s(op, protocol, math.ceil(needed)))
         kernel = compilation(op)
         compile_s = self.compile_s if kernel is not None and kernel not in compiled else 0.0
         return self.setup_s + compile_s + sampling_s + 2.0 * launch

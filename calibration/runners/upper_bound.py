@@ -160,8 +160,11 @@ def measure_bounds(
         visits = default_visits(description)
         # a third of the time is reserved for drift checks and for repeats
         each = 0.65 * (left / visits) / max(len(shapes), 1) - rates.setup_s
-        protocol = replace(protocol, time_limit_s=min(max(each, 0.05), 2.0 * protocol.time_limit_s))
         operators = [operator_of(shape, dtype) for shape in shapes]
+        # a short budget times fewer shapes, each with enough samples
+        enough = max(2.0 * rates.sampling_s(op, protocol) for op in operators)
+        limit = max(enough, min(each, 2.0 * protocol.time_limit_s))
+        protocol = replace(protocol, time_limit_s=limit)
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
