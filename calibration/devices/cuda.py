@@ -37,7 +37,7 @@ from typing import IO, Any, Literal
 
 import torch
 
-from calibration.devices.attention import PAGES, find_library
+from calibration.devices.attention import PAGES, engine_library, find_library
 from calibration.devices.operators import (
     MAX_COPIES,
     MOST_PACKED,
@@ -378,10 +378,11 @@ class CudaDevice(TorchDevice):
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
         self._library = find_library(attention)
+        self.engine = engine_library()
         # a child has no such backend
         child = None if backend is not None else CaptureProbe.of_gpu(index, attention)
         self._probe = child if probe == "child" else probe
-        self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
+        self._probed: dict[tuple[str, ...], Probed | Unsupported] = {}
 
     def describe(self) -> Description:
         sparse = getattr(torch.backends, "cusparselt", None)
@@ -398,6 +399,7 @@ class CudaDevice(TorchDevice):
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph",
             "attention": self._library.version if self._library else "torch",
+            "engine_attention": self.engine.version if self.engine else "none",
             "protocol": PROTOCOL,
         }
         gpu = Gpu(
@@ -443,7 +445,8 @@ class CudaDevice(TorchDevice):
         host = operator.kind in HOST_KINDS
         timer = self._timer
         probed = Probed() if host else self._capturable(operator)
-        launches = build(operator, self._torch_device, self._arena, self._library)
+        library = self.engine if operator.library else self._library
+        launches = build(operator, self._torch_device, self._arena, library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
@@ -479,7 +482,7 @@ class CudaDevice(TorchDevice):
         one take 8 to 12 % longer."""
         if self._probe is None or operator.kind in _COMPILED:
             return Probed()
-        key = operator.kind, operator.dtype
+        key = operator.kind, operator.dtype, operator.library
         if key not in self._probed:
             self._arena.clear()  # room for the operands of the child
             self._cuda.empty_cache()

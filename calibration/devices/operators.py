@@ -702,6 +702,7 @@ class TorchDevice:
     rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
     # kinds of operators that torch supports in fp8 and int8
     eight_bit: tuple[str, ...] = ("gemm", "copy")
+    engine: AttentionLibrary | None = None  # attention library of the installed engine
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes = cache_bytes
@@ -722,6 +723,8 @@ class TorchDevice:
                 f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and"
                 " copy are"
             )
+        if operator.library and operator.library != (self.engine.name if self.engine else ""):
+            return f"{operator.kind}: no engine with the library {operator.library} is installed"
         if operator.kind == "indexer" and self.name.startswith("cuda"):
             return "indexer: torch has no kernel like those of engines (DeepGEMM)"
         if operator.kind in RECURRENT:

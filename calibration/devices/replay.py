@@ -75,6 +75,8 @@ class ReplayDevice:
         return self.formats
 
     def refuses(self, operator: Operator) -> str:
+        if operator.library:
+            return "a planted device has no engine"
         return self.refused.get(operator.kind, "")
 
     def prepare(self, operator: Operator) -> _ReplayPrepared:

@@ -21,6 +21,7 @@ import yaml
 
 from calibration.devices.protocol import (
     HOST_KINDS,
+    LIBRARIES,
     OPERATORS,
     Device,
     Operator,
@@ -81,6 +82,7 @@ RECURRENT_SHAPES: Mapping[str, Sequence[tuple[int, ...]]] = {
 # calls of one head width before the next width: a fit needs 20, and a short plan ends early
 _WIDTH_ROWS = 96
 WAVES = (1, 2, 4)  # waves of tiles at whose ends the GEMMs of a model are measured
+BESIDE_EVERY = 4  # one attention call in four is timed in the device's library beside the engine's
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
@@ -293,7 +295,7 @@ def base_plan(
     shares = {**shares, "gemm": shares["gemm"] + freed}
     left = shares["gemm"] * budget_s
     spare = SPARE * left
-    for name, stream in other_streams(dtype, rng, kernels_apart).items():
+    for name, stream in other_streams(dtype, rng, refuses, kernels_apart).items():
         if name in omitted:
             continue
         operators, share = [*stream], shares.get(name, 0.0) * budget_s
@@ -492,7 +494,10 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
 
 
 def other_streams(
-    dtype: str, rng: np.random.Generator, kernels_apart: bool = True
+    dtype: str,
+    rng: np.random.Generator,
+    refuses: Callable[[Operator], str],
+    kernels_apart: bool = True,
 ) -> dict[str, Iterable[Operator]]:
     aligned = [
         (m, n, k)
@@ -529,14 +534,28 @@ def other_streams(
         )
         if m
     )
-    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
+    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse}
     return streams | {
-        "attention_decode": decode,
+        "attention_prefill": _in_libraries(prefill, refuses),
+        "attention_decode": _in_libraries(decode, refuses),
         "elementwise": elementwise,
         "pruned": _pruned(dtype, rng),
         "indexer": _indexers(dtype, rng),
         "recurrent": _recurrent(dtype, rng),
     }
+
+
+def _in_libraries(
+    calls: Iterable[Operator], refuses: Callable[[Operator], str]
+) -> Iterator[Operator]:
+    """Yield each call in the attention library of the installed engine, and some of the calls in
+    that of the device too; each in that of the device if there is no engine."""
+    for number, op in enumerate(calls):
+        twins = [replace(op, library=name) for name in LIBRARIES]
+        runs = [twin for twin in twins if not refuses(twin)]
+        yield from runs
+        if not runs or number % BESIDE_EVERY == 0:
+            yield op
 
 
 def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:

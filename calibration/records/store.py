@@ -14,13 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibration.devices.protocol import Operator, elementwise_bytes
+from calibration.devices.protocol import LIBRARIES, Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
 from calibration.records.timing_table import (
     COUNTS,
@@ -386,7 +386,9 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
         timings["idle"] = {**idle, "weight_dtype": header.dtype}
-    return Records.from_rows(timings.values(), [header.source()])
+    many = 1 + max((timing.get("source", 0) for timing in timings.values()), default=0)
+    kinds = [replace(header.source(), kernel=name) for name in ("", *LIBRARIES)[:many]]
+    return Records.from_rows(timings.values(), kinds)
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -431,6 +433,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
         launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),
+        "source": ("", *LIBRARIES).index(row["operator"].get("library", "")),
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.devices.protocol import Device, Operator
+from calibration.devices.protocol import LIBRARIES, Device, Operator
 from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.timing import Protocol, default_visits
 from calibration.records.screening import without_exact
@@ -180,6 +180,7 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
         & (records.labels() == dtype)
         & (records.window == 0)
         & (records.density == 1.0)
+        & np.array([s.kernel not in LIBRARIES for s in records.sources], dtype=bool)[records.source]
     )
     out: dict[Shape, tuple[float, float]] = {}
     for kind, names in DIMENSIONS.items():
