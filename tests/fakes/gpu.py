@@ -51,6 +51,7 @@ class Gpu:
     floor_s: float = 2e-6  # device time of an empty kernel
     launch_s: float = 4e-6  # host time of a launch
     mig: bool = False
+    throttled: bool = False  # always: its cooling is passive
     laptop: bool = False  # its enforced power limit moves, and no limit can be set
 
 
@@ -73,6 +74,7 @@ GPUS: Mapping[str, Gpu] = {
         0.87e12,
         mig=True,
     ),
+    "T4": Gpu("Tesla T4", 40, (7, 5), 16e9, 1.59e9, 70.0, 40e12, 0.25e12, throttled=True),
     "RTX 4090 laptop": Gpu(
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         76,
@@ -231,7 +233,7 @@ class PlantedCuda:
     @property
     def throttled(self) -> bool:
         start, stop = self.troubles.throttle
-        return start <= self.now < stop
+        return self.gpu.throttled or start <= self.now < stop
 
     @property
     def clock_share(self) -> float:
