@@ -19,14 +19,15 @@ from calibration.cli.fit import conclude, part_row, record_verdict, show_fitted
 from simulator.arguments import SIZE, number
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt
-from simulator.errors import InputError
-from simulator.request import DEFAULT_DTYPE, DEFAULT_ENGINE
+from simulator.errors import InputError, one_line
+from simulator.request import DEFAULT_DTYPE, DEFAULT_ENGINE, Name
 
 if TYPE_CHECKING:
     from calibration.measure.run import Outcome
     from calibration.runners.compare import ComparedCases
     from calibration.runners.engine import ComparedPass
-    from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions
+    from calibration.runners.in_engine import EngineCheck
+    from calibration.runners.runs import Calibrated, MeasuredRun, RunOptions, TargetModels
 
 # environment variable with the number of restarts so far, its limit
 RESTARTS, MOST_RESTARTS = "PRUNESIM_RESTARTS", 3
@@ -40,7 +41,7 @@ Folder = Annotated[
 @dataclass(frozen=True)
 class Measuring:
     budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = (
-        "10min"
+        "3min"
     )
     hardware: Annotated[
         str,
@@ -67,8 +68,13 @@ class Measuring:
 @dataclass(frozen=True)
 class EngineRun:
     engine: Annotated[
-        str, opt("--engine", "NAME", "With DEVICE engine: vllm or hf (Transformers).")
-    ] = "vllm"
+        str,
+        opt(
+            "--engine",
+            "NAME",
+            "vllm, hf (Transformers) or none. Default: vLLM if installed, else Transformers.",
+        ),
+    ] = ""
     vllm_python: Annotated[
         str,
         opt(
@@ -92,6 +98,31 @@ class Target:
         "0.25,0.5"
     )
 
+
+@dataclass(frozen=True)
+class _Stage:
+    """The small models that run in an engine after the operators of a device."""
+
+    engine: str  # "" or "none": no engine
+    model: str
+    python: str  # that has vLLM
+
+    @property
+    def runs(self) -> bool:
+        return self.engine not in ("", "none")
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    device: str
+    output: str
+    how: RunOptions
+    quick: bool
+    threads: int | None
+
+
+OPERATORS = 0.6  # share of the time for operators, if an engine runs
+_ONE_PASS = {"phase": "prefill", "batch": 1, "seq": 1}  # all shapes (n, k) of a model
 
 REQUESTS: options.Run = options.run_options(
     "phase", "batch", "seq", "dtype", phase="prefill,decode", batch=None, seq=None, dtype=None
@@ -120,7 +151,7 @@ def command(
     device: Annotated[
         str, arg("DEVICE", "cpu, cuda, cuda:1 or replay:planted; engine measures an engine.")
     ],
-    output: Folder,
+    output: Folder = "calibrated",
     measuring: Measuring = Measuring(),
     target: Target = Target(),
     runner: EngineRun = EngineRun(),
@@ -137,9 +168,13 @@ def command(
     """Calibrate a device in one step.
 
     Begins with whether to use the profile: its errors on held-out shapes next to those of a
-    datasheet roofline. The exit status is 1 if its errors are larger, if there are too few held-out
-    shapes, or if the machine was busy. Writes RUN/records.jsonl, RUN/profile.yaml for --hardware of
-    other commands, and RUN/report.md with plots. Run the command again to resume a stopped run; a
+    datasheet roofline. Ends with whether to trust it, and which operators are borrowed. The exit
+    status is 1 if its errors are larger than the roofline's, if there are too few held-out shapes,
+    or if the machine was busy. Measures operators for half of the time, then the host of the
+    installed engine, and one dense and one pruned model in this engine (--engine none: operators
+    for all of the time). The shipped fit of a known GPU supports the new fit. Writes
+    RUN/records.jsonl, RUN/profile.yaml for --hardware of other commands, and RUN/report.md with
+    plots. A profile exists from the beginning; run the command again to resume a stopped run. A
     folder of another device, driver, number format or number of threads is an error.
 
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device
@@ -148,23 +183,9 @@ def command(
 
     The default of --dtype is bf16, or fp32 on a CPU without bf16 instructions.
     """
-    from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.runs import (
-        PROFILE,
-        RunOptions,
-        TargetModels,
-        fit_run,
-        measure_into,
-        target_workloads,
-    )
-    from calibration.validation.validate import (
-        DO_NOT_USE,
-        IDLE,
-        LONGER,
-        Judgement,
-        of_calibration,
-        summary,
-    )
+    from calibration.runners.engine import MEASURED
+    from calibration.runners.in_engine import default_model, installed_engine
+    from calibration.runners.runs import RunOptions, measure_into, target_workloads
 
     run = in_format(run, "cpu" if device == "engine" and on_cpu(output, measuring) else device)
     how = RunOptions(
@@ -179,58 +200,39 @@ def command(
         return
     if measure_only and quick:
         raise InputError("--measure-only: expected no --quick with it")
+    engine, cpu = runner.engine, device == "cpu"
+    if engine:
+        Name((*MEASURED, "none")).check("--engine", engine)
+    # a replayed device runs no models
+    elif not (measure_only or quick) and device.startswith(("cpu", "cuda")):
+        engine = installed_engine(runner.vllm_python)
+    stage = _Stage(engine, target.model or default_model(cpu), runner.vllm_python)
+    # no engine fuses projections on a CPU
+    settings = {**run.asked().settings, "engine": "" if cpu else DEFAULT_ENGINE}
     targets: TargetModels = ()
     if target.model:
         families, fractions = (
             parsing.names("--family", target.family),
             parsing.fractions("--sparsity", target.sparsity),
         )
-        engine = "" if device == "cpu" else DEFAULT_ENGINE  # no engine fuses projections on a CPU
-        targets = target_workloads(
-            target.model, families, fractions, {**run.asked().settings, "engine": engine}
-        )
-    found = measured(
-        device, output, partial(measure_into, targets=targets, quick=quick), how, measuring.threads
+        targets = target_workloads(target.model, families, fractions, settings)
+    models = () if cpu else target_workloads(stage.model, (), (), settings | _ONE_PASS)
+    measure = partial(
+        measure_into,
+        targets=targets,
+        run_models=[dense for dense, *_ in models],
+        quick=quick,
+        draft=not (measure_only or quick),
     )
+    operators = replace(how, budget_s=how.budget_s * (OPERATORS if stage.runs else 1.0))
+    found = measured(device, output, measure, operators, measuring.threads)
     if measure_only:
         if render.Output(out.json).write([outcome_row(found)]):
             print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
         finish(found.outcome, verbose=out.verbose)
         return
-    # a longer run would be as noisy
-    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed
-    remedy = IDLE if noisy else LONGER
-    stopped, status = ended(found.outcome)
-    try:
-        with render.progress("fitting") as report:
-            done = fit_run(output, anchor=quick, progress=report)
-    except InputError as error:  # too few or useless rows
-        text = f"There is no profile to use in {output}: {error}. {remedy[:1].upper()}{remedy[1:]}."
-        judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-        conclude(
-            judged,
-            [{"measured": outcome_row(found)}],
-            tuple,
-            stopped,
-            out,
-            found.outcome.problems,
-            status,
-        )
-        return
-    update = done.fit if isinstance(done.fit, Updated) else None
-    judged = of_calibration(
-        done.held_out, update, Path(output), done.fit.profile.name, done.disturbed, remedy
-    )
-    record_verdict(judged, Path(output) / PROFILE)
-    row = {
-        "measured": outcome_row(found),
-        "fitted": [] if isinstance(done.fit, Updated) else [part_row(p) for p in done.fit.parts],
-        "anchored": as_row(update) if update else None,
-        "held_out": summary(done.held_out) if done.held_out else None,
-        "exact": summary(done.exact) if done.exact else None,
-    }
-    show = partial(_show, output, done, describe(found.outcome))
-    conclude(judged, [row], show, (*stopped, *done.fit.notes), out, found.outcome.problems, status)
+    calibration = _Calibration(device, output, how, quick, measuring.threads)
+    _conclude(stage, calibration, found, out)
 
 
 def _engine(
@@ -245,20 +247,21 @@ def _engine(
     from calibration.devices import open_device
     from calibration.runners import engine as measuring
     from calibration.runners.cases import ModelRun
+    from calibration.runners.in_engine import default_model, installed_engine
     from calibration.runners.runs import PROFILE, check_folder
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware
     from simulator.models.library import load_model
     from simulator.models.write import content_of
-    from simulator.request import Name
 
+    engine = runner.engine or installed_engine(runner.vllm_python) or measuring.MEASURED[0]
     file, name = (
         check_folder(output) / PROFILE,
-        Name(measuring.MEASURED).check("--engine", runner.engine),
+        Name(measuring.MEASURED).check("--engine", engine),
     )
     hw = load_hardware(how.hardware or file)
     cpu = hw.architecture == "cpu"
-    chosen = model or ("smollm2-135m" if cpu else "llama-3.1-8b")
+    chosen = model or default_model(cpu)
     python = runner.vllm_python or sys.executable
     run = ModelRun(load_model(chosen), how.dtype, name, content_of(chosen), python, how.seed)
     with closing(open_device("cpu" if cpu else "cuda", threads=threads)) as opened:
@@ -302,7 +305,101 @@ def on_cpu(output: str, measuring: Measuring) -> bool:
     return load_hardware(measuring.hardware or file).architecture == "cpu"
 
 
-def _show_engine(compared: Sequence[ComparedPass]) -> tuple[str, ...]:
+def _conclude(
+    stage: _Stage, calibration: _Calibration, found: MeasuredRun, out: options.Output
+) -> None:
+    """Fit what was measured, run the engine, and print whether to trust the profile."""
+    from calibration.fit.local_update import Updated, as_row
+    from calibration.runners.in_engine import trust
+    from calibration.runners.runs import PROFILE, fit_run
+    from calibration.validation.validate import (
+        DO_NOT_USE,
+        IDLE,
+        LONGER,
+        Judgement,
+        of_calibration,
+        summary,
+    )
+
+    folder = Path(calibration.output)
+    file = folder / PROFILE
+    row: dict[str, Any] = {"measured": outcome_row(found)}
+    # a longer run would be as noisy
+    noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed
+    remedy = IDLE if noisy else LONGER
+    notes, status = ended(found.outcome)
+    try:
+        with render.progress("fitting") as report:
+            done = fit_run(folder, anchor=calibration.quick, progress=report)
+    except InputError as error:  # too few or useless rows
+        text = f"There is no fit to use in {folder}: {error}. {remedy[:1].upper()}{remedy[1:]}."
+        judged = Judgement(DO_NOT_USE, (text,), (str(error),))
+        if file.is_file():
+            record_verdict(judged, file)
+        conclude(judged, [row], tuple, notes, out, found.outcome.problems, status)
+        return
+    update, parts = (done.fit, ()) if isinstance(done.fit, Updated) else (None, done.fit.parts)
+    judged = of_calibration(
+        done.held_out, update, folder, done.fit.profile.name, done.disturbed, remedy
+    )
+    record_verdict(judged, file)
+    check = None
+    if stage.runs and found.outcome.complete:
+        check, more, status = _in_engine(stage, calibration, file)
+        notes += more
+    last = trust(file, judged, parts, calibration.how.dtype, check)
+    row |= {
+        "fitted": [part_row(p) for p in parts],
+        "anchored": as_row(update) if update else None,
+        "held_out": summary(done.held_out) if done.held_out else None,
+        "exact": summary(done.exact) if done.exact else None,
+        "engine": asdict(check.found.times) if check else None,
+        "compared": [asdict(r) for r in check.rows] if check else [],
+        "trust": last,
+    }
+
+    def show() -> tuple[str, ...]:
+        lines = _show(folder, done, describe(found.outcome))
+        if check:
+            print()
+            _show_engine(check.found.compared, f"copies of {check.model} in {check.title}")
+            _show_compared(check)
+        print()
+        render.say(last)
+        return lines
+
+    conclude(judged, [row], show, (*notes, *done.fit.notes), out, found.outcome.problems, status)
+
+
+def _in_engine(
+    stage: _Stage, calibration: _Calibration, file: Path
+) -> tuple[EngineCheck | None, tuple[str, ...], int]:
+    """Return what the engine showed, notes, and the exit status of an interrupt."""
+    from calibration.devices import open_device
+    from calibration.runners.in_engine import check_engine, small_model
+    from simulator.hardware.library import load_hardware
+
+    how = calibration.how
+    try:
+        with (
+            closing(open_device(calibration.device, threads=calibration.threads)) as opened,
+            render.progress("running") as report,
+        ):
+            model = small_model(stage.model, stage.engine, how.dtype, opened)
+            model = replace(model, python=stage.python or sys.executable, seed=how.seed)
+            layers = len(model.config.layers)
+            render.status(f"{stage.engine}: {layers} layers of {stage.model}, dense and pruned")
+            left_s = (1.0 - OPERATORS) * how.budget_s
+            check = check_engine(file, opened, model, load_hardware(file), left_s, report)
+    except KeyboardInterrupt:
+        return None, ("stopped: interrupted; run the command again to resume",), 130
+    except Exception as error:  # an engine may raise any exception; the profile is written
+        return None, (f"{stage.engine} was not run: {one_line(str(error), 300)}",), 0
+    stopped = f"{stage.engine}: {check.stopped}; run the command again to resume"
+    return check, (*((stopped,) if check.stopped else ()), *check.notes), 0
+
+
+def _show_engine(compared: Sequence[ComparedPass], title: str = "") -> tuple[str, ...]:
     render.show(
         render.columns(
             compared,
@@ -315,12 +412,36 @@ def _show_engine(compared: Sequence[ComparedPass]) -> tuple[str, ...]:
             ("after", lambda r: render.seconds(r.after_s)),
             ("error\n%", lambda r: f"{100 * (r.after_s / r.seconds - 1):+.1f}"),
             ("left out\nerror %", lambda r: f"{100 * (r.held_out_s / r.seconds - 1):+.1f}"),
-        )
+        ),
+        title,
     )
     return ()
 
 
-def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
+def _show_compared(check: EngineCheck) -> None:
+    if not check.rows:
+        return
+    print()
+    render.show(
+        render.columns(
+            check.rows,
+            ("<pruning", lambda r: r.pruning),
+            ("<phase", lambda r: r.phase),
+            ("dense", lambda r: render.seconds(r.dense_s)),
+            ("predicted", lambda r: render.seconds(r.predicted_dense_s)),
+            ("measured\nspeedup", lambda r: render.ratio(r.measured)),
+            ("\npredicted", lambda r: render.ratio(r.predicted)),
+            (
+                "interval",
+                lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}",
+            ),
+            ("error\n%", lambda r: f"{100 * r.error:+.1f}"),
+        ),
+        f"{check.model} in {check.title}, dense and pruned",
+    )
+
+
+def _show(folder: Path, done: Calibrated, measured: str) -> tuple[str, ...]:
     from calibration.cli.validate import show_report
 
     print(f"measured: {measured}\n")
@@ -334,7 +455,7 @@ def _show(output: str, done: Calibrated, measured: str) -> tuple[str, ...]:
             print()
             lines += show_report(report, title)
     if done.held_out:
-        print(f"\n{Path(output) / 'report.md'}")
+        print(f"\n{folder / 'report.md'}")
     return lines
 
 
@@ -373,7 +494,7 @@ def describe(outcome: Outcome) -> str:
 def outcome_row(found: MeasuredRun) -> dict[str, Any]:
     outcome = found.outcome
     row = {
-        "planned": len(found.plan.items),
+        "planned": len(found.plan.items) - found.plan.spare,
         "elapsed_s": outcome.elapsed_s,
         "stopped": outcome.stopped,
     }

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.attention import OPERATORS as ATTENTION
 from calibration.fit.attention import calls_of, fit_attention
-from calibration.fit.gemm import FIT_ROWS, fit_gemm, products_of
+from calibration.fit.gemm import FIT_ROWS, PRIOR_ROWS, fit_gemm, products_of
 from calibration.fit.operators import (
     CollectiveFit,
     ElementwiseFit,
@@ -66,7 +66,7 @@ REMEDIES: Mapping[Flag, str] = {
     Flag.DRIFT: "measure on an idle machine with steady clocks",
     Flag.CONFLICT: "measure these shapes again",
     Flag.WAITED: "measure on an idle machine",
-    Flag.POWER_CAPPED: "raise the power limit, or accept that times depend on it",
+    Flag.POWER_CAPPED: "raise the power limit or cool the GPU, or accept that times depend on it",
 }
 _APART: Mapping[str, str] = {
     "holdout": "held out",
@@ -126,7 +126,7 @@ def fit_profile(
     notes = [*methods, *_flag_notes(usable)]
     if dtype is not None:
         usable = usable.select(np.char.startswith(np.array(DTYPES)[usable.dtype], dtype))
-    tasks = _tasks(base, usable, notes)
+    tasks = _tasks(base, usable, prior, notes)
     if not tasks:
         why = notes + excluded or ["the records hold no operator that has a fit"]
         raise InputError(f"nothing to fit: {'; '.join(why)}")
@@ -140,9 +140,11 @@ def fit_profile(
         except ValueError as error:
             notes.append(f"{task[0]} {task[1]}: {error}")
         else:
+            # a section begins with dense rows; those of kernels that skip work follow
+            known = profile.sections[task[:2]].stack if task[:2] in parts else None
             section = replace(
                 part.section,
-                stack=stack,
+                stack=stack and _stack_of(task[2]) if known is None else known,
                 provenance=part.section.provenance or provenance_of(task[2], date),
             )
             profile = replace(profile, sections={**profile.sections, task[:2]: section})
@@ -158,8 +160,11 @@ def fit_profile(
 
 
 def _stack_of(records: Records) -> str:
+    """Return the stack of rows that torch measured: torch, or that of an engine's library."""
     sources = [records.sources[i] for i in np.unique(records.source)]
-    return "torch" if sources and all("torch" in source.stack for source in sources) else ""
+    kernels = {source.kernel for source in sources}
+    own = sources and all("torch" in source.stack for source in sources)
+    return (kernels.pop() if len(kernels) == 1 else "") or "torch" if own else ""
 
 
 def _flag_notes(records: Records) -> list[str]:
@@ -271,17 +276,21 @@ class _Rows:
     fewest: int
 
 
-def _tasks(base: HardwareProfile, records: Records, notes: list[str]) -> list[Task]:
+def _tasks(
+    base: HardwareProfile, records: Records, prior: HardwareProfile | None, notes: list[str]
+) -> list[Task]:
     """Return the fits with enough rows, dense GEMMs first: other fits need them."""
     out: list[Task] = []
     for kind in _kinds(base, records):
         for dtype in map(str, np.unique(kind.formats[kind.mask])):
             rows = records.select(kind.mask & (kind.formats == dtype))
             many = f"{kind.title.format(dtype)}: {len(rows)} rows"
+            supported = kind.operator == "gemm" and _prior_section(prior, "gemm", dtype) is not None
+            fewest = min(PRIOR_ROWS, kind.fewest) if supported else kind.fewest
             if dtype not in (*labels(base.rates), "*"):
                 notes.append(f"{many} excluded: {base.name} has no {dtype} arithmetic")
-            elif len(rows) < kind.fewest:
-                notes.append(f"{many} are too few; a fit needs {kind.fewest}; measure longer")
+            elif len(rows) < fewest:
+                notes.append(f"{many} are too few; a fit needs {fewest}; measure longer")
             else:
                 out.append((kind.operator, dtype, rows))
     for name in ("low_rank", "gather_gemm", "grouped_gemm"):
@@ -393,19 +402,30 @@ def _fit(
         return fit_section(IndexerFit(calls, r.seconds, hw.architecture))
     if operator in RECURRENT:
         return fit_section(recurrent_fit(operator, r, machine, hw.architecture))
-    inherited = None
-    if (
-        prior is not None
-        and dtype in labels(prior.rates)
-        and prior.section(operator, dtype).status != "default"
-    ):
-        inherited = prior.section(operator, dtype)
+    inherited = _prior_section(prior, operator, dtype)
     if operator == "gemm":
-        return fit_gemm(products_of(r, machine), hw, dtype=dtype, prior=inherited)
+        return _fit_gemm(r, hw, dtype, inherited)
     start = (
         None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
     )
     return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start)
+
+
+def _prior_section(prior: HardwareProfile | None, operator: str, dtype: str) -> Section | None:
+    if prior is None or dtype not in labels(prior.rates):
+        return None
+    section = prior.section(operator, dtype)
+    return None if section.status == "default" else section
+
+
+def _fit_gemm(r: Records, hw: HardwareProfile, dtype: str, prior: Section | None) -> FittedPart:
+    """Fit with the prior, or without it if the errors of held-out folds are then smaller: a GPU may
+    run other kernels than those of the prior."""
+    data = products_of(r, Machine.of(hw, dtype))
+    if prior is None or len(data) < FIT_ROWS:
+        return fit_gemm(data, hw, dtype=dtype, prior=prior)
+    fits = [fit_gemm(data, hw, dtype=dtype, prior=one) for one in (prior, None)]
+    return min(fits, key=lambda part: part.section.accuracy["mape"])
 
 
 def _fit_runtime(r: Records, hw: HardwareProfile) -> FittedPart:

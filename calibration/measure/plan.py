@@ -12,7 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 
 from calibration.devices.protocol import (
     HOST_KINDS,
+    LIBRARIES,
     OPERATORS,
     Device,
     Operator,
@@ -31,6 +32,7 @@ from calibration.measure.timing import WARM_VALUES, Protocol, measure
 from calibration.records.timing_table import Row
 from simulator.arrays import FloatArray, IndexArray
 from simulator.errors import InputError
+from simulator.operators.gemm_model import WAVE_TILE
 from simulator.uncertainty.factors import Uncertainty, correlation
 
 FIT, HOLDOUT, EXACT, DRIFT_CHECK = "fit", "holdout", "exact", "drift_check"
@@ -79,6 +81,8 @@ RECURRENT_SHAPES: Mapping[str, Sequence[tuple[int, ...]]] = {
 }
 # calls of one head width before the next width: a fit needs 20, and a short plan ends early
 _WIDTH_ROWS = 96
+WAVES = (1, 2, 4)  # waves of tiles at whose ends the GEMMs of a model are measured
+BESIDE_EVERY = 4  # one attention call in four is timed in the device's library beside the engine's
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
@@ -98,14 +102,18 @@ class Rates:
             op.flops / self.flop_per_s, op.bytes / self.bytes_per_s
         )
 
+    def sampling_s(self, op: Operator, protocol: Protocol, needed: int = 0) -> float:
+        """Estimate the time of the loop count, the warm-up and ``needed`` samples, s."""
+        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, needed)
+        return windows * max(1.2 * protocol.min_window_s, self.launch_s(op))
+
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the
         protocol's limit. ``compiled`` are the :func:`compilation` of earlier operators. The median
         of n samples has an interval of about 1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
-        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
-        sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
+        sampling_s = min(protocol.time_limit_s, self.sampling_s(op, protocol, math.ceil(needed)))
         kernel = compilation(op)
         compile_s = self.compile_s if kernel is not None and kernel not in compiled else 0.0
         return self.setup_s + compile_s + sampling_s + 2.0 * launch
@@ -199,6 +207,7 @@ class MeasurementPlan:
     # Rounds over the items, each in another order. Other work on a shared machine slows a
     # measurement down for seconds and never speeds it up, so the fastest visit of an item counts.
     visits: int = 1
+    spare: int = 0  # number of last items, which are measured only if time is left
 
     def order(self, visit: int) -> tuple[Item, ...]:
         return self.items if visit == 0 else _shuffled(self.items, self.seed + visit)
@@ -209,8 +218,10 @@ class MeasurementPlan:
         return sum(item.cost_s for item in self.items)
 
     def counts(self) -> dict[str, int]:
+        """Return the number of items by kind and purpose, without the spare ones."""
+        items = self.items[: len(self.items) - self.spare]
         return dict(
-            sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in self.items).items())
+            sorted(Counter(f"{item.operator.kind} {item.purpose}" for item in items).items())
         )
 
 
@@ -268,19 +279,23 @@ def base_plan(
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
     kernels_apart: bool = True,
+    earlier: Sequence[Item] = (),
 ) -> MeasurementPlan:
     """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins
     with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
-    enough attention calls of one head width for a fit come before the next width."""
+    enough attention calls of one head width for a fit come before the next width. The plan has none
+    of the ``earlier`` items, and holds out further rows of their held-out groups."""
     protocol = protocol or Protocol()
-    rng = np.random.default_rng(seed)
-    budget = _Budget(rates, protocol, refuses)
+    rng = np.random.default_rng((seed, len(earlier)) if earlier else seed)
+    known = {item.operator.key: item for item in earlier}
+    compiled = {compilation(item.operator) for item in earlier}
+    budget = _Budget(rates, protocol, refuses, dict(known), compiled)
     omitted = HYBRIDS if budget_s < HYBRIDS_S else ()
     freed = sum(shares.get(name, 0.0) for name in omitted)
     shares = {**shares, "gemm": shares["gemm"] + freed}
     left = shares["gemm"] * budget_s
     spare = SPARE * left
-    for name, stream in other_streams(dtype, rng, kernels_apart).items():
+    for name, stream in other_streams(dtype, rng, refuses, kernels_apart).items():
         if name in omitted:
             continue
         operators, share = [*stream], shares.get(name, 0.0) * budget_s
@@ -292,7 +307,7 @@ def base_plan(
         raise InputError(
             f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it"
         )
-    items = split_holdout([*budget.taken.values()], rng)
+    items = split_holdout([*budget.taken.values()][len(known) :], rng, earlier)
     return MeasurementPlan(
         _shuffled(items, seed), drift_check_operator(rates, dtype, protocol), seed, budget_s
     )
@@ -308,10 +323,15 @@ def drift_check_operator(rates: Rates, dtype: str, protocol: Protocol) -> Operat
     return short[0] if short else candidates[-1]
 
 
-def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]:
+def split_holdout(
+    items: Sequence[Item], rng: np.random.Generator, earlier: Sequence[Item] = ()
+) -> list[Item]:
     """Hold out random (n, k) groups of GEMMs and random single items of other kinds; return items
-    with purposes."""
-    groups = sorted({item.operator.group for item in items if item.operator.kind == "gemm"})
+    with purposes. Groups of ``earlier`` GEMMs keep their purpose."""
+    known = {item.operator.group: item.purpose for item in earlier if item.operator.kind == "gemm"}
+    groups = sorted(
+        {item.operator.group for item in items if item.operator.kind == "gemm"} - known.keys()
+    )
     apart = ("gemm", "copy", "launch_graph", *HOST_KINDS)
     others = sorted(item.operator.key for item in items if item.operator.kind not in apart)
     held: set[Any] = set()
@@ -322,7 +342,39 @@ def split_holdout(items: Sequence[Item], rng: np.random.Generator) -> list[Item]
     out = []
     for item in items:
         name = item.operator.group if item.operator.kind == "gemm" else item.operator.key
-        out.append(replace(item, purpose=HOLDOUT if name in held else FIT))
+        kept = item.operator.kind == "gemm" and known.get(item.operator.group) == HOLDOUT
+        out.append(replace(item, purpose=HOLDOUT if kept or name in held else FIT))
+    return out
+
+
+REFILLS = 2
+"""Further plans of the same length behind a plan: measurements took 0.45 to 0.7 of their estimates
+on planted H100s."""
+
+
+def refilled_plan(
+    first: Sequence[Item], mixed: Sequence[Item], budget_s: float, seed: int, **options: Any
+) -> MeasurementPlan:
+    """Return the ``first`` items, a base plan (:func:`base_plan` with its ``options``) with the
+    ``mixed`` items among its own, and spare items for the time that the plan does not need."""
+    known = [*first, *mixed]
+    plan = base_plan(budget_s=budget_s, earlier=known, seed=seed, **options)
+    items = [*first, *_shuffled((*mixed, *plan.items), seed)]
+    many = len(items)
+    for _ in range(REFILLS):
+        items += base_plan(budget_s=budget_s, earlier=items, seed=seed, **options).items
+    return replace(plan, items=tuple(items), spare=len(items) - many)
+
+
+def wave_gemms(shapes: Iterable[tuple[int, int]], sm_count: int, dtype: str) -> list[Operator]:
+    """Return GEMMs of shapes (n, k) with the largest m that :data:`WAVES` waves of tiles hold, and
+    with one row more, where the time makes a step."""
+    tile_m, tile_n = map(int, WAVE_TILE)
+    out = []
+    for waves, (n, k) in product(WAVES, dict.fromkeys(shapes)):
+        m = tile_m * (waves * sm_count // math.ceil(n / tile_n))
+        if 0 < m <= TOKENS[-1]:
+            out += [Operator("gemm", dtype, m=rows, n=n, k=k) for rows in (m, m + 1)]
     return out
 
 
@@ -442,7 +494,10 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
 
 
 def other_streams(
-    dtype: str, rng: np.random.Generator, kernels_apart: bool = True
+    dtype: str,
+    rng: np.random.Generator,
+    refuses: Callable[[Operator], str],
+    kernels_apart: bool = True,
 ) -> dict[str, Iterable[Operator]]:
     aligned = [
         (m, n, k)
@@ -479,14 +534,28 @@ def other_streams(
         )
         if m
     )
-    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
+    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse}
     return streams | {
-        "attention_decode": decode,
+        "attention_prefill": _in_libraries(prefill, refuses),
+        "attention_decode": _in_libraries(decode, refuses),
         "elementwise": elementwise,
         "pruned": _pruned(dtype, rng),
         "indexer": _indexers(dtype, rng),
         "recurrent": _recurrent(dtype, rng),
     }
+
+
+def _in_libraries(
+    calls: Iterable[Operator], refuses: Callable[[Operator], str]
+) -> Iterator[Operator]:
+    """Yield each call in the attention library of the installed engine, and some of the calls in
+    that of the device too; each in that of the device if there is no engine."""
+    for number, op in enumerate(calls):
+        twins = [replace(op, library=name) for name in LIBRARIES]
+        runs = [twin for twin in twins if not refuses(twin)]
+        yield from runs
+        if not runs or number % BESIDE_EVERY == 0:
+            yield op
 
 
 def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:

@@ -20,7 +20,9 @@ A record is a JSON-ready mapping:
 - ``samples_s``, ``warmup_s``: raw, untrimmed times; ``loops``
 - ``method``: how launches were timed and kept cold
 - ``before``, ``after``: telemetry; a GPU's is read under load, ``after`` during the samples
+- ``steady``: throttle reasons of a device that always throttles, whose times count
 - ``visit``: round of the plan, from 0; the fastest counts (``calibration.records.store``)
+- ``spent_s``: time of the whole measurement, with its preparation
 - ``attempts``: number of measurements; ``throttled_samples`` were discarded because of throttling
 - ``waited``: share of the time in which this process waited for a CPU, where the system counts it
 - ``block``: number of the last drift check before this record
@@ -37,6 +39,7 @@ import signal
 import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -73,10 +76,14 @@ from calibration.records.timing_table import Row
 _, _, THROTTLED, SKIPPED, UNSUPPORTED, REFUSED, FAILED = STATUSES
 
 MAX_ATTEMPTS = 3
+# throttled operators in a row after which throttling is the device's steady state: a rest of
+# seconds does not cool it
+ALWAYS_THROTTLED = 3
 _FAILURES_IN_A_ROW = 5
 POWER_SHARE = 0.1  # largest share of a run that measures power
 # a GPU reaches its power limit in about a second
 SUSTAINED, SUSTAINED_S, SUSTAINED_SIZE = "sustained", 3.0, 8192
+SUSTAINED_PROTOCOL = f"time of a GEMM of {SUSTAINED_SIZE}^3 under load, over that of a measurement"
 CAPTURE_FAILED, LOST = "capture failed", "device lost"
 
 
@@ -185,6 +192,7 @@ class _Run:
     # shortest time per operator, and its status
     fastest: dict[str, tuple[float, str]] = field(default_factory=dict)
     timed: set[str] = field(default_factory=set)  # operators with a time
+    throttled: int = 0  # throttled operators in a row
     start: float = 0.0
     power_s: float = 0.0  # spent on power so far
 
@@ -233,6 +241,8 @@ class _Run:
             reasons = throttled(before, after)
             fields = _timing_fields(timing, before, after, prepared.method)
             fields["waited"] = waited(before, after, timing.elapsed_s, self.threads)
+            if reasons not in ((), UNKNOWN) and self.throttled >= ALWAYS_THROTTLED:
+                fields["steady"], reasons = list(reasons), ()
             # an unknown share is no reason to repeat
             share = 0.0 if fields["waited"] == UNKNOWN else fields["waited"]
             if reasons in ((), UNKNOWN):
@@ -276,8 +286,12 @@ class _Run:
         return {} if found is None or found.busy < BUSY else {"watts": found.watts}
 
     def keep(self, item: Item, protocol: Protocol, visit: int) -> str:
+        begin = self.device.clock()
         record = self.record(item, protocol) | {"visit": visit, "block": self.block}
+        record["spent_s"] = self.device.clock() - begin
         self.append(record)
+        slow = record["status"] == THROTTLED or "steady" in record
+        self.throttled = self.throttled + 1 if slow else 0
         if "after" in record:
             self.telemetry.append(record["after"])
         key, status = str(record["key"]), str(record["status"])
@@ -327,6 +341,8 @@ class _Budget:
     limit_s: float  # longest time of one operator
     waiting_s: float  # estimated time of the items that have not been visited
     start: float
+    earlier_s: float = 0.0  # time of earlier runs, which counts for spare items
+    spare: frozenset[str] = frozenset()  # keys of the spare items
     spent_s: float = 0.0
     expected_s: float = 0.0
 
@@ -337,9 +353,10 @@ class _Budget:
     def allows(self, item: Item, visit: int) -> bool:
         """Return whether an item is expected to end in the share of its visit. Estimates are rough
         at first and accurate after about 20 items, so estimates and measured times are combined."""
+        before_s = self.earlier_s if item.operator.key in self.spare else 0.0
         pace = (self.spent_s + 5.0 * self.limit_s) / (self.expected_s + 5.0 * self.limit_s)
         share = self.plan.budget_s * (visit + 1) / self.plan.visits
-        return self.elapsed_s + pace * max(item.cost_s, 1e-3) <= share
+        return before_s + self.elapsed_s + pace * max(item.cost_s, 1e-3) <= share
 
     def item_limit_s(self) -> float:
         return min(self.limit_s, max(self.plan.budget_s - self.elapsed_s, 0.05))
@@ -364,18 +381,28 @@ def run(
     previous: Iterable[Mapping[str, Any]] = (),
     protocol: Protocol | None = None,
     progress: Callable[[int, int], None] | None = None,
+    interrupt: Interrupt | None = None,
 ) -> Outcome:
     """Measure the items of a plan; an item is omitted if it is not expected to end within the
-    plan's budget. ``append`` stores one record before it returns (``Store.append``). ``previous``
-    are records of earlier runs in the same store: their operators are not measured again, and their
-    first drift check stays the reference. ``progress`` is called after every visit with the seconds
-    that have passed and the expected total."""
+    plan's budget, for which the time of earlier runs counts if the item is a spare one. ``append``
+    stores one record before it returns (``Store.append``). ``previous`` are records of earlier runs
+    in the same store: their operators are not measured again, and their first drift check stays the
+    reference. ``progress`` is called after every visit with the seconds that have passed and the
+    expected total. ``interrupt`` is that of the caller, if there is one."""
     protocol, earlier = protocol or Protocol(), list(previous)
     todo = _todo(plan, earlier)
     waiting_s = sum(item.cost_s for items in todo for item in items)
-    budget = _Budget(plan, device, protocol.time_limit_s, waiting_s, device.clock())
+    budget = _Budget(
+        plan,
+        device,
+        protocol.time_limit_s,
+        waiting_s,
+        device.clock(),
+        sum(float(r.get("spent_s", 0.0)) for r in earlier),
+        frozenset(item.operator.key for item in plan.items[len(plan.items) - plan.spare :]),
+    )
     threads = device.describe().stack.get("threads", "1")
-    with Interrupt() as flag:
+    with nullcontext(interrupt) if interrupt else Interrupt() as flag:
         state = _Run(
             device, append, protocol, flag, threads=int(threads) if threads.isdecimal() else 1
         )
@@ -391,7 +418,8 @@ def run(
             stopped = f"{CAPTURE_FAILED}: {error}"
         except DeviceLost as error:
             stopped = f"{LOST}: {error}"
-    problems = (*state.problems, *_drift_notes(state), *_power_notes(state))
+    state.counts.left = max(state.counts.left - plan.spare, 0)
+    problems = (*_steady_notes(state), *state.problems, *_drift_notes(state), *_power_notes(state))
     return Outcome(state.counts, budget.elapsed_s, stopped, problems)
 
 
@@ -449,6 +477,14 @@ def _visit(
     if since_check:
         state.check_drift(check)
     return stopped
+
+
+def _steady_notes(state: _Run) -> list[str]:
+    if state.throttled < ALWAYS_THROTTLED:
+        return []
+    return [
+        "the device throttles all the time: its times are those of a hot device and are flagged"
+    ]
 
 
 def _drift_notes(state: _Run) -> list[str]:

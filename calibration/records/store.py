@@ -14,13 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibration.devices.protocol import Operator, elementwise_bytes
+from calibration.devices.protocol import LIBRARIES, Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
 from calibration.records.timing_table import (
     COUNTS,
@@ -169,7 +169,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "status": lambda name, value: Name(STATUSES).check(name, text(name, value)),
     **dict.fromkeys(("visit", "block"), partial(number, right=SIZE)),
     **dict.fromkeys(("median_s", "upper_s", "seconds", "ratio"), partial(number, right=_TIME)),
-    "lower_s": partial(number, right=_TIME_OR_ZERO),
+    **dict.fromkeys(("lower_s", "spent_s"), partial(number, right=_TIME_OR_ZERO)),
     "watts": partial(number, right=_POWER),
     **dict.fromkeys(("dense_j", "pruned_j"), partial(_times, _POWER)),
     **dict.fromkeys(("samples_s", "dense_s", "pruned_s"), partial(_times, _TIME)),
@@ -385,7 +385,9 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
     for timing in timings.values():
         for name in ("own", "again"):  # of several visits
             timing.pop(name, None)
-    return Records.from_rows(timings.values(), [header.source()])
+    many = 1 + max((timing.get("source", 0) for timing in timings.values()), default=0)
+    kinds = [replace(header.source(), kernel=name) for name in ("", *LIBRARIES)[:many]]
+    return Records.from_rows(timings.values(), kinds)
 
 
 def _faster(earlier: Row, timing: Row) -> Row:
@@ -429,6 +431,8 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
     if block in drifted or (block + 1 in drifted and row.get("purpose") != "drift_check"):
         flags |= Flag.DRIFT
     waited = row.get("waited")
+    if row.get("steady"):  # as at a power limit: the clock is that of the usual state
+        flags |= Flag.POWER_CAPPED
     if isinstance(waited, (int, float)) and waited > WAIT_LIMIT:
         flags |= Flag.WAITED
     purpose, seconds = row.get("purpose", ""), row["median_s"]
@@ -439,6 +443,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
         launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),
+        "source": ("", *LIBRARIES).index(row["operator"].get("library", "")),
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),

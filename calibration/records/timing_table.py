@@ -54,7 +54,8 @@ class Flag(IntFlag):
     THROTTLED = 2  # the device ran below its clocks, also when repeated
     DRIFT = 4  # the next drift check differed by more than its limit
     CONFLICT = 8  # several timings of this shape differ; the row has their median
-    POWER_CAPPED = 16  # a GPU timed at its power limit, at a clock below the highest of the run
+    # a GPU timed at its power limit, at a clock below the highest of the run, or always throttled
+    POWER_CAPPED = 16
     # a CPU's process waited for a CPU, which other processes used
     WAITED = 32
 

@@ -71,12 +71,14 @@ _OPERATORS = (
     ("gemm", r"(?<!co)mm|gemm|cutlass|nvjet|xmma|cublas|matmul|_linear_pointwise"),
     (
         "elementwise",
-        r"^triton_|fused|_C::|^aten::|elementwise|reduce|copy|CompiledFxGraph|norm|rotary|silu",
+        r"^Memcpy DtoD|^Memset|^triton_|fused|_C::|^aten::|elementwise|reduce|copy"
+        r"|CompiledFxGraph|norm|rotary|silu",
     ),
 )
 _HOST = re.compile(
-    r"^vllm::unified|^aten::(view|slice|split|chunk|narrow|as_strided|empty|item|reshape|transpose|t|expand|unsqueeze"
-    r"|squeeze|select|permute|unbind|detach|alias|resize_|to|linear|matmul|_unsafe_view|contiguous)$"
+    r"^vllm::unified"
+    r"|^aten::(view|slice|split|chunk|narrow|as_strided|empty|item|reshape|transpose|t|expand"
+    r"|unsqueeze|squeeze|select|permute|unbind|detach|alias|resize_|to|linear|matmul|_unsafe_view|contiguous)$"
 )
 
 

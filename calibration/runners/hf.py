@@ -16,7 +16,7 @@ import inspect
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Sampler, Unsupported
@@ -342,13 +343,21 @@ class HfRunner(PairRunner):
             times = repeated(lambda: sample(1), seconds)
             with torch.profiler.profile() as profile:
                 sample(1)
-        on_gpu = self.device.name.startswith("cuda")
-        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        kernels = {
-            event.key: 1e-6 * float(getattr(event, own)) / passes
-            for event in profile.key_averages()
-        }
+        found = kernel_seconds(profile.key_averages(), self.device.name.startswith("cuda"))
+        kernels = {name: seconds / passes for name, seconds in found.items()}
         return Observation(*times, kernels, metadata.version("transformers"))
+
+
+def kernel_seconds(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Return the time of each kernel of a profile, s. On a GPU, the times of operators and of
+    annotations contain those of the kernels that they launch, so only kernels count."""
+    if not on_gpu:
+        return {event.key: 1e-6 * float(event.self_cpu_time_total) for event in events}
+    return {
+        event.key: 1e-6 * float(event.self_device_time_total)
+        for event in events
+        if event.device_type != DeviceType.CPU and not event.is_user_annotation
+    }
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:

@@ -8,7 +8,7 @@ to measure for a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,20 +17,31 @@ from typing import Any
 import numpy as np
 
 from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
+from calibration.devices.telemetry import THROTTLING, UNKNOWN
 from calibration.fit.base_profile import base_profile, raised, thread_notes
 from calibration.fit.local_update import Updated, update_profile
-from calibration.fit.profile import ProfileFit, fit_profile
+from calibration.fit.profile import ProfileFit, fit_profile, provenance_of
 from calibration.measure.plan import (
+    FIT,
     SHARES,
+    Item,
     MeasurementPlan,
     Rates,
-    base_plan,
     in_order,
     next_rows,
     probe,
+    refilled_plan,
+    wave_gemms,
 )
 from calibration.measure.power import idle_power
-from calibration.measure.run import SUSTAINED, Outcome, run, sustained
+from calibration.measure.run import (
+    SUSTAINED,
+    SUSTAINED_PROTOCOL,
+    Interrupt,
+    Outcome,
+    run,
+    sustained,
+)
 from calibration.measure.timing import Protocol, default_protocol, default_visits
 from calibration.records.screening import one_method, without_exact
 from calibration.records.store import Content, Header, Store, content_records, parse, read_store
@@ -49,6 +60,7 @@ from simulator.prediction.requests import requests_of
 from simulator.pruning import prune
 from simulator.uncertainty import factors
 from simulator.uncertainty.forward import forward_passes
+from simulator.units import percent
 from simulator.workload import Workload, WorkloadBatch
 
 RECORDS = "records.jsonl"
@@ -63,6 +75,8 @@ QUICK_SHARES = {
     "attention_decode": 0.15,
     "elementwise": 0.1,
 }
+UNFINISHED = "its calibration did not end"
+TURNS = 0.1  # largest share of the time for GEMMs at the ends of waves
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
 MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
 # Purpose of records -> file and subject of their report
@@ -90,6 +104,37 @@ class MeasuredRun:
     plan: MeasurementPlan
     outcome: Outcome
     records: Records
+
+
+BUSY_LOAD = 0.1  # load of an idle GPU from which another process is likely
+MOST_USED = 0.1  # share of the memory of an idle GPU that is in use
+OPERAND_SHARE = 0.9  # share of the free memory that a device reports as its limit
+
+
+def warnings_of(device: Device) -> list[str]:
+    """Return what may spoil a measurement on a GPU, before it begins."""
+    description, now = device.describe(), device.snapshot()
+    gpu = description.gpu
+    if gpu is None:
+        return []
+    found = []
+    if now.throttle == UNKNOWN and not gpu.mig:
+        remedy = "pip install nvidia-ml-py"
+        found.append(f"clocks, power and throttling of this GPU cannot be read; {remedy}")
+    elif reasons := THROTTLING & {*now.throttle}:
+        found.append(f"the GPU is throttled ({', '.join(sorted(reasons))}): it needs cooling")
+    used = 1.0 - description.memory_bytes / OPERAND_SHARE / gpu.memory_bytes
+    if used > MOST_USED:
+        found.append(f"other processes hold {percent(used)} of the GPU's memory; end them")
+    if isinstance(now.load, float) and now.load > BUSY_LOAD:
+        found.append(f"other processes load the GPU ({percent(now.load)}); end them")
+    limit = description.stack.get("power_limit_w", UNKNOWN)
+    default = gpu.power_limit_w
+    known = limit.replace(".", "").isdecimal() and isinstance(default, float)
+    if known and float(limit) < 0.99 * float(default):
+        lower = f"the power limit, {limit} W, is below the default, {float(default):.0f} W"
+        found.append(f"{lower}; times of other machines will be shorter")
+    return found
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -155,6 +200,7 @@ def measure_plan(
     options: RunOptions,
     planned: Planner,
     progress: Callable[[int, int], None] | None = None,
+    interrupt: Interrupt | None = None,
 ) -> MeasuredRun:
     protocol = default_protocol(device.describe(), options.budget_s)
     if is_new(file):
@@ -184,6 +230,7 @@ def measure_plan(
             previous=store.rows,
             protocol=protocol,
             progress=progress,
+            interrupt=interrupt,
         )
         known = any(row.get("type") == SUSTAINED for row in store.rows)
         if (
@@ -202,63 +249,95 @@ def measure_into(
     options: RunOptions,
     *,
     targets: TargetModels = (),
+    run_models: Sequence[Workload] = (),
     quick: bool = False,
+    draft: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device.
 
     The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are
-    measured exactly and first, in the order of how much they narrow the speedups. ``progress`` gets
-    seconds: passed, and in total.
+    measured exactly and first, in the order of how much they narrow the speedups. Then come the
+    GEMMs of ``run_models`` at the ends of waves. With ``draft``, a profile of the shipped fit, or
+    of the datasheet, exists from the beginning. ``progress`` gets seconds: passed, and in total.
     """
     file, header = _begun(folder, device, options, note)
     datasheet = file.with_name(DATASHEET)
-    if is_new(file) and not quick:  # before anything runs
-        header = replace(header, extra={**header.extra, **idle_power(device)})
-    if is_new(file) or not datasheet.exists():
-        base = base_profile(device, options.dtype, options.hardware)
-        for line in thread_notes(base, device.describe().device):
-            note(line)
-        datasheet.parent.mkdir(exist_ok=True)
-        save_hardware(replace(base, path=None), datasheet)
+    for line in warnings_of(device):
+        note(f"warning: {line}")
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
-        wanted = target_operators(targets, load_hardware(datasheet), every=quick) if targets else []
-        plan = _plan(wanted, rates, device, options, quick, protocol=protocol, seed=seed)
+        hw = load_hardware(datasheet)
+        wanted = target_operators(targets, hw, every=quick) if targets else []
+        turns = _turns_of(run_models, hw, options.dtype)
+        plan = _plan(wanted, turns, rates, device, options, quick, protocol=protocol, seed=seed)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
-        note(f"{len(plan.items)} operators planned: {counts}")
+        note(f"{len(plan.items) - plan.spare} operators planned, more if time is left: {counts}")
         return plan, protocol
 
-    return measure_plan(file, header, device, options, planned, progress)
+    with Interrupt() as interrupt:
+        if is_new(file) and not quick:  # before anything runs
+            header = replace(header, extra={**header.extra, **idle_power(device)})
+        if is_new(file) or not datasheet.exists():
+            base = replace(base_profile(device, options.dtype, options.hardware), path=None)
+            for line in thread_notes(base, device.describe().device):
+                note(line)
+            datasheet.parent.mkdir(exist_ok=True)
+            save_hardware(base, datasheet)
+            if draft:
+                save_hardware(replace(base, verdict=UNFINISHED), file.with_name(PROFILE))
+        return measure_plan(file, header, device, options, planned, progress, interrupt)
 
 
 def _plan(
     wanted: Sequence[Operator],
+    turns: Sequence[Operator],
     rates: Rates,
     device: Device,
     options: RunOptions,
     quick: bool,
     **how: Any,
 ) -> MeasurementPlan:
-    """Plan the wanted operators, then a base plan in the time that is left."""
+    """Plan the wanted operators, then a base plan with the ``turns`` of waves in the time that is
+    left, then spare operators."""
     visits = default_visits(device.describe())
+    budget_s = options.budget_s / visits
     plan = in_order(wanted, rates, **how) if wanted else None
-    left = options.budget_s / visits - (plan.estimated_s if plan else 0.0)
-    if plan is None or left > 0.1 * options.budget_s / visits:
-        base = base_plan(
-            rates,
-            budget_s=left,
+    first = plan.items if plan else ()
+    left = budget_s - sum(item.cost_s for item in first)
+    if plan is None or left > 0.1 * budget_s:
+        mixed = _within(turns, {item.operator.key for item in first}, TURNS * left, rates, **how)
+        plan = refilled_plan(
+            first,
+            mixed,
+            left - sum(item.cost_s for item in mixed),
+            rates=rates,
             dtype=options.dtype,
             refuses=device.refuses,
             shares=QUICK_SHARES if quick else SHARES,
             kernels_apart=not quick,
             **how,
         )
-        first = {item.operator.key: item for item in plan.items} if plan else {}
-        rest = (item for item in base.items if item.operator.key not in first)
-        plan = replace(base, items=(*first.values(), *rest))
     return replace(plan, budget_s=options.budget_s, visits=visits)
+
+
+def _within(
+    turns: Sequence[Operator], taken: Collection[str], most_s: float, rates: Rates, **how: Any
+) -> list[Item]:
+    """Return the operators that are not taken as items of a fit, as many as a time allows."""
+    new = [op for op in turns if op.key not in taken]
+    items = in_order(new, rates, **how).items if new else ()
+    ends_s = np.cumsum([item.cost_s for item in items])
+    return [replace(item, purpose=FIT) for item, end_s in zip(items, ends_s) if end_s <= most_s]
+
+
+def _turns_of(models: Sequence[Workload], hw: HardwareProfile, dtype: str) -> list[Operator]:
+    """Return the GEMMs of models at the ends of waves; none for a CPU, which has no waves."""
+    if hw.architecture == "cpu":
+        return []
+    gemms = [op for w in models for op in _operators(w, every=False)]
+    return wave_gemms([(op.n, op.k) for op in gemms], hw.sm_count, dtype)
 
 
 def keep_apart(records: Records) -> Records:
@@ -292,9 +371,9 @@ def fit_run(
     path = Path(folder)
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
-    base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content)
+    base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content, records)
     fit: ProfileFit | Updated
-    fit = update_profile(base, records) if anchor else fit_profile(base, records, progress=progress)
+    fit = update_profile(base, records) if anchor else _fitted(base, records, progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
@@ -314,12 +393,32 @@ def fit_run(
     return Calibrated(fit, reports["holdout"], reports["exact"], disturbed_share(records))
 
 
-def _with_sustained(base: HardwareProfile, content: Content) -> HardwareProfile:
+def _fitted(
+    base: HardwareProfile, records: Records, progress: Callable[[int, int], None] | None
+) -> ProfileFit:
+    """Fit records with the shipped fit of this GPU as prior. If they are too few, its sections are
+    the profile."""
+    shipped = base.architecture != "cpu" and any(kind == "gemm" for kind, _ in base.sections)
+    try:
+        return fit_profile(base, records, prior=base if shipped else None, progress=progress)
+    except InputError as error:
+        if not shipped:
+            raise
+        return ProfileFit(base, (), (str(error),))
+
+
+def _with_sustained(base: HardwareProfile, content: Content, records: Records) -> HardwareProfile:
     ratios = [float(row["ratio"]) for row in content.rows if row.get("type") == SUSTAINED]
     if not ratios:
         return base
     runtime = base.section("runtime", "*")
-    runtime = replace(runtime, constants={**runtime.constants, "sustained": Fitted(ratios[-1])})
+    about = replace(provenance_of(records), protocol=SUSTAINED_PROTOCOL, rows=len(ratios))
+    runtime = replace(
+        runtime,
+        constants={**runtime.constants, "sustained": Fitted(ratios[-1])},
+        provenance=runtime.provenance or about,
+        status="calibrated",
+    )
     return replace(base, sections={**base.sections, ("runtime", "*"): runtime})
 
 
