@@ -24,7 +24,6 @@ from simulator.figures.style import (
     BLACK,
     GREY,
     INK,
-    PAGE_IN,
     PALE_INK,
     Style,
     in_order,
@@ -53,11 +52,12 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
     only = {f: next(iter(names)) if len(names) == 1 else "" for f, names in methods.items()}
+    data = layout.fitted(data)
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
         looks = styles_of({family: family for family in only})
         handles = _handles(only, looks, layout.interval(fronts[0].level))
-        title = _title(fronts[0].axis, float(data["loss"].max()) > LINEAR_UP_TO)
+        title = _title(fronts[0].axis, data["loss"])
         figure, panels = layout.panel_grid(
             data, 1.9, 0.66, handles=handles, legend=title, sharex=True, sharey=True
         )
@@ -89,16 +89,30 @@ def _limits(data: layout.FigurePoints) -> tuple[float, float]:
     return low / pad, high * pad
 
 
-def _title(axis: Axis, bends: bool) -> str:
-    scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-    protocol = textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))
+def _scale(loss: FloatArray) -> str:
+    """Return the scale of an axis of losses, %: linear for small ones, logarithmic for large ones,
+    and bent for both."""
+    if loss.max() <= 100 * LINEAR_UP_TO:
+        return "linear"
+    return "log" if loss.min() > 100 * BEND else "bent"
+
+
+def _title(axis: Axis, loss: FloatArray) -> str:
+    scales = {"bent": f" (linear to {100 * BEND:.0f} %, then logarithmic)", "log": " (log scale)"}
+    scale = scales.get(_scale(100 * loss), "")
+    protocol = textwrap.fill(axis.protocol, int(layout.width_of(2) / 0.058))
     return f"quality loss (%): {axis.metric}{scale}\n{protocol}".rstrip()
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     """Set an axis in per cent, which is logarithmic from a dotted line on if losses are large."""
-    first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
-    if last > 100 * LINEAR_UP_TO:
+    least, last = float(loss.min()), float(loss.max())
+    first = min(0.0, least)
+    if (scale := _scale(loss)) == "log":
+        ax.set_xscale("log")
+        ax.set_xlim(least / 1.6, last * 1.25)
+        layout.log_axis(ax.xaxis, least / 1.6, last, 6)
+    elif scale == "bent":
         ax.set_xscale("symlog", linthresh=100 * BEND, linscale=0.5)
         ax.axvline(100 * BEND, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1.4)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
@@ -110,7 +124,9 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
         ]
         layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
-        ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
+        room = 0.08 * (last - first) or 1.0
+        start = least - 3.0 * room if 2.0 * least > last else first - 0.4 * room * (first < 0)
+        ax.set_xlim(start, last + room)
     ax.tick_params(axis="x", length=0, pad=7)  # below the strip
     ax.spines["bottom"].set_visible(False)
 

@@ -23,6 +23,7 @@ from simulator.figures.layout import (
     arrays,
     as_table,
     entry,
+    fitted,
     laid_out,
     of_panel,
     panel_grid,
@@ -78,16 +79,17 @@ def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     (empty: no family is faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else
     blank: the dense model exceeds the memory).
     """
-    data = arrays(cells)
+    data = fitted(arrays(cells), 0.2 * len(set(cells["batch"])) + 0.4)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
+    height = _CELL_IN * len(lengths)
     with paper_style():
         figure, panels = panel_grid(
-            data, _CELL_IN * len(lengths), 0.66, handles=_winner_handles(data), legend="batch"
+            data, height, 0.66, least_in=height, handles=_winner_handles(data), legend="batch size"
         )
         for place, ax in panels.items():
             _draw_winners(ax, of_panel(data, *place), batches, lengths)
         as_table(panels, [str(b) for b in batches], [short(n) for n in lengths])
-        return laid_out(figure, "sequence (tokens)")
+        return laid_out(figure, "sequence length (tokens)")
 
 
 def _winner_handles(data: FigurePoints) -> list[Any]:
@@ -146,11 +148,12 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with
     NaN have a dash. Columns: ``row`` and ``column`` (labels of the setting and the device),
     ``family``, ``batch``, ``efficiency``."""
-    data = arrays(points)
+    data = fitted(arrays(points), 0.17 * len(set(points["batch"])) + 0.3)
     families = list(dict.fromkeys(data["family"]))
     batches = sorted({int(b) for b in data["batch"]})
+    height = _LINE_IN * len(families)
     with paper_style():
-        figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
+        figure, panels = panel_grid(data, height, 0.9, least_in=height)
         for place, ax in panels.items():
             _draw_efficiencies(ax, of_panel(data, *place), families, batches)
         as_table(panels, [str(b) for b in batches], [label(f) for f in families])
@@ -185,7 +188,7 @@ def _draw_scale(figure: Figure, panels: list[Axes]) -> None:
     )
     texts = ["slower than dense", "no gain", "half", "all of the bound"]
     bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=texts)
-    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
+    bar.ax.set_title("batch size", fontsize=7, fontweight="normal", pad=3)
     bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
     bar.outline.set_visible(False)
 
