@@ -63,6 +63,10 @@ _DIRECTIONS = (
 )
 
 
+class NoRoom(InputError):
+    """A figure that is higher than a page, or whose texts would overlap, at the stated width."""
+
+
 def arrays(points: Mapping[str, Sequence[Any]]) -> FigurePoints:
     return {
         n: np.asarray(v, dtype=object if len(v) and isinstance(v[0], str) else None)
@@ -183,7 +187,7 @@ def panel_list(
 def page(width_in: float, height_in: float) -> Figure:
     """Return an empty figure with little room between panels."""
     if (size := paper_size()).width_in and height_in > most_height() + 0.01:
-        raise InputError(
+        raise NoRoom(
             f"--width: a figure {size.width_in:.3g}in wide: expected a height of at most"
             f" {MOST_HEIGHT_IN:g}in, got {height_in * size.scale:.3g}in; use a larger --width, a"
             " smaller --font or fewer devices"
@@ -237,12 +241,12 @@ def title_in(titles: Iterable[str]) -> float:
     return 0.13 * lines_of(titles)
 
 
-def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
+def as_table(panels: Panels, across: Sequence[str], down: Mapping[str, Sequence[str]]) -> None:
     """Make tables of panels, with the names of cells below the last row and left of the first
     column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
-        ax.set_yticks(range(len(down)), down if c == first else [])
+        ax.set_yticks(range(len(down[r])), down[r] if c == first else [])
         ax.set_xticks(range(len(across)), across if r == last else [])
         ax.grid(visible=False)
         ax.tick_params(length=0)
