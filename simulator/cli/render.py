@@ -16,7 +16,9 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -29,6 +31,11 @@ from simulator.units import ratio as ratio
 from simulator.units import seconds as seconds
 from simulator.units import seconds_between as seconds_between
 from simulator.units import size as size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from simulator.figures.style import PaperSize
 
 T = TypeVar("T")
 
@@ -240,6 +247,21 @@ class Output:
     json: bool
     csv: str | None = None
     figures: Sequence[str | None] = ()
+    width: str | None = None
+    font: float | None = None
+
+    @cached_property
+    def paper(self) -> PaperSize:
+        from simulator.figures.style import PaperSize
+
+        return PaperSize.read(self.width, self.font)
+
+    def draw(self, figure: Callable[[], Figure], path: str | Path) -> None:
+        """Draw a figure in the size of --width and --font, and write it."""
+        from simulator.figures.style import save_figure
+
+        with self.paper.applied():
+            save_figure(figure(), path)
 
     def __post_init__(self) -> None:
         if self.json and self.csv:
@@ -248,6 +270,11 @@ class Output:
             from simulator.figures.style import check_figure
 
             check_figure(path)
+        for option in ("width", "font"):
+            if getattr(self, option) is not None and not any(self.figures):
+                raise InputError(f"--{option}: expected with --figure FILE")
+        if any(self.figures):
+            _ = self.paper  # refuses a bad size before any work
         if self.csv and self.csv != "-":
             from simulator.files.write import check_target
 

@@ -54,7 +54,7 @@ def speedup(
     --pruned, existing models are compared with the dense one. --claim judges a stated speedup of
     one prediction.
     """
-    output = render.Output(out.json, out.csv, [out.figure])
+    output = render.Output(out.json, out.csv, [out.figure], out.width, out.font)
     claimed = None if claim is None else parsing.checked("--claim", claim, parse_ratio)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
@@ -96,10 +96,11 @@ def speedup(
     if out.figure:
         from simulator.figures.energy import energies_of
         from simulator.figures.speedup import speedups_of
-        from simulator.figures.style import save_figure
 
         named = [replace(r, family=r.name) for r in found]
-        save_figure(energies_of(named, tariff) if tariff else speedups_of(named), out.figure)
+        output.draw(
+            lambda: energies_of(named, tariff) if tariff else speedups_of(named), out.figure
+        )
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
     render.notes(
         (*asked.notes, *energy_notes(tariff, profiles), *defaults, *found.notes), out.verbose
@@ -490,7 +491,8 @@ def explain(
     roofline bound. With more than three predictions only the conclusions are printed, and the
     tables with --verbose.
     """
-    output = render.Output(out.json, figures=[out.figure, roofline])
+    figures = [out.figure, roofline]
+    output = render.Output(out.json, None, figures, out.width, out.font)
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.advise import Target
@@ -545,13 +547,12 @@ def explain(
         render.notes([*lines, *_notes(found)], out.verbose)
     if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
-        from simulator.figures.style import save_figure
         from simulator.figures.waterfall import waterfalls_of
 
         if out.figure:
-            save_figure(waterfalls_of(found), out.figure)
+            output.draw(lambda: waterfalls_of(found), out.figure)
         if roofline:
-            save_figure(rooflines_of(found), roofline)
+            output.draw(lambda: rooflines_of(found), roofline)
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:

@@ -18,7 +18,7 @@ from simulator.errors import InputError
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.load import loads_of
 from simulator.figures.speedup import speedups_of
-from simulator.figures.style import device_title, engine_title, svg_text
+from simulator.figures.style import PaperSize, device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.energy_sentences import energy_notes, energy_table, of_energy
@@ -40,6 +40,7 @@ from simulator.units import percent, ratio
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WHOLE_WIDTH = PaperSize(7.0)  # of the main figure, inches before the page enlarges it
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
 # matplotlib's settings belong to the process, and each visitor of the page has a thread
@@ -91,11 +92,15 @@ class PageContent:
         name = f"{self.detail.pruning}{where if several else ''}"
         return _drawn(
             lambda: {
-                "Speedup": speedups_of([replace(r, family=r.name) for r in self.rows]),
+                "Speedup": self._speedups(),
                 f"Losses of {name}": waterfalls_of(self.details),
                 f"GEMMs of {name}": rooflines_of(self.details),
             }
         )
+
+    def _speedups(self) -> Figure:
+        with WHOLE_WIDTH.applied():
+            return speedups_of([replace(r, family=r.name) for r in self.rows])
 
     @property
     def prunings(self) -> tuple[str, ...]:
