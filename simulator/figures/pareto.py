@@ -170,8 +170,8 @@ def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> N
         (np.linspace(start, end, 60), np.ones(60)),
     ]
     names = _point_names(data)
-    for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
-        these = optimal == best
+    for on_frontier, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
+        these = optimal == on_frontier
         look: dict[str, Any] = {"reach_pt": reach_pt, "color": color}
         layout.write_labels(ax, x[these], y[these], names[these], clear_of, **look)
 

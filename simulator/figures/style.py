@@ -230,13 +230,15 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 def _pdf(figure: Figure, scale: float) -> bytes:
     from matplotlib.backends.backend_pdf import Op, PdfFile, PdfPages
 
-    class ScaledFile(PdfFile):
+    class ScaledFile(PdfFile):  # type: ignore[misc]  # matplotlib is not typed here
         def newPage(self, width: float, height: float) -> None:
             super().newPage(scale * width, scale * height)
             if scale != 1.0:
                 self.output(scale, 0, 0, scale, 0, 0, Op.concat_matrix)
 
-    class ScaledPages(PdfPages):
+    class ScaledPages(PdfPages):  # type: ignore[misc]
+        _file: PdfFile | None
+
         def _ensure_file(self) -> PdfFile:
             if self._file is None:
                 self._file = ScaledFile(self._filename, metadata=self._metadata)
