@@ -136,6 +136,7 @@ class Kernel:
     name: str
     arithmetic_s: float
     memory_s: float
+    rate: float = 1.0  # of its arithmetic, relative to GEMMs: its power follows its FLOPs
 
     def seconds(self, clock: float) -> float:
         """Return the time above the floor at a share of the highest clock."""
@@ -281,7 +282,7 @@ class PlantedCuda:
         """Return the share of the power limit that kernels draw above an idle GPU."""
         if self.hot and self.troubles.power_cap < 1.0:
             return MOST_POWER - POWER["idle"]
-        arithmetic_s = sum(count * kernel.arithmetic_s for kernel, count in kernels.items())
+        arithmetic_s = sum(count * k.rate * k.arithmetic_s for k, count in kernels.items())
         memory_s = sum(count * kernel.memory_s for kernel, count in kernels.items())
         used = POWER["memory"] * memory_s + POWER["compute"] * arithmetic_s
         return min(POWER["active"] + used / took, MOST_POWER - POWER["idle"])
