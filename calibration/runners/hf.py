@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -337,6 +338,8 @@ class HfRunner(PairRunner):
         self.prepare(case)
 
     def observe(self, case: Case, seconds: float) -> Observation:
+        # the profiler of torch 2.13 prints two lines per use, at every level below this one
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         sample = eager_sampler(self.kept["dense"], case)
         passes = 1 if case.phase == "prefill" else TOKENS + 1
         with torch.inference_mode():
