@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from simulator.plans.search import Plan as Plan
     from simulator.plans.search import search as search
     from simulator.plans.solve import Targets as Targets
+    from simulator.prediction.claims import judge_claim as judge_claim
     from simulator.prediction.draft import draft as draft
     from simulator.prediction.explain import Step as Step
     from simulator.prediction.explain import waterfall as waterfall
@@ -79,6 +80,7 @@ else:
         "prediction.result": "Result Results",
         "prediction.service": "serve",
         "request": "Request",
+        "prediction.claims": "judge_claim",
         "prediction.draft": "draft",
         "prediction.explain": "Step waterfall",
         "prediction.sweep": "sweep",

@@ -98,3 +98,24 @@ def runs(numbers: Iterable[int]) -> str:
     """Return the text of :func:`consecutive`, with at most eight entries."""
     parts = consecutive(numbers)
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more runs" if len(parts) > 8 else "")
+
+
+_PERCENTAGE = re.compile(r"\d+(?:\.\d+)? %")
+
+
+def one_percentage(lines: Iterable[str]) -> list[str]:
+    """Return notes, of which those that differ only in percentages are one note with ranges."""
+    alike: dict[str, list[str]] = {}
+    for line in lines:
+        alike.setdefault(_PERCENTAGE.sub("%", line), []).append(line)
+    return [_with_ranges(some) if len(some) > 1 else some[0] for some in alike.values()]
+
+
+def _with_ranges(lines: Sequence[str]) -> str:
+    ranges = iter(zip(*map(_PERCENTAGE.findall, lines)))
+
+    def between(_: re.Match[str]) -> str:
+        shown = sorted(next(ranges), key=lambda text: float(text[:-2]))
+        return shown[0] if shown[0] == shown[-1] else f"{shown[0][:-2]} to {shown[-1]}"
+
+    return _PERCENTAGE.sub(between, lines[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -56,15 +56,20 @@ def unknown(
     known, given = sorted(choices), one_line(str(name), 80)
     # an id can begin with its owner
     parts = dict.fromkeys((given.lower(), given.lower().rsplit("/", 1)[-1]))
-    close = next(
-        filter(None, (difflib.get_close_matches(part, known, n=3, cutoff=0.5) for part in parts)),
-        [],
-    )
+    close = next(filter(None, (_nearest(part, known) for part in parts)), [])
     hint = f"; did you mean {' or '.join(close)}? " if close else ". " if way else "; "
     hint += f"{way} " if way else ""
     return InputError(
         f"{kind} {given!r} is unknown{hint}Known: {', '.join(sorted(set(listed)) or known)}"
     )
+
+
+def _nearest(given: str, known: Sequence[str]) -> list[str]:
+    """Return at most three similar names. If the nearest begins alike, so do all, as other letters
+    are another family of GPUs (an l40 is not a 4090)."""
+    close = difflib.get_close_matches(given, known, n=6, cutoff=0.5)
+    alike = [name for name in close if name[0] == given[:1]]
+    return (alike if alike[:1] == close[:1] else close)[:3]
 
 
 def needs_extra(what: str, extra: str, package: str, more: str = "") -> InputError:

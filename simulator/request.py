@@ -314,8 +314,9 @@ class Request:
         str | None,
         Setting(
             _FORMAT,
-            "NAME",
-            "Format of activations and arithmetic. Default: the checkpoint's, else bf16.",
+            "LIST",
+            "Formats of activations and arithmetic. Default: the checkpoint's, else bf16.",
+            several=True,
             label="Arithmetic",
         ),
     ] = None
@@ -323,8 +324,10 @@ class Request:
         str | None,
         Setting(
             _FORMAT,
-            "NAME",
-            "Format of stored weights: int8, int4, fp8. Default: the checkpoint's, else --dtype.",
+            "LIST",
+            "Formats of stored weights: int8, int4, fp8; of a list (bf16,fp8,int4), the first is"
+            " the dense model's. Default: the checkpoint's, else --dtype.",
+            several=True,
             label="Weights",
         ),
     ] = None
@@ -332,16 +335,21 @@ class Request:
         str | None,
         Setting(
             _FORMAT,
-            "NAME",
-            "Format of the K/V cache. Default: the checkpoint's, else --dtype, or bf16 below 16"
+            "LIST",
+            "Formats of the K/V cache. Default: the checkpoint's, else --dtype, or bf16 below 16"
             " bits.",
+            several=True,
             label="K/V cache",
         ),
     ] = None
     devices: Annotated[
         int,
         Setting(
-            Whole(100_000, "2"), "N", "Number of devices that share the model.", "--devices --tp"
+            Whole(100_000, "2"),
+            "LIST",
+            "Numbers of devices that share the model: 2,4,8.",
+            "--devices --tp",
+            several=True,
         ),
     ] = 1
     link: Annotated[

@@ -123,9 +123,11 @@ def sizes_of(one: Layer) -> Sizes:
 
 
 def value_of(model: Model, path: str) -> Any:
-    """A field of a model, of the attention or MLP of its last layer ("mlp.gated"), or the ``sizes`` of
-    each layer."""
+    """A field of a model, of the attention or MLP of its last layer ("mlp.gated"), of the attention of
+    each layer ("each.rotary"), or the ``sizes`` of each layer."""
     part, _, name = path.rpartition(".")
+    if part == "each":
+        return tuple(getattr(sublayer_of(one, "attention"), name) for one in model.layers)
     if path == "sizes":
         return tuple(map(sizes_of, model.layers))
     return getattr(sublayer_of(model.layers[-1], part) if part else model, name)

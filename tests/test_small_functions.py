@@ -156,3 +156,16 @@ def test_quantities_written_are_read_again(unit: str, value: float) -> None:
 )
 def test_quantities_are_written(value: float, unit: str, text: str) -> None:
     assert format_quantity(value, unit) == text
+
+
+def test_close_names_begin_alike() -> None:
+    devices = ["a10", "h20", "h200", "l4", "l40s", "4090", "l20"]
+    for name, close in (("l400s", "l40s"), ("l2", "l20"), ("40s", "l40s")):
+        hint = str(errors.unknown("GPU", name, devices)).partition("did you mean ")[2]
+        assert hint.startswith(close), hint
+        assert ("4090" in hint.partition("?")[0]) == (name == "40s")
+
+
+def test_notes_that_differ_only_in_percentages_are_one() -> None:
+    notes = ["GEMMs (47 % of the time): default", "b at 5 %", "GEMMs (9.5 % of the time): default"]
+    assert display.one_percentage(notes) == ["GEMMs (9.5 to 47 % of the time): default", "b at 5 %"]

@@ -125,8 +125,25 @@ OPERATORS = 0.6  # share of the time for operators, if an engine runs
 _ONE_PASS = {"phase": "prefill", "batch": 1, "seq": 1}  # all shapes (n, k) of a model
 
 REQUESTS: options.Run = options.run_options(
-    "phase", "batch", "seq", "dtype", phase="prefill,decode", dtype=DEFAULT_DTYPE
+    "phase", "batch", "seq", "dtype", phase="prefill,decode", batch=None, seq=None, dtype=None
 )
+
+
+def in_format(run: options.Run, device: str) -> options.Run:
+    """Return the settings with a number format: bf16 by default, or fp32 on a CPU without bf16
+    instructions, which is stated before anything is measured."""
+    asked: str | None = run.text("dtype")
+    slow = ""
+    if device == "cpu" and asked in (None, DEFAULT_DTYPE):
+        from calibration.devices.cpu import lacks_bf16
+
+        slow = lacks_bf16()
+    if slow:
+        use = "it is emulated slowly; use --dtype fp32" if asked else "fp32 is used"
+        render.status(f"{slow} has no bf16 instructions that torch uses; {use}")
+    settings: Any = run  # a dataclass, see run_options
+    chosen: options.Run = replace(settings, dtype=asked or ("fp32" if slow else DEFAULT_DTYPE))
+    return chosen
 
 
 @options.expanded("csv", "figure")
@@ -162,12 +179,15 @@ def command(
 
     DEVICE engine runs smaller dense copies of a model (--for) in an engine (--engine) on the device
     of RUN/profile.yaml or of --hardware, and adds the engine's host times and a factor per operator
-    to RUN/profile.yaml.
+    to RUN/profile.yaml, in --phase, --batch and --seq (default: a few short ones), within --budget.
+
+    The default of --dtype is bf16, or fp32 on a CPU without bf16 instructions.
     """
     from calibration.runners.engine import MEASURED
     from calibration.runners.in_engine import default_model, installed_engine
     from calibration.runners.runs import RunOptions, measure_into, target_workloads
 
+    run = in_format(run, "cpu" if device == "engine" and on_cpu(output, measuring) else device)
     how = RunOptions(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
     )
@@ -176,19 +196,19 @@ def command(
             raise InputError(
                 "--measure-only, --quick: expected none of them to calibrate an engine"
             )
-        _engine(output, how, target.model or "", runner, measuring.threads, out)
+        _engine(output, how, target.model or "", runner, measuring.threads, run, out)
         return
     if measure_only and quick:
         raise InputError("--measure-only: expected no --quick with it")
-    engine, on_cpu = runner.engine, device == "cpu"
+    engine, cpu = runner.engine, device == "cpu"
     if engine:
         Name((*MEASURED, "none")).check("--engine", engine)
     # a replayed device runs no models
     elif not (measure_only or quick) and device.startswith(("cpu", "cuda")):
         engine = installed_engine(runner.vllm_python)
-    stage = _Stage(engine, target.model or default_model(on_cpu), runner.vllm_python)
+    stage = _Stage(engine, target.model or default_model(cpu), runner.vllm_python)
     # no engine fuses projections on a CPU
-    settings = {**run.asked().settings, "engine": "" if on_cpu else DEFAULT_ENGINE}
+    settings = {**run.asked().settings, "engine": "" if cpu else DEFAULT_ENGINE}
     targets: TargetModels = ()
     if target.model:
         families, fractions = (
@@ -196,7 +216,7 @@ def command(
             parsing.fractions("--sparsity", target.sparsity),
         )
         targets = target_workloads(target.model, families, fractions, settings)
-    models = () if on_cpu else target_workloads(stage.model, (), (), settings | _ONE_PASS)
+    models = () if cpu else target_workloads(stage.model, (), (), settings | _ONE_PASS)
     measure = partial(
         measure_into,
         targets=targets,
@@ -221,6 +241,7 @@ def _engine(
     model: str,
     runner: EngineRun,
     threads: int | None,
+    asked: options.Run,
     out: options.Output,
 ) -> None:
     from calibration.devices import open_device
@@ -228,7 +249,6 @@ def _engine(
     from calibration.runners.cases import ModelRun
     from calibration.runners.in_engine import default_model, installed_engine
     from calibration.runners.runs import PROFILE, check_folder
-    from calibration.validation.validate import Judgement
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware
     from simulator.models.library import load_model
@@ -239,27 +259,50 @@ def _engine(
         check_folder(output) / PROFILE,
         Name(measuring.MEASURED).check("--engine", engine),
     )
-    if not (how.hardware or file.is_file()):
-        raise InputError(
-            f"{file} does not exist; expected --hardware, or the folder of a calibration of this"
-            " device"
-        )
     hw = load_hardware(how.hardware or file)
-    on_cpu = hw.architecture == "cpu"
-    chosen = model or default_model(on_cpu)
+    cpu = hw.architecture == "cpu"
+    chosen = model or default_model(cpu)
     python = runner.vllm_python or sys.executable
     run = ModelRun(load_model(chosen), how.dtype, name, content_of(chosen), python, how.seed)
-    with closing(open_device("cpu" if on_cpu else "cuda", threads=threads)) as opened:
+    with closing(open_device("cpu" if cpu else "cuda", threads=threads)) as opened:
         render.status(
             f"{opened.describe().device}; {how.dtype}; {name}; copies of {run.config.name}"
         )
         with render.progress("running") as report:
-            passes = measuring.observe(file.parent, opened, run, report)
+            batches, lengths = (
+                parsing.integers(f"--{name}", text) if (text := asked.text(name)) else []
+                for name in ("batch", "seq")
+            )
+            phases = parsing.names("--phase", asked.text("phase"))
+            settings = measuring.settings_of(phases, batches, lengths)
+            try:
+                passes = measuring.observe(file.parent, opened, run, settings, how.budget_s, report)
+            except KeyboardInterrupt as stop:
+                render.notes((str(stop),) if str(stop) else ())
+                raise typer.Exit(130) from None
     found = measuring.calibrated(passes, run, hw)
-    save_hardware(found.profile, file)
+    judged = found.judged(str(file))
+    if not judged.status:
+        save_hardware(found.profile, file)
+    left = 2 * len(settings) - len(passes)
+    notes = (f"{left} passes left (budget); run the command again to resume",) if left else ()
     show = partial(_show_engine, found.compared)
     row = {"engine": name, **asdict(found.times), "passes": [asdict(one) for one in found.compared]}
-    conclude(Judgement("use", (found.conclusion(str(file)),)), [row], show, (), out)
+    conclude(judged, [row], show, notes, out)
+
+
+def on_cpu(output: str, measuring: Measuring) -> bool:
+    """Return whether the profile of an engine's calibration is that of a CPU."""
+    from calibration.runners.runs import PROFILE, check_folder
+    from simulator.hardware.library import load_hardware
+
+    file = check_folder(output) / PROFILE
+    if not (measuring.hardware or file.is_file()):
+        raise InputError(
+            f"{file} does not exist; expected --hardware, or the folder of a calibration of this"
+            " device"
+        )
+    return load_hardware(measuring.hardware or file).architecture == "cpu"
 
 
 def _conclude(
@@ -364,9 +407,11 @@ def _show_engine(compared: Sequence[ComparedPass], title: str = "") -> tuple[str
             ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"),
             ("layers", lambda r: r.layers),
             ("measured", lambda r: render.seconds(r.seconds)),
+            ("interval\n+-%", lambda r: f"{100 * r.half:.1f}"),
             ("before", lambda r: render.seconds(r.before_s)),
             ("after", lambda r: render.seconds(r.after_s)),
             ("error\n%", lambda r: f"{100 * (r.after_s / r.seconds - 1):+.1f}"),
+            ("left out\nerror %", lambda r: f"{100 * (r.held_out_s / r.seconds - 1):+.1f}"),
         ),
         title,
     )

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calibration.cli.calibrate import Folder, restart_if_needed
+from calibration.cli.calibrate import Folder, in_format, restart_if_needed
 from calibration.cli.upper_bound import SETTINGS, CaseOptions, case_columns, ratio_of
 from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
-from simulator.request import DEFAULT_DTYPE, Name
+from simulator.request import Name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from simulator.hardware.profile import HardwareProfile
 
 
-REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode", dtype=DEFAULT_DTYPE)
+REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode", dtype=None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def command(
     torch.compile (compile), or that of vLLM. With --bench it reads result files of vllm bench
     instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
     RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
-    comparison.png, for a library with the name of its engine. Run the command again to resume.
+    comparison.png, for a library with the name of its engine. Run the command again to resume. The
+    default of --dtype is bf16, or fp32 on a CPU without bf16 instructions.
     """
     from calibration.runners.cases import ModelRun
     from calibration.runners.compare import (
@@ -97,6 +98,7 @@ def command(
     from simulator.files.write import write_whole
     from simulator.models.write import content_of
 
+    run = in_format(run, device)
     dtype, engine = run.text("dtype"), runner.engine
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
     if runner.bench:
@@ -132,7 +134,7 @@ def command(
     )
     table, agreement, title = (
         [asdict(row) for row in rows],
-        _agreement(rows, list(found.records)),
+        _agreement(rows),
         "",
     )
     if rows:
@@ -187,7 +189,7 @@ def _of_files(
     _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
     if notes:  # the files belong to the prunings by their order
         raise InputError(notes[0])
-    return hw.title, hw, cases, notes, compare_files(cases, runs, asked["dtype"])
+    return hw.title, hw, cases, notes, compare_files(cases, runs, run.text("dtype"))
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
@@ -198,6 +200,10 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
         ("dense", lambda r: render.seconds(r.dense_s)),
         ("pruned", lambda r: render.seconds(r.pruned_s)),
         ("measured\nspeedup", ratio_of("measured")),
+        (
+            "measured\ninterval",
+            lambda r: f"{render.ratio(r.measured_lower)}-{render.ratio(r.measured_upper)}",
+        ),
         ("predicted", ratio_of("predicted")),
         (
             "interval",
@@ -223,8 +229,8 @@ def _saved(r: ComparedSpeedup, prefix: str) -> str:
     return f"{value} ({low}-{high})"
 
 
-def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) -> list[str]:
-    from calibration.runners.compare import by_phase, of_energies, repeatability
+def _agreement(rows: list[ComparedSpeedup]) -> list[str]:
+    from calibration.runners.compare import by_phase, known_within, of_energies
 
     lines = []
     for phase, a in by_phase(rows).items():
@@ -237,8 +243,9 @@ def _agreement(rows: list[ComparedSpeedup], records: list[dict[str, object]]) ->
         dense = f"median error of dense times {100 * a['dense_time']:.1f} %"
         lines.append(f"{phase}: {rank}{errors}, {inside}; {dense}")
     lines += of_energies(rows)
-    if not math.isnan(again := repeatability(records)):
-        lines.append(f"repeated speedups on this machine differ by {100 * again:.1f} % (median)")
+    if not math.isnan(within := known_within(rows)):
+        known = f"known within {100 * within:.1f} % (median half-width of {len(rows)} intervals)"
+        lines.append(f"measured speedups are {known}")
     return lines
 
 

@@ -47,6 +47,8 @@ def command(
             "Measured GEMMs of a device: a table as prunesim fit reads it; repeatable.",
         ),
     ] = None,
+    width: options.Width = None,
+    font: options.Font = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Draw the figures of a paper about a model.
@@ -56,7 +58,7 @@ def command(
     --only names it.
     """
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
-    from simulator.figures.style import SUFFIXES, save_figure
+    from simulator.figures.style import SUFFIXES, PaperSize, save_figure
 
     known, chosen = Name(tuple(suffix[1:] for suffix in SUFFIXES)), list(FIGURES)
     if only:
@@ -76,7 +78,8 @@ def command(
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder)
     drawn: list[Drawn] = []
-    with render.progress("drawing") as report:
+    size = PaperSize.read(width, font)
+    with size.applied(), render.progress("drawing") as report:
         for i, name in enumerate(chosen):
             try:
                 drawn.append(draw(name, about))
@@ -90,6 +93,12 @@ def command(
     given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
     changed = [
         part for name, (value, usual) in given.items() if value != usual for part in (name, value)
+    ]
+    changed += [
+        part
+        for name, value in (("--width", width), ("--font", font))
+        if value is not None
+        for part in (name, f"{value:g}" if isinstance(value, float) else value)
     ]
     changed += [part for name, text in run.given.items() for part in (f"--{name}", text)]
     shown = ".png" if ".png" in suffixes else suffixes[0]

@@ -16,6 +16,7 @@ from calibration.cli.calibrate import (
     Measuring,
     describe,
     finish,
+    in_format,
     restart_if_needed,
     seconds,
 )
@@ -23,7 +24,6 @@ from simulator.cli import options, render
 from simulator.cli.options import opt
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
-from simulator.request import DEFAULT_DTYPE
 
 if TYPE_CHECKING:
     from calibration.devices import Device
@@ -88,7 +88,7 @@ class CaseOptions(Measuring):
 
 SETTINGS = ("phase", "batch", "seq", "new_tokens", "dtype")
 REQUESTS: options.Run = options.run_options(
-    *SETTINGS, "engine", phase="prefill,decode", engine="reference", dtype=DEFAULT_DTYPE
+    *SETTINGS, "engine", phase="prefill,decode", engine="reference", dtype=None
 )
 
 
@@ -112,6 +112,7 @@ def command(
     from calibration.runners.upper_bound import bound_errors, bounds, measure_bounds
     from simulator.files.write import write_whole
 
+    run = in_format(run, device)
     dtype = run.text("dtype")
     _, cases, notes = selection.cases(model, run.asked().settings)
     folder = check_folder(output)

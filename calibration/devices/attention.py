@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibration.devices.protocol import Operator, Unsupported
+from calibration.devices.protocol import LIBRARIES, Operator, Unsupported
 from simulator.errors import InputError, unknown
 
 Tensor = Any
@@ -31,7 +32,9 @@ LEAST = 16  # edges are multiples of the smallest tile of a tensor core
 _RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
 # library -> positions per page of a decode's cache: vLLM's default, and the smallest that
 # flash-attn 2 supports
-PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256}
+PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256, "vllm": 16}
+_MODULES: Mapping[str, str] = {"vllm": "vllm.vllm_flash_attn"}
+_RELEASES = (3, 4, 2)  # of FlashAttention, in the order in which vLLM prefers them
 _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 
@@ -291,13 +294,15 @@ class AttentionLibrary:
     def page(self) -> int:
         return PAGES[self.name]
 
+    def paged(self, op: Operator) -> bool:
+        return op.kind == "attention_decode" or self.name == "vllm"
+
     def describe(self, op: Operator) -> str:
-        return self.version + (
-            f", pages of {self.page} in random order" if op.kind == "attention_decode" else ""
-        )
+        pages = f", pages of {self.page} in random order"
+        return self.version + (pages if self.paged(op) else "")
 
     def cache_shape(self, op: Operator) -> tuple[int, ...]:
-        if op.kind == "attention_decode":
+        if self.paged(op):
             return (
                 2,
                 op.batch * math.ceil(op.kv_len / self.page),
@@ -308,7 +313,7 @@ class AttentionLibrary:
         return 2, op.batch, op.kv_len, op.kv_heads, op.head_dim
 
     def bind(self, op: Operator, dtype: Any, device: str) -> Attend:
-        make = {"flashinfer": _flashinfer, "flash_attn": _flash_attn}[self.name]
+        make = {"flashinfer": _flashinfer, "flash_attn": _flash_attn, "vllm": _vllm}[self.name]
         return make(self, op, dtype, device)
 
 
@@ -318,7 +323,7 @@ def find_library(name: str) -> AttentionLibrary | None:
     if name not in PAGES:
         raise unknown("attention", name, ("torch", *PAGES))
     try:
-        module = import_module(name)
+        module = import_module(_MODULES.get(name, name))
     except ImportError as error:
         package = name.replace("flash_attn", "flash-attn").replace(
             "flashinfer", "flashinfer-python"
@@ -326,9 +331,22 @@ def find_library(name: str) -> AttentionLibrary | None:
         raise InputError(
             f"attention {name!r}: cannot be imported ({error}); try: pip install {package}"
         ) from None
-    return AttentionLibrary(
-        name, module, f"{name} {getattr(module, '__version__', 'of unknown version')}"
-    )
+    release = getattr(import_module(name), "__version__", "of unknown version")
+    kernels = f", FlashAttention {_release(module)}" if name == "vllm" else ""
+    return AttentionLibrary(name, module, f"{name} {release}{kernels}")
+
+
+def engine_library() -> AttentionLibrary | None:
+    """Return the attention library of the installed engine, if there is one."""
+    for name in LIBRARIES:
+        with suppress(Exception):  # a package that does not work may raise any exception
+            return find_library(name)
+    return None
+
+
+def _release(module: Any) -> int:
+    """Return the release of FlashAttention that vLLM runs on this GPU."""
+    return next((n for n in _RELEASES if module.is_fa_version_supported(n)), _RELEASES[-1])
 
 
 def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
@@ -345,6 +363,38 @@ def _flash_attn(library: AttentionLibrary, op: Operator, dtype: Any, device: str
     table = _page_table(library, op, device)
     lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
     return lambda q, k, v: decode(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+
+def _vllm(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
+    """Return vLLM's call (``vllm/v1/attention/backends/flash_attn.py``), which reads prompts from
+    pages too, and whose schedule all layers of a pass share."""
+    lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
+    starts = torch.arange(op.batch + 1, dtype=torch.int32, device=device) * op.q_len
+    release = _release(library.module)
+    longest: dict[str, Any] = {"max_seqlen_q": op.q_len, "max_seqlen_k": op.kv_len}
+    how = {
+        **longest,
+        "cu_seqlens_q": starts,
+        "seqused_k": lengths,
+        "block_table": _page_table(library, op, device),
+        "causal": True,
+        "fa_version": release,
+    }
+    if release == 3:
+        how["scheduler_metadata"] = library.module.get_scheduler_metadata(
+            **longest,
+            batch_size=op.batch,
+            num_heads_q=op.heads,
+            num_heads_kv=op.kv_heads,
+            headdim=op.head_dim,
+            cache_seqlens=lengths,
+            qkv_dtype=dtype,
+            cu_seqlens_q=starts,
+            page_size=library.page,
+            causal=True,
+        )
+    attend = library.module.flash_attn_varlen_func
+    return lambda q, k, v: attend(q.flatten(0, 1), k, v, **how)
 
 
 def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:

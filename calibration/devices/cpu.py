@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,6 +120,30 @@ def one_thread(run: Sampler) -> Sampler:
     return alone
 
 
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # names in /proc/cpuinfo; the last of Arm
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN's limits on instructions
+
+
+def lacks_bf16() -> str:
+    """Return the name of a CPU without bf16 instructions and why it has none; "" if torch can use
+    such instructions. Limits that the environment sets on torch and oneDNN count."""
+    about = cpuinfo_of(_ALLOWED[0])
+    flags = {*about.get("flags", "").split(), *about.get("Features", "").split()}
+    capability = str(torch.backends.cpu.get_cpu_capability())
+    limit = next((os.environ[name].upper() for name in _LIMITS if name in os.environ), "")
+    limited = limit and not re.search("BF16|FP16|AMX|AVX10|ALL|DEFAULT", limit)
+    if flags & _BF16_FLAGS and capability not in ("DEFAULT", "AVX2") and not limited:
+        return ""
+    return f"{about.get('model name') or platform.processor() or platform.machine()} ({capability})"
+
+
+def cpuinfo_of(cpu: int) -> dict[str, str]:
+    try:
+        return cpuinfo(_read_text("/proc/cpuinfo"), cpu)
+    except KeyError:
+        return {}
+
+
 class CpuDevice(TorchDevice):
     """CPUs of this process's affinity mask, with one pinned torch thread each. Operands take at
     most ``memory_limit_bytes`` (default: half of the available memory); rotated operands exceed
@@ -153,10 +178,8 @@ class CpuDevice(TorchDevice):
         super().__init__("cpu", cache_bytes, limit_bytes)
 
     def describe(self) -> Description:
-        try:
-            model = cpuinfo(_read_text("/proc/cpuinfo"), self.cpus[0])["model name"]
-        except KeyError:
-            model = platform.processor() or platform.machine()
+        known = cpuinfo_of(self.cpus[0]).get("model name")
+        model = known or platform.processor() or platform.machine()
         pinning = "one thread each" if _BOUND else "shared by all threads"
         stack = {
             "oneDNN": "on" if torch.backends.mkldnn.is_available() else "off",

@@ -3,10 +3,10 @@ rotated operands.
 
 A graph excludes host time. Rotated weights exceed L2 four times, so each weight comes from memory:
 L2 replaces its lines almost at random, and a fifth of weights of twice its size would still be
-found there. If a kind of operator cannot be captured, each launch is timed between two events,
-after a buffer of four times L2 was overwritten. The device waits until the host has prepared the
-launch: a 2:4 launch takes the host longer than the device. The record names the method and the
-attention backend.
+found there. Where a graph cannot hold that many weights, L2 is overwritten before each replay. If a
+kind of operator cannot be captured, each launch is timed between two events, after a buffer of four
+times L2 was overwritten. The device waits until the host has prepared the launch: a 2:4 launch
+takes the host longer than the device. The record names the method and the attention backend.
 
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are
   steady.
@@ -37,8 +37,16 @@ from typing import IO, Any, Literal
 
 import torch
 
-from calibration.devices.attention import PAGES, find_library
-from calibration.devices.operators import Launches, TorchDevice, build, host_loop, is_out_of_memory
+from calibration.devices.attention import PAGES, engine_library, find_library
+from calibration.devices.operators import (
+    MAX_COPIES,
+    MOST_PACKED,
+    Launches,
+    TorchDevice,
+    build,
+    host_loop,
+    is_out_of_memory,
+)
 from calibration.devices.protocol import (
     HOST_KINDS,
     CaptureFailed,
@@ -55,23 +63,22 @@ from simulator.errors import InputError
 
 # Version of the measuring protocol. It is part of the stack, so a run has one version. Version 1
 # (not recorded) rotated over twice L2, without load before a measurement, with torch's choice of
-# attention backend and slow fp8 sums.
-PROTOCOL = "2"
+# attention backend and slow fp8 sums. Version 2 left small weights in a large L2.
+PROTOCOL = "3"
 _REFUSED = ("CUDA error", "CUBLAS_STATUS", "CUSPARSE_STATUS", "CUDNN_STATUS")
 PREHEAT_S = 0.3  # load before the first measurement and after a pause
 _PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
-# launches per graph; they share the gap between replays
-_FEWEST_LAUNCHES = 20
-_MOST_LAUNCHES = 1 << 13
-_GRAPH_SPAN_S = 2e-3
+_MOST_LAUNCHES = 1 << 13  # of a graph
+_GRAPH_SPAN_S = 2e-3  # least time of a graph: its launches share the gap between replays
 # a longer graph needs no queued replay: the start of its first launch does not count
 _LONGEST_LEAD_S = 0.02
 _EVENTS = 128  # event pairs in flight without graphs
 _CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
 _LONGEST_HOLD_S = 0.01
-_ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child, which compiles flex attention first
+_ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child
+_COMPILED = ("attention_block_sparse",)  # a child would compile them too, which takes longer
 
 
 class NotCapturable(Unsupported):
@@ -84,6 +91,7 @@ class Graph:
     replay: Callable[[], Any]
     length: int  # launches
     span_s: float  # time of a replay, about
+    flush: bool  # whether the cache holds all copies, so it is overwritten before each replay
 
 
 class GpuTimer:
@@ -121,13 +129,13 @@ class GpuTimer:
             each = run(loops)
             busy_s += each * loops
 
-    def capture(self, launches: Launches) -> Graph:
-        """Capture a graph of whole rounds over the copies that is long enough to hide the gap
-        between replays."""
+    def capture(self, launches: Launches, flush: bool = False) -> Graph:
+        """Capture a graph of whole rounds over the copies (``flush``: one) that is long enough to
+        hide the gap between replays."""
         once = self.single(launches, 3, flush=False)
-        fewest = _FEWEST_LAUNCHES if once < _GRAPH_SPAN_S else 1
-        wanted = max(fewest, min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7))))
-        length = math.ceil(wanted / launches.copies) * launches.copies
+        wanted = min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7)))
+        rounds = 1 if flush else math.ceil(wanted / launches.copies)
+        length = rounds * launches.copies
         stream = self._cuda.Stream()
         stream.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(stream):
@@ -150,7 +158,7 @@ class GpuTimer:
             raise NotCapturable(f"not capturable: {reason}") from error
         graph.replay()
         self._cuda.synchronize()
-        return Graph(graph.replay, length, length * once)
+        return Graph(graph.replay, length, length * once, flush)
 
     def _captures(self) -> bool:
         try:
@@ -164,17 +172,29 @@ class GpuTimer:
 
     def replays(self, graph: Graph, loops: int) -> float:
         replays = math.ceil(loops / graph.length)
-        start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        if graph.span_s < _LONGEST_LEAD_S:
-            graph.replay()
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        stop.record()
+        spans = []
+        for each in [1] * replays if graph.flush else [replays]:
+            start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
+            if graph.flush:
+                self._overwrite()
+            elif graph.span_s < _LONGEST_LEAD_S:
+                graph.replay()
+            start.record()
+            for _ in range(each):
+                graph.replay()
+            stop.record()
+            spans.append((start, stop))
         self._take_reading(graph.replay, graph.span_s)
         stop.synchronize()
         self._last_load_s = time.monotonic()
-        return float(start.elapsed_time(stop)) * 1e-3 / (replays * graph.length)
+        total_ms = sum(float(start.elapsed_time(stop)) for start, stop in spans)
+        return total_ms * 1e-3 / (replays * graph.length)
+
+    def _overwrite(self) -> None:
+        """Overwrite the cache."""
+        if self._flush is None:
+            self._flush = torch.empty(self._flush_bytes, dtype=torch.int8, device=self._device)
+        self._flush.zero_()
 
     def _take_reading(self, more: Callable[[], Any], each_s: float) -> None:
         """Read the telemetry if the last reading is old, while queued work runs; ``more`` queues
@@ -200,14 +220,12 @@ class GpuTimer:
     def single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
         """Return the seconds per launch, each between two events, after a flush of the cache if
         ``flush``."""
-        if flush and self._flush is None:
-            self._flush = torch.empty(self._flush_bytes, dtype=torch.int8, device=self._device)
         total_ms = 0.0
         for first in range(0, loops, _EVENTS):
             pairs = []
             for i in range(first, min(loops, first + _EVENTS)):
                 if flush:
-                    self._flush.zero_()
+                    self._overwrite()
                 if hold:
                     self._cuda._sleep(hold)
                 start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
@@ -360,10 +378,11 @@ class CudaDevice(TorchDevice):
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
         self._library = find_library(attention)
+        self.engine = engine_library()
         # a child has no such backend
         child = None if backend is not None else CaptureProbe.of_gpu(index, attention)
         self._probe = child if probe == "child" else probe
-        self._probed: dict[tuple[str, str], Probed | Unsupported] = {}
+        self._probed: dict[tuple[str, ...], Probed | Unsupported] = {}
 
     def describe(self) -> Description:
         sparse = getattr(torch.backends, "cusparselt", None)
@@ -380,6 +399,7 @@ class CudaDevice(TorchDevice):
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph",
             "attention": self._library.version if self._library else "torch",
+            "engine_attention": self.engine.version if self.engine else "none",
             "protocol": PROTOCOL,
         }
         gpu = Gpu(
@@ -388,7 +408,7 @@ class CudaDevice(TorchDevice):
             memory_bytes=float(p.total_memory),
             mig=reader.sliced() or " MIG " in p.name,
             max_clock_hz=reader.max_clock_hz(),
-            power_limit_w=reader.default_power_limit_w(),
+            power_limit_w=reader.power_limit_w(default=True),
         )
         return self.description(f"{p.name} ({p.multi_processor_count} SM)", stack, gpu)
 
@@ -425,19 +445,23 @@ class CudaDevice(TorchDevice):
         host = operator.kind in HOST_KINDS
         timer = self._timer
         probed = Probed() if host else self._capturable(operator)
-        launches = build(operator, self._torch_device, self._arena, self._library)
+        library = self.engine if operator.library else self._library
+        launches = build(operator, self._torch_device, self._arena, library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
         if host:
             return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
         if probed.captured is not False:
+            most = MOST_PACKED if operator.kind == "gemm_2to4" else MAX_COPIES
+            few = operator.cold and launches.copies == most
             try:
-                graph = timer.capture(launches)
+                graph = timer.capture(launches, flush=few)
             except CaptureFailed as error:
                 raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
+            beyond = "after a flush of " if few else ""
             copies = f"{launches.copies} rotated copies" + (
-                f" ({self.rotation:g} x L2)" if operator.cold else ""
+                f" ({beyond}{self.rotation:g} x L2)" if operator.cold else ""
             )
             method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
             timed: Sampler = partial(timer.replays, graph)
@@ -456,9 +480,9 @@ class CudaDevice(TorchDevice):
         """Return whether operators of this kind and number format can be captured, by a probe of
         the first operator. Methods must not differ within a kind: launches that are timed one by
         one take 8 to 12 % longer."""
-        if self._probe is None:
+        if self._probe is None or operator.kind in _COMPILED:
             return Probed()
-        key = operator.kind, operator.dtype
+        key = operator.kind, operator.dtype, operator.library
         if key not in self._probed:
             self._arena.clear()  # room for the operands of the child
             self._cuda.empty_cache()

@@ -53,7 +53,7 @@ TORCH_DTYPE: dict[str, Any] = {
 MAX_COPIES = 1 << 13  # a CUDA graph has a launch of each
 PATTERNS = 8  # distinct masks of the tokens of a grouped GEMM
 # 2:4 weights are packed one by one, so copies of small ones take time to make
-_MOST_PACKED = 1 << 10
+MOST_PACKED = 1 << 10
 _ALIGN = 256  # bytes; alignment of the CUDA allocator and of cuBLAS's fast kernels
 _ROWS = 8  # a 2:4 product in 16 bits needs a multiple of this number of rows
 # sizes of the layer that times the host
@@ -413,7 +413,7 @@ def _gemm(op: Operator, device: str, arena: Arena) -> Launches:
 def _gemm_2to4(op: Operator, device: str, arena: Arena) -> Launches:
     x = random_tensor((op.m, op.k), op.dtype, device, 1)
     packed_bytes = 0.5625 * op.element_bytes * op.n * op.k
-    copies = min(_MOST_PACKED, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
+    copies = min(MOST_PACKED, math.ceil(arena.round_bytes / packed_bytes)) if op.cold else 1
     pruned = random_tensor((op.n, op.k), op.dtype, device, 2)
     pruned.view(op.n, op.k // 4, 4)[..., 2:] = 0  # the choice of two does not matter to the kernel
     algorithms: dict[int, Algorithm] = {}
@@ -702,6 +702,7 @@ class TorchDevice:
     rotation = 2.0  # a round over rotated operands exceeds this multiple of the last-level cache
     # kinds of operators that torch supports in fp8 and int8
     eight_bit: tuple[str, ...] = ("gemm", "copy")
+    engine: AttentionLibrary | None = None  # attention library of the installed engine
 
     def __init__(self, device: str, cache_bytes: float, memory_limit_bytes: float) -> None:
         self.cache_bytes = cache_bytes
@@ -722,6 +723,8 @@ class TorchDevice:
                 f"{operator.kind} in {operator.dtype} is not implemented in torch; only gemm and"
                 " copy are"
             )
+        if operator.library and operator.library != (self.engine.name if self.engine else ""):
+            return f"{operator.kind}: no engine with the library {operator.library} is installed"
         if operator.kind == "indexer" and self.name.startswith("cuda"):
             return "indexer: torch has no kernel like those of engines (DeepGEMM)"
         if operator.kind in RECURRENT:

@@ -23,6 +23,8 @@ OPERATORS = {kind: tuple(sizes) for kind, sizes in _NAMES["operators"].items()}
 
 # recurrences and convolutions, which Transformers runs without kernels of other packages
 RECURRENT = ("short_conv", "state_space", "delta_net")
+# attention libraries of engines, named as their software stacks; the first that is installed counts
+LIBRARIES = ("vllm", "flashinfer")
 HOST_KINDS = ("launch_eager", "layer_eager")  # time the host instead of a kernel
 # kernels of a layer_eager: two norms of 8, q, k, v, two rotations of 5, two cache updates, two
 # repeats of KV heads, attention, o, gate, up, silu, product, down, two residual sums
@@ -89,6 +91,7 @@ class Operator:
     # computed share of the causal blocks (block-sparse attention) or groups (grouped GEMMs)
     density: float = 1.0
     role: str = ""  # elementwise: one of ELEMENTWISE_ROLES; grouped GEMMs: up or down
+    library: str = ""  # attention: one of LIBRARIES; "" for that of the device
     # weights (attention: keys and values; elementwise: input) come from memory, not from a cache
     cold: bool = True
 

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Description, Operator, Unsupported
+from calibration.devices.protocol import Description, Gpu, Operator, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.errors import InputError
 
 Seconds = Callable[[Operator], float]
 
-_PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6)
+# SMs, highest clock and L2 of an H100 (NVIDIA, "H100 Tensor Core GPU Architecture", 2022): times of
+# a device of one SM would have no waves
+_GPU = Gpu(132, (9, 0), 80e9, max_clock_hz=1.98e9)
+_PLANTED = Description("replay", "planted device", {"replay": "1"}, 80e9, 50e6, _GPU)
 
 
 def roofline_timings(
@@ -72,6 +75,8 @@ class ReplayDevice:
         return self.formats
 
     def refuses(self, operator: Operator) -> str:
+        if operator.library:
+            return "a planted device has no engine"
         return self.refused.get(operator.kind, "")
 
     def prepare(self, operator: Operator) -> _ReplayPrepared:

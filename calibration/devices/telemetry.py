@@ -177,14 +177,15 @@ class NvmlReader:
             return UNKNOWN
         return version.decode() if isinstance(version, bytes) else str(version)
 
-    def power_limit_w(self) -> Reading:
-        return _read(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle), 1e-3)
-
-    def default_power_limit_w(self) -> Reading:
-        default = _read(
-            lambda: self._nvml.nvmlDeviceGetPowerManagementDefaultLimit(self._handle), 1e-3
-        )
-        return self.power_limit_w() if isinstance(default, str) else default
+    def power_limit_w(self, default: bool = False) -> Reading:
+        """Return the limit that was set, or (``default``, or of a laptop, which has no other) that
+        of delivery. The enforced limit of a laptop moves, so it identifies no run."""
+        nvml, handle = self._nvml, self._handle
+        limit = _read(lambda: nvml.nvmlDeviceGetPowerManagementDefaultLimit(handle), 1e-3)
+        if default and limit != UNKNOWN:
+            return limit
+        set_w = _read(lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle), 1e-3)
+        return limit if set_w == UNKNOWN else set_w
 
     def max_clock_hz(self) -> Reading:
         return _read(

@@ -5,6 +5,8 @@ Prints the tables of sets and their targets (*list* prints the names of sets), o
 times of engines (*hosts*). *pages* writes generated pages of docs (default: all) in their folders;
 the accuracy page takes ten minutes on two cores. *models* compares what prunesim reads of model
 types, released models and files (default: all) with what the installed Transformers builds.
+*changes* compares the scores on generated pages with those at another commit; its status is 1 if a
+set is worse by more than a tenth.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from functools import partial
 from pathlib import Path
 
 from calibration.evidence import models
+from calibration.evidence.changes import evidence_changes
+from calibration.evidence.claims import claim_tables
 from calibration.evidence.commands_page import commands_page
 from calibration.evidence.pages import (
     DOCS,
@@ -75,6 +79,7 @@ def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
 
     makers: Mapping[str, Callable[[], None]] = {
         "commands": lambda: write("commands", commands_page()),
+        "claims": lambda: write("claims", filled("claims", claim_tables())),
         "engines": lambda: write("engines", filled("engines", engine_tables())),
         "energy": lambda: write("energy", filled("energy", power_tables())),
         "serving": lambda: write("serving", filled("serving", schedule_tables())),
@@ -105,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names",
         nargs="*",
-        help="sets (default: all), list, hosts, power, pages PAGE or models NAME",
+        help="sets (default: all), list, hosts, power, pages PAGE, models NAME or changes COMMIT",
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")
@@ -118,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text, exact = models.report(options.names[1:])
             print(text)
             return int(not exact)
+        elif options.names[:1] == ["changes"]:
+            text, worse = evidence_changes(*options.names[1:])
+            print(text)
+            return int(worse > 0)
         else:
             print(printed(options))
     except InputError as error:

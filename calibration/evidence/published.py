@@ -38,16 +38,14 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.operators.gemm import Options
-from simulator.prediction.quality import parse_options
 from simulator.prediction.requests import dense_seconds
 from simulator.prediction.result import Result
 from simulator.prediction.table import speedups, table
-from simulator.pruning import prune
+from simulator.pruning._steps import prune_steps, read_steps
 from simulator.serving.steady import prefill_passes
 from simulator.uncertainty.forward import forward_passes, ratio_half
 from simulator.uncertainty.intervals import workload_time
 from simulator.uncertainty.operators import gemm_predicted
-from simulator.units import parse_fraction
 from simulator.workload import Workload, WorkloadBatch
 
 MISS = 0.10  # relative error from which the likely reason is printed
@@ -148,7 +146,7 @@ def _dense(row: Mapping[str, str]) -> Comparison:
 def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     part, removed = row["scope"] == "projections", row["sparsity"]
     dense = _workload(row, "" if part else row["engine"])
-    pruned = _pruned(row, dense)
+    pruned = prune_steps(dense, read_steps(pruning_text(row)))
     if part:  # without the operators that pruning adds
         dense, pruned = (
             w.take(
@@ -171,23 +169,12 @@ def _speedup(row: Mapping[str, str], given: bool) -> Comparison:
     return _comparison(row, what, where, ratio, s.speedup, s.lower, s.upper)
 
 
-def _pruned(row: Mapping[str, str], dense: Workload) -> Workload:
-    """Prune by one fraction, or by fractions of parts ("q=0.1,down=0.5"), all layers or some."""
-    pairs = [pair.rpartition("=") for pair in row["sparsity"].split(",")]
-    kinds = {part: parse_fraction(value) for part, _, value in pairs}
-    removed: Any = kinds
-    many = len(dense.meta.config.layers)
-    if row["first_layer"]:
-        first, last = int(row["first_layer"]), int(row["last_layer"] or many - 1)
-        removed = {
-            k: [s if first <= i <= last else 0.0 for i in range(many)] for k, s in kinds.items()
-        }
-    return prune(
-        dense,
-        row["family"],
-        removed.get("", removed),
-        **dict(parse_options(row["options"], row["family"])),
-    )
+def pruning_text(row: Mapping[str, str]) -> str:
+    """Return the pruning of a published speedup as a text of ``--prune``."""
+    last = row["last_layer"] or len(load_model(row["model"]).layers) - 1
+    layers = f"layers={row['first_layer']}-{last}" if row["first_layer"] else ""
+    fractions = row["sparsity"].replace(",", " ")
+    return " ".join(filter(None, (row["family"], fractions, layers, row["options"])))
 
 
 def _served(row: Mapping[str, str]) -> Comparison | None:

@@ -222,17 +222,18 @@ def _bandwidth(device: Device, dtype: str) -> float:
 
 
 def raised(base: HardwareProfile, records: Records) -> HardwareProfile:
-    """Return the base with measured peaks raised to the rates of the records, and an unknown power
-    limit above all measured powers; datasheet facts do not change."""
+    """Return the base with measured peaks raised to the rates of the fastest records, and an
+    unknown power limit above all measured powers; datasheet facts do not change. Attention counts:
+    without instructions for a format, it can be faster than every GEMM."""
     timed = records.select(np.isfinite(records.seconds) & (records.seconds > 0))
     flops, weights, others = work(timed)
     gemm = timed.is_operator("gemm")
     rates: dict[str, Rate] = dict(base.rates)
-    for code in np.unique(timed.dtype[gemm]):
+    products = gemm | timed.is_operator("attention_prefill", "attention_decode")
+    for code in np.unique(timed.dtype[products]):
         dtype = DTYPES[int(code)]
         if dtype in rates and base.sources.get(f"rates.{dtype}") == MEASURED:
-            rows = gemm & (timed.dtype == code)
-            reached = float(np.max(flops[rows] / timed.seconds[rows]))
+            reached = float(np.max((flops / timed.seconds)[products & (timed.dtype == code)]))
             rates[dtype] = replace(
                 rates[dtype], flop_per_s=_within(RATE, max(rates[dtype].flop_per_s, 1.01 * reached))
             )

@@ -140,9 +140,11 @@ def fit_profile(
         except ValueError as error:
             notes.append(f"{task[0]} {task[1]}: {error}")
         else:
+            # a section begins with dense rows; those of kernels that skip work follow
+            known = profile.sections[task[:2]].stack if task[:2] in parts else None
             section = replace(
                 part.section,
-                stack=stack,
+                stack=stack and _stack_of(task[2]) if known is None else known,
                 provenance=part.section.provenance or provenance_of(task[2], date),
             )
             profile = replace(profile, sections={**profile.sections, task[:2]: section})
@@ -158,8 +160,11 @@ def fit_profile(
 
 
 def _stack_of(records: Records) -> str:
+    """Return the stack of rows that torch measured: torch, or that of an engine's library."""
     sources = [records.sources[i] for i in np.unique(records.source)]
-    return "torch" if sources and all("torch" in source.stack for source in sources) else ""
+    kernels = {source.kernel for source in sources}
+    own = sources and all("torch" in source.stack for source in sources)
+    return (kernels.pop() if len(kernels) == 1 else "") or "torch" if own else ""
 
 
 def _flag_notes(records: Records) -> list[str]:

@@ -21,6 +21,7 @@ import yaml
 
 from calibration.devices.protocol import (
     HOST_KINDS,
+    LIBRARIES,
     OPERATORS,
     Device,
     Operator,
@@ -81,6 +82,7 @@ RECURRENT_SHAPES: Mapping[str, Sequence[tuple[int, ...]]] = {
 # calls of one head width before the next width: a fit needs 20, and a short plan ends early
 _WIDTH_ROWS = 96
 WAVES = (1, 2, 4)  # waves of tiles at whose ends the GEMMs of a model are measured
+BESIDE_EVERY = 4  # one attention call in four is timed in the device's library beside the engine's
 _ODD_EVERY = 8  # one group in eight is misaligned in n, in k, or in both
 
 
@@ -100,14 +102,18 @@ class Rates:
             op.flops / self.flop_per_s, op.bytes / self.bytes_per_s
         )
 
+    def sampling_s(self, op: Operator, protocol: Protocol, needed: int = 0) -> float:
+        """Estimate the time of the loop count, the warm-up and ``needed`` samples, s."""
+        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, needed)
+        return windows * max(1.2 * protocol.min_window_s, self.launch_s(op))
+
     def cost_s(self, op: Operator, protocol: Protocol, compiled: Collection[Any] = ()) -> float:
         """Estimate the time of a measurement, s: setup, loop count, warm-up and samples, up to the
         protocol's limit. ``compiled`` are the :func:`compilation` of earlier operators. The median
         of n samples has an interval of about 1.25 * 1.96 * noise / sqrt(n) to either side."""
         launch = self.launch_s(op)
         needed = min((2.45 * self.noise / protocol.precision) ** 2, protocol.max_samples)
-        windows = 3 + WARM_VALUES + max(2 * protocol.min_samples, math.ceil(needed))
-        sampling_s = min(protocol.time_limit_s, windows * max(1.2 * protocol.min_window_s, launch))
+        sampling_s = min(protocol.time_limit_s, self.sampling_s(op, protocol, math.ceil(needed)))
         kernel = compilation(op)
         compile_s = self.compile_s if kernel is not None and kernel not in compiled else 0.0
         return self.setup_s + compile_s + sampling_s + 2.0 * launch
@@ -289,7 +295,7 @@ def base_plan(
     shares = {**shares, "gemm": shares["gemm"] + freed}
     left = shares["gemm"] * budget_s
     spare = SPARE * left
-    for name, stream in other_streams(dtype, rng, kernels_apart).items():
+    for name, stream in other_streams(dtype, rng, refuses, kernels_apart).items():
         if name in omitted:
             continue
         operators, share = [*stream], shares.get(name, 0.0) * budget_s
@@ -488,7 +494,10 @@ def _spread(pool: Sequence[tuple[int, ...]], rng: np.random.Generator) -> list[t
 
 
 def other_streams(
-    dtype: str, rng: np.random.Generator, kernels_apart: bool = True
+    dtype: str,
+    rng: np.random.Generator,
+    refuses: Callable[[Operator], str],
+    kernels_apart: bool = True,
 ) -> dict[str, Iterable[Operator]]:
     aligned = [
         (m, n, k)
@@ -525,14 +534,28 @@ def other_streams(
         )
         if m
     )
-    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse, "attention_prefill": prefill}
+    streams = {"runtime": _runtime(dtype), "gemm_2to4": sparse}
     return streams | {
-        "attention_decode": decode,
+        "attention_prefill": _in_libraries(prefill, refuses),
+        "attention_decode": _in_libraries(decode, refuses),
         "elementwise": elementwise,
         "pruned": _pruned(dtype, rng),
         "indexer": _indexers(dtype, rng),
         "recurrent": _recurrent(dtype, rng),
     }
+
+
+def _in_libraries(
+    calls: Iterable[Operator], refuses: Callable[[Operator], str]
+) -> Iterator[Operator]:
+    """Yield each call in the attention library of the installed engine, and some of the calls in
+    that of the device too; each in that of the device if there is no engine."""
+    for number, op in enumerate(calls):
+        twins = [replace(op, library=name) for name in LIBRARIES]
+        runs = [twin for twin in twins if not refuses(twin)]
+        yield from runs
+        if not runs or number % BESIDE_EVERY == 0:
+            yield op
 
 
 def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from calibration.devices.protocol import LIBRARIES
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
@@ -20,6 +21,7 @@ from simulator.operators.gemm import EXACT_NAMES
 
 LATENT = ("mla_prefill", "mla_decode")
 DISAGREE = 1.10  # ratio of the largest and smallest time of one shape above which its rows conflict
+LIBRARY_ROWS = 20  # rows of an engine's attention library that a fit needs
 ROUNDING = 1.02  # datasheet rates have three digits, and clocks are rounded to the megahertz
 # most bytes per clock that an SM reads from L2 (A100: 5120 for 108 SMs; NVIDIA, "A100 Tensor Core
 # GPU Architecture")
@@ -211,7 +213,8 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
     """Return the rows without those whose method (launches, CUDA protocol) differs from most rows
     of their operator and format, with notes: methods differ by 8 to 12 % for short kernels.
     Imported tables are not changed."""
-    r, notes, kept = records, list[str](), np.ones(len(records), dtype=bool)
+    r, notes = _one_library(records), list[str]()
+    kept = np.ones(len(r), dtype=bool)
     protocols = [source.stack.get("protocol", "") for source in r.sources]
     methods = list(zip((protocols[i] for i in r.source.tolist()), r.launch.tolist()))
     measured = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
@@ -224,6 +227,19 @@ def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
         kept[[row for row in rows if methods[row] != best]] = False
         notes += _excluded(counts, best, f"{OPERATORS[operator]} {DTYPES[dtype]}")
     return r.select(kept), tuple(notes)
+
+
+def _one_library(records: Records) -> Records:
+    """Return the rows with one attention library per operator and format: the engine's, if it has
+    enough rows for a fit."""
+    r, kept = records, np.ones(len(records), dtype=bool)
+    run = np.array([s.run != "" for s in r.sources], dtype=bool)[r.source]
+    engine = np.array([s.kernel in LIBRARIES for s in r.sources], dtype=bool)[r.source]
+    kinds = np.stack([r.operator, r.dtype], axis=1)
+    for kind in np.unique(kinds[run & engine], axis=0):
+        rows = run & (kinds == kind).all(axis=1)
+        kept[rows & (engine != ((rows & engine).sum() >= LIBRARY_ROWS))] = False
+    return r.select(kept)
 
 
 def _excluded(counts: Mapping[tuple[str, int], int], best: tuple[str, int], kind: str) -> list[str]:

@@ -14,13 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibration.devices.protocol import Operator, elementwise_bytes
+from calibration.devices.protocol import LIBRARIES, Operator, elementwise_bytes
 from calibration.devices.telemetry import POWER_CAP
 from calibration.records.timing_table import (
     COUNTS,
@@ -372,11 +372,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             timing = {**_timing(row, drifted), "line": position + 1}
             timing["flags"] |= Flag.POWER_CAPPED if slow else 0
             key = str(row["key"]) if "visit" in row and "key" in row else position
-            earlier = timings.get(key, timing)
-            timing["watts"] = timing["watts"] or earlier["watts"]
-            if timing["seconds"] > earlier["seconds"]:
-                timing = {**earlier, "watts": timing["watts"]}
-            timings[key] = timing
+            timings[key] = _faster(timings[key], timing) if key in timings else timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
@@ -386,7 +382,23 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
         timings["idle"] = {**idle, "weight_dtype": header.dtype}
-    return Records.from_rows(timings.values(), [header.source()])
+    for timing in timings.values():
+        for name in ("own", "again"):  # of several visits
+            timing.pop(name, None)
+    many = 1 + max((timing.get("source", 0) for timing in timings.values()), default=0)
+    kinds = [replace(header.source(), kernel=name) for name in ("", *LIBRARIES)[:many]]
+    return Records.from_rows(timings.values(), kinds)
+
+
+def _faster(earlier: Row, timing: Row) -> Row:
+    """Return the faster of two visits. Its time is known within the distance of the two fastest
+    visits, because a machine that others use repeats no time more closely."""
+    first, second = sorted((earlier, timing), key=lambda one: float(one["seconds"]))
+    apart = second["seconds"] / first["seconds"] - 1.0
+    again = min(earlier.get("again", math.inf), apart) if first is earlier else apart
+    own = first.get("own", first["spread"])
+    known = {"watts": timing["watts"] or earlier["watts"], "own": own, "again": again}
+    return {**first, **known, "spread": again if math.isnan(own) else max(own, again)}
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -431,6 +443,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
         launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),
+        "source": ("", *LIBRARIES).index(row["operator"].get("library", "")),
         "seconds": seconds,
         "spread": spread,
         "sample_count": len(row.get("samples_s", ())),

@@ -246,9 +246,7 @@ def cases_of(
         except InputError as error:
             notes[f"excluded: {pruning.prune or pruning.title} in {request.phase}: {error}"] = None
     if not cases:
-        raise InputError(
-            next(iter(notes)).removeprefix("excluded: ") if notes else "nothing to compare"
-        )
+        raise InputError("; ".join(notes).replace("excluded: ", "") or "nothing to compare")
     return list(cases.values()), list(notes)
 
 
@@ -398,6 +396,16 @@ def in_turns(
     return found
 
 
+def repeated(sample: Callable[[], float], limit_s: float) -> tuple[float, float]:
+    """Return the median of a few samples after an untimed one, and its relative half-width."""
+    start = time.perf_counter()
+    sample()
+    found = list[float]()
+    while len(found) < LEAST or (len(found) < ENOUGH and time.perf_counter() - start < limit_s):
+        found.append(sample())
+    return median(found), 0.5 * (max(found) - min(found)) / median(found)
+
+
 def looped(step: Callable[[], Any], synchronize: Callable[[], Any]) -> Sampler:
     def sample(loops: int) -> float:
         synchronize()
@@ -420,14 +428,15 @@ class ModelRun:
     # the model's config.json, for engines of a library
     content: Mapping[str, Any] = field(default_factory=dict)
     python: str = sys.executable  # interpreter that has vLLM
-    seed: int = 0  # determines weights and the order of the cases
+    seed: int = 0  # determines the weights
 
 
 @dataclass(frozen=True)
 class Observation:
     """A pass of a dense model."""
 
-    seconds: float  # without the profiler
+    seconds: float  # median without the profiler
+    half: float  # relative half-width of its 95 % interval, or of its extremes
     kernels: Mapping[str, float]  # time of each kernel by its name, s, with the profiler
     version: str  # the engine's
 
@@ -437,6 +446,18 @@ class Runner:
         self.device = device
         self.model = model
         self.interrupted: Callable[[], bool] = lambda: False  # whether the user requested an end
+
+    # duration of the last start of a model; 0 where none takes long
+    start_s = 0.0
+
+    @property
+    def least_s(self) -> float:
+        """Shortest budget that times a case, s; 0 if unknown."""
+        return 0.0
+
+    def starts(self, case: Case) -> bool:
+        """Return whether a model must start to time a case."""
+        return True
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -455,8 +476,12 @@ class Runner:
         nothing any more; Interrupted: the user requested an end during a long wait."""
         raise NotImplementedError
 
-    def observe(self, case: Case) -> Observation:
-        """Run the dense model of a case and take its pass apart with the engine's own profiler."""
+    def begin(self, case: Case) -> None:
+        """Start the dense model, which :meth:`observe` runs."""
+
+    def observe(self, case: Case, seconds: float) -> Observation:
+        """Run the dense model of a case for some seconds, and take its pass apart with the engine's
+        own profiler."""
         raise Unsupported(f"{self.model.engine} has no profiler to take its passes apart")
 
     def close(self) -> None: ...

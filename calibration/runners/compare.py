@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import CaptureFailed, Device
+from calibration.devices.protocol import CaptureFailed, Device, DeviceLost
 from calibration.measure.run import (
     CAPTURE_FAILED,
     FAILED,
@@ -35,6 +35,8 @@ from calibration.records.store import Store
 from calibration.records.timing_table import Row
 from calibration.runners.cases import (
     ENOUGH,
+    MOST,
+    PRECISION,
     Case,
     CaseRow,
     ModelRun,
@@ -113,7 +115,8 @@ def compare(
     progress: Callable[[int, int], None] = lambda done_s, total_s: None,
 ) -> ComparedCases:
     """Time every case into a run folder, new or of an earlier run of the same device. The cases
-    share the budget equally; the next run measures the cases that remain."""
+    share the budget equally, in the order of their prunings; the next run measures the cases that
+    remain."""
     dtype = model.dtype
     engine = model.engine
     if dtype not in DTYPES or dtype not in device.dtypes():
@@ -127,6 +130,11 @@ def compare(
         )
     runner = runner_of(device, model)
     names, refused = _named(runner, cases)
+    if budget_s < runner.least_s:
+        raise InputError(
+            f"--budget: expected at least {runner.least_s:.0f}s, as {ENGINES[engine].title} starts"
+            f" the dense and a pruned model, got {budget_s:g}s"
+        )
     # vLLM states its version in each record
     package = "" if engine == "vllm" else ENGINES[engine].package
     software = {package: metadata.version(package)} if package else {}
@@ -141,8 +149,14 @@ def compare(
     )
     file.parent.mkdir(exist_ok=True)
     with Store(file, header) as kept, Interrupt() as interrupt, closing(runner):
-        runner.interrupted = lambda: interrupt.requested
-        left, stopped = _time_cases(runner, names, kept, budget_s, progress)
+        start = device.clock()
+
+        def interrupted() -> bool:
+            progress(round(device.clock() - start), round(budget_s))
+            return interrupt.requested
+
+        runner.interrupted = interrupted
+        left, stopped = _time_cases(runner, names, kept, budget_s)
         records = {str(row["key"]): row for row in kept.rows if row.get("key") in names}
     notes = dict.fromkeys(
         (
@@ -168,59 +182,119 @@ def _named(runner: Runner, cases: Sequence[Case]) -> tuple[dict[str, Case], list
             unable.setdefault(str(error), {})[case.prune] = None
     refused = [f"{few(prunings)}: not executed: {reason}" for reason, prunings in unable.items()]
     if not names:
-        raise InputError(next(iter(refused), "expected at least one case"))
+        raise InputError("; ".join(refused) or "expected at least one case")
     return names, refused
 
 
-def _time_cases(
-    runner: Runner,
-    names: Mapping[str, Case],
-    kept: Store,
-    budget_s: float,
-    progress: Callable[[int, int], None],
-) -> tuple[int, str]:
-    """Time the cases that have no record; return how many are left, and why the run stopped, if it
-    did."""
-    clock = runner.device.clock
-    failures = 0
-    start = clock()
-    todo = _todo(runner, names, kept.rows)
-    if todo:
-        _prepare(runner, todo[0][1])
-    for number, (name, case) in enumerate(todo):
-        left = len(todo) - number
-        spent = clock() - start
-        stopped = ""
-        if runner.interrupted() or spent >= budget_s:
-            return left, "interrupted" if runner.interrupted() else "budget"
-        # the share of a case includes making its model; later cases get the unused time
+@dataclass
+class _Turns:
+    """The cases of a run that take turns within its budget."""
+
+    runner: Runner
+    kept: Store
+    end: float  # on the device's clock
+    failures: int = 0  # in a row
+
+    @property
+    def left_s(self) -> float:
+        return self.end - self.runner.device.clock()
+
+    def share_s(self, cases: Sequence[Case]) -> float:
+        """Return the time of the first of some cases: an equal share of what their starts leave."""
+        starting = {case.prune for case in cases if self.runner.starts(case)}
+        left_s = self.left_s - len(starting) * self.runner.start_s
+        return max(left_s + self.runner.start_s * self.runner.starts(cases[0]), 0.0) / len(cases)
+
+    def time(self, name: str, case: Case, seconds: float, earlier: Row | None = None) -> Row:
+        """Time a case and keep its record, with the samples of an ``earlier`` one. CaptureFailed:
+        this process can time nothing more, which the record states."""
+        about = {"type": "decoder", "key": name, "dtype": self.runner.model.dtype}
         try:
-            record = runner.record(case, (budget_s - spent) / left)
+            record = self.runner.record(case, seconds)
         except CaptureFailed as error:
             record = {"status": UNSUPPORTED, "reason": str(error)}
-            stopped = f"{CAPTURE_FAILED}: {error}"
-        except Interrupted:
-            return left, "interrupted"
-        about = {"type": "decoder", "key": name, "dtype": runner.model.dtype}
-        kept.append({**about, **case.identity, **record})
-        failures = failures + 1 if record["status"] == FAILED else 0
-        if failures >= _FAILURES_IN_A_ROW:
-            stopped = f"{LOST}: {failures} cases in a row failed; the last: {record['reason']}"
-        if stopped:
-            return left - 1, stopped
-        progress(round(clock() - start), round(budget_s))
+            self.kept.append({**about, **case.identity, **record})
+            raise
+        if earlier and record["status"] == OK:
+            more = {n: [*earlier[n], *record[n]] for n in ("dense_s", "pruned_s")}
+            record = {**earlier, **record, **more}
+        if not earlier or record["status"] == OK:
+            self.kept.append({**about, **case.identity, **record})
+        self.failures = self.failures + 1 if record["status"] == FAILED else 0
+        if self.failures >= _FAILURES_IN_A_ROW:
+            last = f"the last: {record['reason']}"
+            raise DeviceLost(f"{self.failures} cases in a row failed; {last}")
+        return record
+
+
+def _time_cases(
+    runner: Runner, names: Mapping[str, Case], kept: Store, budget_s: float
+) -> tuple[int, str]:
+    """Time the cases that have no record, then take more samples of those that need them; return
+    how many are left, and why the run stopped, if it did."""
+    todo = _todo(runner, names, kept.rows)
+    turns = _Turns(runner, kept, runner.device.clock() + budget_s)
+    found: dict[str, Row] = {}
+    try:
+        if todo:
+            _prepare(runner, todo[0][1])
+        for number, (name, case) in enumerate(todo):
+            if runner.interrupted():
+                return len(todo) - number, "interrupted"
+            # where the models run already, the fewest samples cost little
+            if turns.left_s <= 0.0 and runner.starts(case):
+                return len(todo) - number, "budget"
+            share_s = turns.share_s([case for _, case in todo[number:]])
+            found[name] = turns.time(name, case, share_s)
+        _refine(turns, names, found)
+    except CaptureFailed as error:
+        return len(todo) - len(found) - 1, f"{CAPTURE_FAILED}: {error}"
+    except DeviceLost as error:
+        return len(todo) - len(found) - 1, f"{LOST}: {error}"
+    except Interrupted:
+        return len(todo) - len(found), "interrupted"
     return 0, ""
+
+
+def _refine(turns: _Turns, names: Mapping[str, Case], found: Mapping[str, Row]) -> None:
+    """Take more samples of the cases with wide intervals until the time is over."""
+    rough = {name: row for name, row in found.items() if row["status"] == OK and not _narrow(row)}
+    while rough:
+        again = dict[str, Row]()
+        for number, (name, row) in enumerate(rough.items()):
+            cases = [names[other] for other in list(rough)[number:]]
+            share_s = turns.share_s(cases)
+            start_s = turns.runner.start_s * turns.runner.starts(cases[0])
+            if turns.runner.interrupted() or share_s <= 2.0 * start_s:
+                continue
+            more = turns.time(name, names[name], share_s, row)
+            if more["status"] == OK and not _narrow(more):
+                again[name] = more
+        rough = again
+
+
+def _narrow(record: Row) -> bool:
+    ratios = [a / b for a, b in zip(record["dense_s"], record["pruned_s"])]
+    middle, low, high = median_interval(ratios)
+    return len(ratios) >= MOST or high - low <= 2.0 * PRECISION * middle
 
 
 def _todo(
     runner: Runner, names: Mapping[str, Case], rows: Iterable[Mapping[str, Any]]
 ) -> list[tuple[str, Case]]:
-    """Return the cases without a result in random order; those that failed come last, because one
-    of them may spoil this process again."""
+    """Return the cases without a result in the order of their prunings; phases with processes of
+    their own come last, then those that failed: one may spoil this process again."""
     status = {str(row["key"]): row.get("status") for row in rows}
     left = {n: case for n, case in names.items() if status.get(n) not in (OK, UNSUPPORTED)}
-    todo = _shuffled(left, runner.model.seed, runner.apart)
-    return sorted(todo, key=lambda item: status.get(item[0]) == FAILED)
+    order = list(dict.fromkeys(case.prune for case in left.values()))
+    return sorted(
+        left.items(),
+        key=lambda item: (
+            status.get(item[0]) == FAILED,
+            item[1].phase in runner.apart,
+            order.index(item[1].prune),
+        ),
+    )
 
 
 def file_name(name: str, engine: str) -> str:
@@ -320,16 +394,6 @@ def name_of(case: Case, dtype: str, engine: str = "reference") -> str:
     if case.phase in ("generate", "serve"):
         where += f" new={w.meta.new_tokens}"
     return f"{'decoder' if engine == 'reference' else engine} {w.meta.model} {case.prune} {where}"
-
-
-def _shuffled(cases: Mapping[str, Case], seed: int, apart: Sequence[str]) -> list[tuple[str, Case]]:
-    """Return the cases with pruned models in random order, which spreads drift. Cases of one model
-    stay together, and phases with processes of their own come last."""
-    models = list(dict.fromkeys(case.prune for case in cases.values()))
-    order = [models[i] for i in np.random.default_rng(seed).permutation(len(models))]
-    return sorted(
-        cases.items(), key=lambda item: (item[1].phase in apart, order.index(item[1].prune))
-    )
 
 
 @dataclass(frozen=True)
@@ -517,14 +581,17 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     measured, predicted, lower, upper, roofline = (
         [getattr(r, name) for r in rows] for name in names
     )
-    every = verdict_of("speedups", measured, predicted, lower, upper, roofline)
+    every = verdict_of(
+        "speedups", measured, predicted, lower, upper, roofline, list(map(spread_of, rows))
+    )
     first = rows[0]
     worst = _in_words(max(rows, key=lambda r: abs(r.error)))
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
-    if every.rows < DECIDE:
+    if every.clear < DECIDE:
+        rough = f", {every.unclear} of them too rough to tell" if every.unclear else ""
         few_rows = (
             f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors},"
-            f" {one}"
+            f" {one}{rough}"
         )
         return [f"{few_rows}; a verdict needs {DECIDE}.", f"Worst: {worst}."]
     holds = "hold" if every.holds else "do not hold"
@@ -577,15 +644,10 @@ def two_groups(samples: Sequence[float]) -> tuple[float, float] | None:
     return (a, b) if between[best] > 0.9 * ((x - x.mean()) ** 2).sum() and b > 1.05 * a else None
 
 
-def repeatability(records: Iterable[Mapping[str, Any]]) -> float:
-    """Return the median difference of speedups between the first and the last half of their pairs;
-    NaN if few."""
-    off: list[float] = []
-    for r in records:
-        if r.get("status") == OK and len(r["dense_s"]) >= 6:
-            ratios = np.asarray(r["dense_s"], dtype=np.float64) / np.asarray(
-                r["pruned_s"], dtype=np.float64
-            )
-            half = len(ratios) // 2
-            off.append(abs(float(np.median(ratios[-half:]) / np.median(ratios[:half])) - 1.0))
-    return round(float(np.median(off)), 12) if off else math.nan
+def known_within(rows: Sequence[ComparedSpeedup]) -> float:
+    """Return the median relative half-width of the intervals of measured speedups."""
+    return float(np.median([spread_of(r) for r in rows])) if rows else math.nan
+
+
+def spread_of(r: ComparedSpeedup) -> float:
+    return math.sqrt(r.measured_upper / r.measured_lower) - 1.0

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import statistics
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -25,18 +25,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Sampler, Unsupported
 from calibration.records.timing_table import Row
 from calibration.runners.cases import (
-    ENOUGH,
     Case,
     ModelRun,
     Observation,
     PairRunner,
     alternate,
     looped,
+    repeated,
 )
 from simulator.codes import ROLES, Kernel, Kind
 from simulator.errors import InputError
@@ -306,13 +307,18 @@ class HfRunner(PairRunner):
                 " model"
             )
 
+    def starts(self, case: Case) -> bool:
+        return case.prune not in self.kept
+
     def prepare(self, case: Case) -> None:
         self.kept["dense"] = build(self.model, case.dense, self.device.name)
 
     def timed(self, case: Case, end: float) -> Row:
         if case.prune not in self.kept:
+            start = time.perf_counter()
             self.kept = {"dense": self.kept["dense"]}  # memory may hold two large models, not three
             self.kept[case.prune] = build(self.model, case.pruned, self.device.name)
+            self.start_s = time.perf_counter() - start
         dense = self.kept["dense"]
         pruned = self.kept[case.prune]
         runtime = "compiled" if self.model.engine == "compile" else "eager"
@@ -328,22 +334,33 @@ class HfRunner(PairRunner):
             "reason": MASKED if runtime == "compiled" else "",
         }
 
-    def observe(self, case: Case) -> Observation:
-        sample = eager_sampler(build(self.model, case.dense, self.device.name), case)
+    def begin(self, case: Case) -> None:
+        self.prepare(case)
+
+    def observe(self, case: Case, seconds: float) -> Observation:
+        # the profiler of torch 2.13 prints two lines per use, at every level below this one
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        sample = eager_sampler(self.kept["dense"], case)
         passes = 1 if case.phase == "prefill" else TOKENS + 1
         with torch.inference_mode():
-            samples = [sample(1) for _ in range(1 + ENOUGH)]
+            times = repeated(lambda: sample(1), seconds)
             with torch.profiler.profile() as profile:
                 sample(1)
-        on_gpu = self.device.name.startswith("cuda")
-        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        kernels = {
-            event.key: 1e-6 * float(getattr(event, own)) / passes
-            for event in profile.key_averages()
-        }
-        return Observation(
-            statistics.median(samples[1:]), kernels, metadata.version("transformers")
-        )
+        found = kernel_seconds(profile.key_averages(), self.device.name.startswith("cuda"))
+        kernels = {name: seconds / passes for name, seconds in found.items()}
+        return Observation(*times, kernels, metadata.version("transformers"))
+
+
+def kernel_seconds(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Return the time of each kernel of a profile, s. On a GPU, the times of operators and of
+    annotations contain those of the kernels that they launch, so only kernels count."""
+    if not on_gpu:
+        return {event.key: 1e-6 * float(event.self_cpu_time_total) for event in events}
+    return {
+        event.key: 1e-6 * float(event.self_device_time_total)
+        for event in events
+        if event.device_type != DeviceType.CPU and not event.is_user_annotation
+    }
 
 
 def _prompt(model: Any, case: Case) -> tuple[Any, Callable[[], Any]]:

@@ -13,7 +13,7 @@ from calibration.devices.protocol import Device
 from calibration.fit.solver import FittedPart
 from calibration.runners.cases import Case, ModelRun, cases_of, fewer_layers
 from calibration.runners.compare import ENGINES, ComparedSpeedup, compare, rows_of
-from calibration.runners.engine import EXAMPLES, CalibratedEngine, calibrated, observe
+from calibration.runners.engine import EXAMPLES, CalibratedEngine, calibrated, observe, settings_of
 from calibration.validation.validate import Judgement
 from simulator.capacity import weights_bytes
 from simulator.hardware.library import load_hardware
@@ -29,6 +29,7 @@ from simulator.workload import WorkloadBatch
 MOST_LAYERS = 8  # of the compared models: more take longer to make and show nothing else
 MODEL_SHARE = 0.4  # share of the memory for the weights of the dense and of the pruned model
 HOST_SHARE = 0.5  # share of the time for the engine's host; the rest is for the two models
+PHASES = ("prefill", "decode")
 SEQ = 512  # prompt tokens of the compared passes
 
 
@@ -96,8 +97,12 @@ def check_engine(
     one pruned model with their predictions. Exceptions are those of :func:`observe` and
     :func:`compare`."""
     start = device.clock()
-    found = calibrated(observe(file.parent, device, model, progress), model, hw)
-    save_hardware(found.profile, file)
+    host_s = HOST_SHARE * budget_s
+    settings = settings_of(PHASES, (), ())
+    passes = observe(file.parent, device, model, settings, host_s, progress)
+    found = calibrated(passes, model, hw)
+    if not found.judged(str(file)).status:
+        save_hardware(found.profile, file)
     left_s = max(budget_s - (device.clock() - start), (1.0 - HOST_SHARE) * budget_s)
     cases = _cases(model)
     compared = compare(file.parent, device, model, cases, left_s, progress)
@@ -116,7 +121,7 @@ def check_engine(
 
 def _cases(model: ModelRun) -> list[Case]:
     settings = {
-        "phase": ("prefill", "decode"),
+        "phase": PHASES,
         "batch": 1,
         "seq": SEQ,
         "dtype": model.dtype,

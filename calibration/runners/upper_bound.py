@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.devices.protocol import Device, Operator
+from calibration.devices.protocol import LIBRARIES, Device, Operator
 from calibration.measure.plan import MeasurementPlan, Rates, in_order
 from calibration.measure.timing import Protocol, default_visits
 from calibration.records.screening import without_exact
@@ -160,8 +160,11 @@ def measure_bounds(
         visits = default_visits(description)
         # a third of the time is reserved for drift checks and for repeats
         each = 0.65 * (left / visits) / max(len(shapes), 1) - rates.setup_s
-        protocol = replace(protocol, time_limit_s=min(max(each, 0.05), 2.0 * protocol.time_limit_s))
         operators = [operator_of(shape, dtype) for shape in shapes]
+        # a short budget times fewer shapes, each with enough samples
+        enough = max(2.0 * rates.sampling_s(op, protocol) for op in operators)
+        limit = max(enough, min(each, 2.0 * protocol.time_limit_s))
+        protocol = replace(protocol, time_limit_s=limit)
         plan = in_order(operators, rates, protocol=protocol, budget_s=left, seed=seed)
         note(f"{description.device}; {description.software}; {dtype}; {len(shapes)} shapes")
         return replace(plan, visits=visits), protocol
@@ -177,6 +180,7 @@ def kernel_seconds(records: Records, dtype: str) -> Mapping[Shape, tuple[float, 
         & (records.labels() == dtype)
         & (records.window == 0)
         & (records.density == 1.0)
+        & np.array([s.kernel not in LIBRARIES for s in records.sources], dtype=bool)[records.source]
     )
     out: dict[Shape, tuple[float, float]] = {}
     for kind, names in DIMENSIONS.items():

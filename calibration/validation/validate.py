@@ -37,6 +37,7 @@ ERRORS = ("mape", "median", "p95", "bias")
 ERROR_TITLES = ("MAPE %", "median %", "p95 %", "bias %")
 # do_not_use: the exit status of a command is 1
 USE, PARTLY, DO_NOT_USE = "use", "partly", "do_not_use"
+TELLING_ROWS = 3  # rows of an operator below which a miss may be one of the expected 10 %
 LEAST_ROWS = 10  # held-out rows below which a profile is not recommended
 # shares above which a profile is for use with care, and not for use
 DISTURBED_PARTLY, DISTURBED_MOST = 0.2, 0.5
@@ -61,6 +62,8 @@ class ReportPart:
     roofline_s: FloatArray  # max(FLOP / peak, bytes / bandwidth)
     simple_s: FloatArray  # the roofline with 0.8 of the bandwidth, plus 3 us
     bottleneck: NDArray[np.str_]
+    # relative half-width of the interval of each measured time; 0 where none is known
+    spread: FloatArray | float = 0.0
     status: str = "default"  # section of the profile: "calibrated", "inherited" or "default"
     in_fit: bool = False  # whether the section was fitted on exactly these rows
 
@@ -143,6 +146,8 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportP
         roofline_s=np.maximum(compute, moved),
         simple_s=np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
         bottleneck=time.bottlenecks,
+        # too few samples have no interval; imported tables state none
+        spread=np.where(np.isnan(r.spread), np.where(r.sample_count > 0, np.inf, 0.0), r.spread),
         status=section.status,
         in_fit=origin is not None and origin.rows == len(r) and origin.digest == r.tidy().digest(),
     )
@@ -325,7 +330,12 @@ class Verdict:
     mean: float
     roofline_median: float
     roofline_mean: float
-    coverage: float
+    coverage: float  # of the rows that are measured precisely enough to tell
+    unclear: int = 0  # number of rows whose measured interval is wider than the predicted one
+
+    @property
+    def clear(self) -> int:
+        return self.rows - self.unclear
 
     @property
     def better(self) -> bool:
@@ -335,7 +345,7 @@ class Verdict:
     def covered(self) -> bool:
         """Whether the coverage reaches its target, within two standard errors for this number of
         rows."""
-        deviation = math.sqrt(LEVEL * (1.0 - LEVEL) / self.rows)
+        deviation = math.sqrt(LEVEL * (1.0 - LEVEL) / max(self.clear, 1))
         return self.coverage >= min(COVERAGE[0] / 100.0, LEVEL - 2.0 * deviation)
 
     @property
@@ -359,17 +369,26 @@ class Verdict:
     @property
     def text(self) -> str:
         target = "" if self.covered else f", target {COVERAGE[0]:.0f} %"
+        unclear = f" ({self.unclear} measured too roughly to tell)" if self.unclear else ""
         return (
             f"{self.errors}, {100.0 * self.coverage:.0f} % in their {percent(LEVEL)}"
-            f" interval{target}"
+            f" interval{target}{unclear}"
         )
 
 
 def verdict_of(
-    name: str, measured: Any, predicted: Any, lower: Any, upper: Any, roofline: Any
+    name: str,
+    measured: Any,
+    predicted: Any,
+    lower: Any,
+    upper: Any,
+    roofline: Any,
+    spread: Any = 0.0,
 ) -> Verdict:
     """Return the verdict on predictions with intervals; all values are arrays or sequences of one
-    length."""
+    length. ``spread`` is the relative half-width of the interval of each measured value: a
+    prediction misses only if both intervals are apart, and a row whose measured interval is wider
+    than the predicted one does not count."""
     true, found, low, high, bound = np.array(
         [measured, predicted, lower, upper, roofline], dtype=np.float64
     )
@@ -378,15 +397,21 @@ def verdict_of(
         np.median(errors, axis=1).tolist(),
         errors.mean(axis=1).tolist(),
     )
-    coverage = float(((low <= true) & (true <= high)).mean())
-    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage)
+    least, most = true / (1.0 + np.asarray(spread)), true * (1.0 + np.asarray(spread))
+    apart = (high < least) | (most < low)
+    clear = apart | (most * low <= high * least)
+    coverage = 1.0 - float(apart[clear].mean()) if clear.any() else 1.0
+    unclear = int((~clear).sum())
+    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage, unclear)
 
 
 def _of_parts(name: str, parts: Sequence[ReportPart]) -> Verdict:
-    columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s")
-    return verdict_of(
-        name, *(np.concatenate([getattr(part, column) for part in parts]) for column in columns)
+    columns = ("measured_s", "predicted_s", "lower_s", "upper_s", "roofline_s", "spread")
+    values = (
+        np.concatenate([np.broadcast_to(getattr(part, column), len(part)) for part in parts])
+        for column in columns
     )
+    return verdict_of(name, *values)
 
 
 def verdicts(report: Report) -> list[Verdict]:
@@ -402,12 +427,13 @@ def _whole(report: Report) -> Verdict:
 
 def disturbed_share(records: Records) -> float:
     """Return the share of measured times, without drift checks, during which the process waited for
-    a CPU or the device throttled, or whose interval is wide."""
+    a CPU or the device throttled, or whose interval is wide or, with few samples, unknown."""
     kept = records.timed & (records.purpose != PURPOSES.index("drift_check"))
     if not kept.any():
         return 0.0
     flagged = (records.flags & int(Flag.WAITED | Flag.THROTTLED)) != 0
-    return float((flagged | (records.spread > WIDE_INTERVAL))[kept].mean())
+    unknown = np.isnan(records.spread) & (records.sample_count > 0)
+    return float((flagged | unknown | (records.spread > WIDE_INTERVAL))[kept].mean())
 
 
 def of_validation(report: Report) -> Judgement:
@@ -446,9 +472,15 @@ def _reasons(failed: Sequence[Verdict], rows: int) -> list[str]:
 
 
 def _judged(
-    profile: object, fact: str, worse: Sequence[str], remedy: str, useless: bool, narrow: bool
+    profile: object,
+    fact: str,
+    worse: Sequence[str],
+    remedy: str,
+    useless: bool,
+    narrow: Sequence[str] = (),
 ) -> Judgement:
-    """Judge a new profile: ``worse`` are its parts that err more than a datasheet roofline."""
+    """Judge a new profile: ``worse`` are its parts that err more than a datasheet roofline,
+    ``narrow`` those whose intervals are too narrow for their errors."""
     roofline = "worse than a datasheet roofline"
     reasons: tuple[str, ...] = (
         (f"{roofline}: {few(worse)}",) if worse else (roofline,) if useless else ()
@@ -461,8 +493,9 @@ def _judged(
         where = f"not for passes that spend most time in {few(worse)}"
         buts.append(f"{where}, where it errs more than a datasheet roofline")
     if narrow:
-        buts.append("do not rely on its intervals, which are too narrow for its errors")
-        reasons += ("intervals too narrow",)
+        where = f"do not rely on its intervals of {few(narrow)}"
+        buts.append(f"{where}, which are too narrow for the errors")
+        reasons += (f"intervals too narrow: {few(narrow)}",)
     but = f", but {'; '.join(buts)}" if buts else ""
     return Judgement(
         PARTLY if buts else USE, (f"Use {profile} as --hardware{but}: {fact}.",), reasons
@@ -496,7 +529,15 @@ def of_calibration(
     if every.rows < LEAST_ROWS and not useless:
         text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {remedy}."
         return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
-    judged = _judged(profile, fact, worse, remedy, useless, narrow=not every.covered)
+    if every.clear < LEAST_ROWS and not useless:
+        text = f"Do not rely on {profile} yet: {fact}; {IDLE}."
+        rough = (
+            f"machine busy: {every.unclear} of {every.rows} held-out shapes measured too roughly"
+        )
+        return Judgement(DO_NOT_USE, (text,), (rough,))
+    narrow = [v.name for v in found if not v.covered and v.clear >= TELLING_ROWS]
+    narrow = narrow or ["all operators"] * (not every.covered)
+    judged = _judged(profile, fact, worse, remedy, useless, narrow)
     return with_disturbed(judged, profile, disturbed)
 
 
@@ -553,7 +594,5 @@ def of_fit(fit: ProfileFit, report: Report, output: str, disturbed: float = 0.0)
     fact = f"{about}; mean error on held-out shapes {_ends(known)}"
     roofline = {v.name: v.roofline_mean for v in verdicts(report)}
     worse = [name for name, error in known.items() if error >= roofline.get(name, math.inf)]
-    judged = _judged(
-        output, fact, worse, "fit more rows", useless=len(worse) == len(known), narrow=False
-    )
+    judged = _judged(output, fact, worse, "fit more rows", useless=len(worse) == len(known))
     return with_disturbed(judged, output, disturbed)

@@ -58,7 +58,7 @@ def gemm(
     --hardware GPU@STACK selects another.
     """
     sizes = parsing.integers("M", m), parsing.integers("N", n), parsing.integers("K", k)
-    output = render.Output(out.json, figures=[out.figure])
+    output = render.Output(out.json, figures=[out.figure], width=out.width, font=out.font)
     from simulator.prediction.gemms import gemm_table
 
     rows = gemm_table(*sizes, devices.profiles, **asdict(product))
@@ -69,9 +69,8 @@ def gemm(
             _print_steps(row)
     if out.figure:
         from simulator.figures.gemms import gemms_of
-        from simulator.figures.style import save_figure
 
-        save_figure(gemms_of(rows), out.figure)
+        output.draw(lambda: gemms_of(rows), out.figure)
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:

@@ -228,6 +228,15 @@ class Metered:
         return Tariff(**given) if given or self.energy else None
 
 
+Width = Annotated[
+    str | None, opt("--width", "LENGTH", "Width of the figure, such as 5.5in, 84mm or 240pt.")
+]
+Font = Annotated[
+    float | None,
+    opt("--font", "POINTS", "Font size of the figure's labels at that width. Default: 7."),
+]
+
+
 @dataclass(frozen=True)
 class Output:
     json: Json = False
@@ -237,6 +246,8 @@ class Output:
     figure: Annotated[
         str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
     ] = None
+    width: Width = None
+    font: Font = None
     verbose: Verbose = False
 
 
@@ -311,7 +322,7 @@ class Run:
             if parsed["batch"] != [1] or parsed["phase"] != ["serve"]:
                 raise InputError("--concurrency: expected with --phase serve, instead of --batch")
             parsed["batch"] = integers("--concurrency", concurrency)
-        if "link" in parsed and parsed.get("devices") == 1:
+        if "link" in parsed and parsed.get("devices") == [1]:
             raise InputError("--link: expected with --devices of at least 2")
         if sum(way is not None for way in (parsed.get("dense_s"), rate, file)) > 1:
             raise InputError(
@@ -400,7 +411,8 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
             parts = [(p.name, p.default, types[p.name])]
             if is_dataclass(p.default):
                 hints = get_type_hints(type(p.default), include_extras=True)
-                shared = [f.name for f in fields(p.default) if f.name not in omitted]
+                without = {*omitted, *(("width", "font") if "figure" in omitted else ())}
+                shared = [f.name for f in fields(p.default) if f.name not in without]
                 groups[p.name] = p.default, shared
                 parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
             for name, default, kind in parts:

@@ -55,7 +55,7 @@ def pareto(
     lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted,
     unless --measured has a value.
     """
-    output = render.Output(out.json, out.csv, [out.figure])
+    output = render.Output(out.json, out.csv, [out.figure], out.width, out.font)
     from simulator.models.library import load_model
     from simulator.prediction.notes import uncalibrated
     from simulator.prediction.pareto import fronts, read_measured
@@ -84,9 +84,8 @@ def pareto(
             _show_trades(found)
     if out.figure:
         from simulator.figures.pareto import fronts_of
-        from simulator.figures.style import save_figure
 
-        save_figure(fronts_of(found), out.figure)
+        output.draw(lambda: fronts_of(found), out.figure)
     lines = list(asked.notes)
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")

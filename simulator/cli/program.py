@@ -32,6 +32,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("serve", "serve:command"),
     ("draft", "draft:command"),
     ("explain", "speedup:explain"),
+    ("claims", "claims:claims"),
     ("methods", "methods:methods"),
     ("advise", "search:advise"),
     ("costs", "search:costs"),

@@ -16,11 +16,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from simulator.display import few
+from simulator.display import few, one_percentage
 from simulator.errors import InputError, one_line
 from simulator.units import finite as finite
 from simulator.units import percent as percent
@@ -30,12 +32,18 @@ from simulator.units import seconds as seconds
 from simulator.units import seconds_between as seconds_between
 from simulator.units import size as size
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from simulator.figures.style import PaperSize
+
 T = TypeVar("T")
 
 # codes of styles on a terminal
 ANSI: Mapping[str, int] = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
 PIPED_WIDTH = 120  # columns of a table that goes to a pipe or a file
 PROGRESS_AFTER_S = 2.0  # run time after which a progress bar appears, s
+PROGRESS_EVERY_S = 30.0  # time between progress lines outside a terminal, s
 MOST_NOTES = 3  # notes that a run prints without --verbose
 
 # names of bottlenecks for narrow tables
@@ -169,7 +177,7 @@ def notes(lines: Iterable[str], verbose: bool = False) -> None:
     """Print notes to standard error, the most important first: with ``verbose`` all, else
     :data:`MOST_NOTES`. Notes that state the same of several subjects ("A: text", "B: text") become
     one. A run calls this once."""
-    found = same_together(lines)
+    found = same_together(one_percentage(lines))
     shown = found if verbose else found[:MOST_NOTES]
     more = f" ({len(found) - len(shown)} more with --verbose)" if len(found) > len(shown) else ""
     for i, line in enumerate(shown, start=1):
@@ -239,6 +247,21 @@ class Output:
     json: bool
     csv: str | None = None
     figures: Sequence[str | None] = ()
+    width: str | None = None
+    font: float | None = None
+
+    @cached_property
+    def paper(self) -> PaperSize:
+        from simulator.figures.style import PaperSize
+
+        return PaperSize.read(self.width, self.font)
+
+    def draw(self, figure: Callable[[], Figure], path: str | Path) -> None:
+        """Draw a figure in the size of --width and --font, and write it."""
+        from simulator.figures.style import save_figure
+
+        with self.paper.applied():
+            save_figure(figure(), path)
 
     def __post_init__(self) -> None:
         if self.json and self.csv:
@@ -247,6 +270,11 @@ class Output:
             from simulator.figures.style import check_figure
 
             check_figure(path)
+        for option in ("width", "font"):
+            if getattr(self, option) is not None and not any(self.figures):
+                raise InputError(f"--{option}: expected with --figure FILE")
+        if any(self.figures):
+            _ = self.paper  # refuses a bad size before any work
         if self.csv and self.csv != "-":
             from simulator.files.write import check_target
 
@@ -275,20 +303,26 @@ class Output:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of steps done and their number that draws a bar on a terminal after some
-    seconds."""
-    start = time.monotonic()
+    """Yield a function of steps (or seconds) done and their number. On a terminal, it draws a bar
+    after some seconds; into a file, it prints a line every :data:`PROGRESS_EVERY_S`."""
+    start = printed = time.monotonic()
     shown = False
     usable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def report(done: int, total: int) -> None:
-        nonlocal shown
-        elapsed = time.monotonic() - start
-        if not usable or elapsed < PROGRESS_AFTER_S:
+        nonlocal shown, printed
+        now = time.monotonic()
+        elapsed = now - start
+        left = max(elapsed / max(done, 1) * (total - done), 0.0)
+        if not usable:
+            if now - printed >= PROGRESS_EVERY_S:
+                printed = now
+                status(f"{what}: {done} of {max(done, total)}, {left:.0f} s left")
+            return
+        if elapsed < PROGRESS_AFTER_S:
             return
         shown = True
-        filled = round(30 * done / max(total, 1))
-        left = elapsed / max(done, 1) * (total - done)
+        filled = min(round(30 * done / max(total, 1)), 30)
         sys.stderr.write(
             f"\r{what} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}, {left:.0f} s left"
             " \x1b[K"

@@ -99,10 +99,10 @@ def report(
 ) -> None:
     """Write predictions as one HTML file.
 
-    The file begins with the answer, then has figures, the table of prunesim speedup, where the
-    fastest pruning loses its nominal speedup, notes, and the commands that print the same numbers.
-    With --phase serve --rate it has the answer, the table and the figure of prunesim serve --rate.
-    It has no scripts and loads nothing.
+    The file begins with the answer and the table of prunesim speedup, then has figures, where the
+    pruning farthest below its roofline bound loses its nominal speedup, notes, and the commands
+    that print the same numbers. With --phase serve --rate it has the answer, the
+    table and the figure of prunesim serve --rate. It has no scripts and loads nothing.
     """
     from simulator.files.write import check_target, write_whole
 

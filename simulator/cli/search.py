@@ -254,7 +254,7 @@ def search(
     20,0.013
     21,0.010
     """
-    output = render.Output(out.json, None, [out.figure])
+    output = render.Output(out.json, None, [out.figure], out.width, out.font)
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
     if not (given := wanted.parsed()):
@@ -272,9 +272,8 @@ def search(
         lines += write_plan(plan, model, write)
     if out.figure:
         from simulator.figures.plan import plan_figure
-        from simulator.figures.style import save_figure
 
-        save_figure(plan_figure(plan), out.figure)
+        output.draw(lambda: plan_figure(plan), out.figure)
     if not output.write([plan.to_dict()]):
         return
     from simulator.prediction.notes import uncalibrated

@@ -129,7 +129,8 @@ def command(
     of requests, goodput within the limits, the largest rate, and the GPUs that --rate needs. Other
     options are those of the engine's server, such as --max-num-seqs 64.
     """
-    output = render.Output(out.json, out.csv, [out.figure, arrivals.timeline])
+    figures = [out.figure, arrivals.timeline]
+    output = render.Output(out.json, out.csv, figures, out.width, out.font)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.service import serve
 
@@ -170,21 +171,18 @@ def command(
         else:
             _print(found.services, out.verbose)
     if out.figure:
-        from simulator.figures.style import save_figure
-
         if found.loads:
             from simulator.figures.load import loads_of
 
-            save_figure(loads_of(found.loads), out.figure)
+            output.draw(lambda: loads_of(found.loads), out.figure)
         else:
             from simulator.figures.speedup import services_of
 
-            save_figure(services_of(found.services), out.figure)
+            output.draw(lambda: services_of(found.services), out.figure)
     if arrivals.timeline:
         from simulator.figures.load import timeline_of
-        from simulator.figures.style import save_figure
 
-        save_figure(timeline_of(found.loads[0]), arrivals.timeline)
+        output.draw(lambda: timeline_of(found.loads[0]), arrivals.timeline)
     of_energy = energy_notes(metered.tariff, devices.profiles)
     render.notes((*asked.notes, *of_energy, *found.notes), out.verbose)
 

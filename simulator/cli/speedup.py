@@ -4,15 +4,15 @@ predicted one."""
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
-from simulator.display import as_plain
+from simulator.display import as_plain, with_and
 from simulator.errors import InputError
 from simulator.units import parse_ratio
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from simulator.prediction.runnable import Runnable
     from simulator.prediction.speedup_sentences import BreakEven
     from simulator.prediction.tariff import Tariff
-
-# most sentences on break-even; of more prunings only the fastest is stated
-MOST_SENTENCES = 8
 
 MOST_COLUMNS = 3  # from so many batches or lengths on, they are rows of one table
 
@@ -42,6 +39,10 @@ def speedup(
     memory: Annotated[
         bool, opt("--memory", None, "Also show memory against the device's capacity.")
     ] = False,
+    claim: Annotated[
+        str | None,
+        opt("--claim", "X", "A claimed speedup, such as 2.1: its probability, bound, explanation."),
+    ] = None,
     metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -50,11 +51,14 @@ def speedup(
     Begins with the answer. Every combination of the lists is predicted. Over a range of batches or
     lengths (--batch 1:64) it states from which value each pruning pays. A combination that a family
     does not support (2:4 at 0.25) is excluded with a note, or an error if it is the only one. With
-    --pruned, existing models are compared with the dense one.
+    --pruned, existing models are compared with the dense one. --claim judges a stated speedup of
+    one prediction.
     """
-    output = render.Output(out.json, out.csv, [out.figure])
+    output = render.Output(out.json, out.csv, [out.figure], out.width, out.font)
+    claimed = None if claim is None else parsing.checked("--claim", claim, parse_ratio)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
+    from simulator.prediction.speedup_sentences import answer_of
     from simulator.prediction.table import table
     from simulator.prediction.tariff import energy_fields
 
@@ -68,18 +72,35 @@ def speedup(
 
         answers = runnables(found, profiles if prunings.named else ())
     rows = [
-        {**r.to_dict(), **answer.to_dict(), **energy_fields(r, tariff)}
+        {
+            **r.to_dict(),
+            **answer.to_dict(),
+            **energy_fields(r, tariff),
+            "answer": " ".join(answer_of([r], [answer])),
+        }
         for r, answer in zip(found, answers)
     ]
+    judged = None
+    if claimed is not None:
+        from simulator.prediction.claims import Claim, judge
+
+        judged = judge(Claim.of(claimed, found, profiles))
+        rows = [{**row, **judged.to_dict()} for row in rows]
     if output.write(rows):
+        if judged is not None:
+            from simulator.cli.claims import print_judgement
+
+            print_judgement(judged, judged.unlikely)
+            print()
         _print(found, answers if prunings.named else (), memory, tariff, out.verbose)
     if out.figure:
         from simulator.figures.energy import energies_of
         from simulator.figures.speedup import speedups_of
-        from simulator.figures.style import save_figure
 
         named = [replace(r, family=r.name) for r in found]
-        save_figure(energies_of(named, tariff) if tariff else speedups_of(named), out.figure)
+        output.draw(
+            lambda: energies_of(named, tariff) if tariff else speedups_of(named), out.figure
+        )
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
     render.notes(
         (*asked.notes, *energy_notes(tariff, profiles), *defaults, *found.notes), out.verbose
@@ -95,23 +116,14 @@ def _print(
 ) -> None:
     """Print the conclusion, tables, what is removed of each part, and whether it runs."""
     from simulator.prediction.energy_sentences import of_energy
-    from simulator.prediction.runnable import runs_clause
-    from simulator.prediction.speedup_sentences import break_even, of_speedups
+    from simulator.prediction.speedup_sentences import MOST_BREAK_EVEN, answer_of, break_even
 
     even = break_even(found.rows)
-    runs = dict(zip(found.rows, answers))
     over = (
         max((len(b.values) for b in even), default=0) >= MOST_COLUMNS
-        or 0 < len(even) <= MOST_SENTENCES
+        or 0 < len(even) <= MOST_BREAK_EVEN
     )
-    if over and (verbose or len(even) <= MOST_SENTENCES):
-        # the longest: a budget of tokens may keep all of the first
-        last = [runs.get(b.results[-1]) for b in even]
-        stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
-        answer = [f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)]
-    else:
-        clauses = [_clauses(r, runs.get(r), memory) for r in found.rows]
-        answer = of_speedups(found.rows, clauses)
+    answer = answer_of(found.rows, answers, [_fitting(r) for r in found] if memory else ())
     render.conclude(*answer, *(of_energy(found.rows, tariff) if tariff else ()))
     if over:
         _print_over(even)
@@ -127,14 +139,8 @@ def _print(
         _print_parts(found, answers)
 
 
-def _clauses(r: Result, answer: Runnable | None, memory: bool) -> str:
-    from simulator.prediction.runnable import runs_clause, unaligned
-
-    runs = runs_clause(answer) if answer else ""
-    if answer and answer.works and not answer.aligned:
-        runs += f", but {unaligned(answer)}"
-    fit = f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
-    return runs + (fit if memory else "")
+def _fitting(r: Result) -> str:
+    return f"; up to {r.pruned_largest_batch:,} sequences fit (dense: {r.dense_largest_batch:,})"
 
 
 def _print_over(even: Sequence[BreakEven]) -> None:
@@ -182,11 +188,15 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
     runs it."""
     from simulator.prediction.wording import parts_line
 
-    lines = dict.fromkeys(f"{r.pruning}: {parts_line(r)}." for r in found if r.parts)
+    lines = dict.fromkeys(
+        f"{r.pruning}: {parts_line(r)}." for r in found if r.parts and not r.in_formats
+    )
     # a request that does not run, else the first: the others differ only in a gain
     runs: dict[str, Runnable] = {}
     for r, answer in zip(found, answers):
         name = f"{r.pruning} in {r.engine}"
+        if r.in_formats and answer.works and answer.aligned:
+            continue
         runs[name] = answer if name not in runs or answer.works is False else runs[name]
     print()
     for line in (
@@ -197,12 +207,17 @@ def _print_parts(found: Results, answers: Sequence[Runnable]) -> None:
 
 
 def _print_tables(results: Sequence[Result], memory: bool) -> None:
-    """Print one table per request, rows by family and sparsity, devices side by side."""
-    from simulator.prediction.requests import by_key
+    """Print one table per request, rows by family and sparsity, devices and their numbers side by
+    side."""
+    from simulator.prediction.requests import by_key, device_text
 
     available = render.width()
     first = True
-    for title, group in by_key(results, lambda r: r.scenario).items():
+    counts = {r.devices: r.parallel for r in results}
+    if len(counts) > 1:
+        results = [replace(r, hardware=device_text(r)) for r in results]
+    scenario = partial(_scenario, counts=counts)
+    for title, group in by_key(results, scenario).items():
         for part in _chunks(group, available):
             if not first:
                 print()
@@ -214,6 +229,14 @@ def _print_tables(results: Sequence[Result], memory: bool) -> None:
         if memory:
             print()
             _print_memory(group)
+
+
+def _scenario(r: Result, counts: Mapping[int, str]) -> str:
+    """Return the scenario of a result with all numbers of devices, and how they share the model."""
+    if len(counts) == 1:
+        return r.scenario
+    numbers = with_and([str(count) for count in counts])
+    return f"{replace(r, devices=1).scenario}, {numbers} devices ({counts[max(counts)]})"
 
 
 def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
@@ -464,13 +487,16 @@ def explain(
     budget of a dynamic pruning follows: how long its added work may take, how fast its kernels must
     be, and from which batch, length and sparsity it pays. Named steps lead from the nominal speedup
     1/(1 - s) to the predicted one; their factors multiply exactly. Several engines are shown side
-    by side. With more than three predictions only the conclusions are printed, and the steps with
-    --verbose.
+    by side. A table by operator has the times of both models, and why an operator differs from its
+    roofline bound. With more than three predictions only the conclusions are printed, and the
+    tables with --verbose.
     """
-    output = render.Output(out.json, figures=[out.figure, roofline])
+    figures = [out.figure, roofline]
+    output = render.Output(out.json, None, figures, out.width, out.font)
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.advise import Target
+    from simulator.prediction.by_operator import by_operator
     from simulator.prediction.energy_sentences import energy_notes, of_energy
     from simulator.prediction.explain import explanations
     from simulator.prediction.explain_sentences import budget_text, conclusion, conclusions
@@ -491,6 +517,7 @@ def explain(
             **e.result.to_dict(),
             "waterfall": [asdict(step) for step in e.steps],
             "conclusion": conclusion(e),
+            "operators": [asdict(one) for one in by_operator(e)],
             "budget": as_plain(e.budget),
             **energy_fields(e.result, tariff),
             **({"energy_parts": e.energy_parts} if tariff else {}),
@@ -511,6 +538,8 @@ def explain(
         groups = by_key(found if out.verbose or not many else (), same)
         for together in render.between(groups.values()):
             _print_waterfalls(together)
+            for e in together:
+                _print_operators(e)
             if tariff:
                 _print_energy([e.result for e in together], tariff)
                 _print_energy_parts(together)
@@ -518,13 +547,12 @@ def explain(
         render.notes([*lines, *_notes(found)], out.verbose)
     if out.figure or roofline:
         from simulator.figures.gemms import rooflines_of
-        from simulator.figures.style import save_figure
         from simulator.figures.waterfall import waterfalls_of
 
         if out.figure:
-            save_figure(waterfalls_of(found), out.figure)
+            output.draw(lambda: waterfalls_of(found), out.figure)
         if roofline:
-            save_figure(rooflines_of(found), roofline)
+            output.draw(lambda: rooflines_of(found), roofline)
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
@@ -581,6 +609,27 @@ def _print_waterfalls(together: Sequence[Explanation]) -> None:
     print(
         f"bounds: FLOP {r.flop_bound:.3f}, byte {r.byte_bound:.3f}, roofline {r.roofline_bound:.3f}"
     )
+
+
+def _print_operators(e: Explanation) -> None:
+    """Print the times of the operators in a dense and a pruned pass, and what loses speedup."""
+    from simulator.prediction.by_operator import by_operator
+
+    columns = render.columns(
+        by_operator(e),
+        ("<operator", lambda one: one.name),
+        ("dense", lambda one: render.seconds(one.dense_s)),
+        ("pruned", lambda one: render.seconds(one.pruned_s)),
+        ("speedup", lambda one: _ratio(one.dense_s, one.pruned_s)),
+        ("roofline\nbound", lambda one: render.ratio(one.bound) if one.bound > 0.0 else "-"),
+        ("<cause", lambda one: one.cause),
+    )
+    print()
+    render.show(columns, f"{e.result.engine}: time by operator")
+
+
+def _ratio(dense_s: float, pruned_s: float) -> str:
+    return render.ratio(dense_s / pruned_s) if pruned_s > 0.0 else "-"
 
 
 def _print_energy_parts(together: Sequence[Explanation]) -> None:

@@ -156,13 +156,14 @@ FIELDS: dict[str, Field] = {
     ),
     "sparsity": Field(
         "Removed",
-        "10%, 20%, 30%, 40%, 50%, 60%, 70%",
+        "25%",
         (),
         fractions,
         "Methods with sparsities of their own are predicted at these.",
     ),
     "prune": Field("Prunings, one per line", "width mlp=0.3 heads=0.2\ndepth 0.25", (), prunings),
     **{name: of_setting(name) for name in ("phase", "batch", "seq", *SINGLE)},
+    "batch": of_setting("batch")._replace(default="1, 4, 16, 64"),
     "rate": optional("Requests per second", parse_number, "Simulates the schedule of a server."),
     "ttft": optional("Limit of the time to the first token", SECONDS, "Such as 300ms."),
     "tpot": optional("Limit of the time per further token", SECONDS, "Such as 30ms."),
@@ -376,6 +377,8 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
         SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default
     }
     arrivals = {ARRIVALS[name]: parsed(name) for name in ARRIVALS if state[name].strip()}
+    if arrivals and state.batch == FIELDS["batch"].default:
+        asked["batch"], texts["batch"] = [1], "1"  # the rate states how many are in flight
     asked, texts = asked | arrivals, texts | {name: state[name].strip() for name in ARRIVALS}
     if state.energy:
         asked["tariff"], texts["energy"] = NO_TARIFF, True
@@ -434,7 +437,7 @@ def write(lines: Sequence[str], style: str = "") -> None:
 
 
 def choose() -> None:
-    """Explain the chosen pruning from now on, instead of the fastest."""
+    """Explain the chosen pruning from now on, instead of the least efficient."""
     st.session_state.detail = st.session_state.explained
 
 
@@ -442,7 +445,7 @@ def figure(drawing: Drawing) -> str:
     wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
     title, sizes = (
         escape(drawing.title),
-        f"min-width: {drawing.width - 20}px; max-width: {1.6 * drawing.width:.0f}px",
+        f"min-width: {drawing.width - 20}px; max-width: {'none' if wide else '515px'}",
     )
     return (
         f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0;'

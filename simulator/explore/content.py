@@ -8,39 +8,39 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simulator._version import __version__
-from simulator.engines.engine import load_engine
+from simulator.display import one_percentage
 from simulator.errors import InputError
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.load import loads_of
 from simulator.figures.speedup import speedups_of
-from simulator.figures.style import device_title, engine_title, svg_text
+from simulator.figures.style import PaperSize, device_title, engine_title, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
 from simulator.prediction.energy_sentences import energy_notes, energy_table, of_energy
-from simulator.prediction.explain import Explanation, explanations
+from simulator.prediction.explain import Explanation, explanation
 from simulator.prediction.explain_sentences import conclusions
 from simulator.prediction.load import LoadService
 from simulator.prediction.load_sentences import COLUMNS, ENERGY, load_columns, of_loads
 from simulator.prediction.notes import uncalibrated
 from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
-from simulator.prediction.runnable import runnables, runs_clause
+from simulator.prediction.runnable import runnables
 from simulator.prediction.service import serve
-from simulator.prediction.speedup_sentences import break_even, of_speedups
+from simulator.prediction.speedup_sentences import answer_of
 from simulator.prediction.table import table
 from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import parts_line
-from simulator.request import SETTINGS
 from simulator.units import percent, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_SENTENCES = 8  # sentences on break-even; of more prunings the fastest is stated
+WHOLE_WIDTH = PaperSize(7.0)  # of the main figure, inches before the page enlarges it
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
 # matplotlib's settings belong to the process, and each visitor of the page has a thread
@@ -92,11 +92,15 @@ class PageContent:
         name = f"{self.detail.pruning}{where if several else ''}"
         return _drawn(
             lambda: {
-                "Speedup": speedups_of([replace(r, family=r.name) for r in self.rows]),
+                "Speedup": self._speedups(),
                 f"Losses of {name}": waterfalls_of(self.details),
                 f"GEMMs of {name}": rooflines_of(self.details),
             }
         )
+
+    def _speedups(self) -> Figure:
+        with WHOLE_WIDTH.applied():
+            return speedups_of([replace(r, family=r.name) for r in self.rows])
 
     @property
     def prunings(self) -> tuple[str, ...]:
@@ -154,8 +158,8 @@ class LoadContent:
 
 def content(asked: Mapping[str, Any], detail: str = "") -> PageContent | LoadContent:
     """Predict a request, the arguments of :func:`simulator.table`, and explain the pruning called
-    ``detail``, or the fastest. With a ``rate`` or limits the arguments are those of
-    :func:`simulator.serve`."""
+    ``detail``, or the one that stays farthest below its roofline bound. With a
+    ``rate`` or limits the arguments are those of :func:`simulator.serve`."""
     if asked.keys() & {"rate", "ttft_s", "tpot_s"}:
         return _load_content(**asked)
     return _page_content(dict(asked), detail)
@@ -204,11 +208,7 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
     found = table(**asked)
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, profiles(asked["hardware"]) if named else ())
-    even = break_even(found.rows)
-    if 0 < len(even) <= MOST_SENTENCES:
-        answer = [b.sentence for b in even]
-    else:
-        answer = of_speedups(found.rows, [runs_clause(a) for a in answers] if named else ())
+    answer = answer_of(found.rows, answers if named else ())
     if tariff:
         answer += of_energy(found.rows, tariff)
     parts: dict[str, str] = {}
@@ -223,7 +223,12 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
         facts=_facts(found.rows),
         rows=found.rows,
         records=tuple(
-            {**r.to_dict(), **a.to_dict(), **energy_fields(r, tariff)}
+            {
+                **r.to_dict(),
+                **a.to_dict(),
+                **energy_fields(r, tariff),
+                "answer": " ".join(answer_of([r], [a])),
+            }
             for r, a in zip(found, answers)
         ),
         details=_explained(found, asked, detail),
@@ -238,33 +243,18 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
-    """Return the explanations of one pruning on each device and engine, for the request that it
-    accelerates most."""
-    best = max([r for r in found if r.pruning == detail] or found.rows, key=lambda r: r.speedup)
+    """Return the explanations of one pruning on each device and engine, for the request in which
+    it stays farthest below its roofline bound."""
+    rows = [r for r in found if r.pruning == detail] or found.rows
+    worst = min(rows, key=lambda r: r.speedup / r.roofline_bound)
     devices = {hw.label: hw for hw in profiles(asked["hardware"])}
-    engines = {load_engine(r.engine).name: r.engine for r in found.requests}
-    others = {name: value for name, value in asked.items() if name in SETTINGS}
-    out: list[Explanation] = []
-    for r, index in zip(found, found.pruning.tolist()):
-        same = (r.pruning, r.phase, r.batch, r.seq) == (
-            best.pruning,
-            best.phase,
-            best.batch,
-            best.seq,
-        )
-        if not same or len(out) == MOST_DETAILS:
-            continue
-        one = found.prunings[index]
-        which: dict[str, Any] = {"prune": [one]} if one.model is None else {"pruned": [one.model]}
-        where = {
-            **others,
-            "phase": r.phase,
-            "batch": r.batch,
-            "seq": r.seq,
-            "engine": engines[r.engine],
-        }
-        out += explanations(asked["models"], [devices[r.hardware]], **which, **where)
-    return tuple(out)
+    same = attrgetter("pruning", "phase", "batch", "seq")
+    explained = [
+        explanation(request, found.prunings[index], devices[r.hardware])
+        for r, request, index in zip(found, found.asked, found.pruning.tolist())
+        if same(r) == same(worst)
+    ]
+    return tuple(explained[:MOST_DETAILS])
 
 
 def _facts(rows: Sequence[Result]) -> dict[str, str]:
@@ -323,7 +313,7 @@ MOST_ROWS = 500  # rows of the table
 
 
 def report_html(found: PageContent | LoadContent, commands: Sequence[str]) -> str:
-    notes = list(found.notes)
+    notes = one_percentage(found.notes)
     if (more := len(found.records) - MOST_ROWS) > 0:
         notes.append(
             f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more"

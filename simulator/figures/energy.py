@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from simulator.figures import layout
 from simulator.figures.speedup import AXES, varying
 from simulator.figures.style import DENSE, GREY, INK, Style, label, paper_style, styles_of
+from simulator.models.library import model_title
 from simulator.prediction.energy_sentences import ends_of, token_name
 from simulator.prediction.requests import by_key
 from simulator.prediction.result import Result
@@ -27,11 +28,11 @@ def energies_of(results: Sequence[Result], tariff: Tariff) -> Figure:
     looks = styles_of({names[r]: r.family for r in results})
     groups = by_key(results, lambda r: _title(r, axis))
     with paper_style():
-        figure, axes, _ = layout.panel_list(
+        figure, axes, columns = layout.panel_list(
             2 * len(groups), 2.2, 0.4, 2, handles=_handles(looks, results[0])
         )
         for (title, group), left, right in zip(groups.items(), axes[::2], axes[1::2]):
-            left.set_title(title, pad=5)
+            left.set_title(layout.wrapped(title, layout.width_of(2) / columns - 0.5), pad=5)
             for name, some in by_key(group, names.__getitem__).items():
                 _draw((left, right), looks[name], some, tariff, axis)
             _finish(left, right, axis, group[0])
@@ -48,7 +49,7 @@ def _handles(looks: Mapping[str, Style], first: Result) -> list[Any]:
 
 def _title(r: Result, axis: str) -> str:
     sizes = [f"{name} {getattr(r, name)}" for name in ("batch", "seq") if name != axis]
-    return f"{r.model} on {layout.device(r)}\n{', '.join([r.phase, *sizes])}"
+    return f"{model_title(r.model)} on {layout.device(r)}\n{', '.join([r.phase, *sizes])}"
 
 
 def _draw(

@@ -4,7 +4,7 @@ tiles and waves."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,7 @@ def roofline_figure(
 ) -> Figure:
     """Draw devices side by side on common axes, ``columns`` per row; ``names`` is the legend's
     title."""
-    columns = columns or layout.in_a_row(len(roofs))
+    columns = layout.in_a_row(len(roofs), columns)
     width = layout.width_of(columns)
     with style.paper_style():
         titles = [layout.wrapped(roof.title, (width - 0.4) / columns) for roof in roofs]
@@ -278,7 +278,10 @@ class Stairs:
 def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
     """Draw staircases, a column per device and a row per kind, in the order in which their labels
     first occur."""
-    where = {"row": [p.row for p in panels], "column": [p.column for p in panels]}
+    where = layout.fitted(
+        layout.arrays({name: [getattr(p, name) for p in panels] for name in ("row", "column")})
+    )
+    panels = [replace(p, row=r, column=c) for p, r, c in zip(panels, *where.values())]
     width = layout.width_of(len(set(where["column"])))
     with style.paper_style():
         handles: list[Any] = [

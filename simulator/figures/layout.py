@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike
 
 from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.errors import InputError
 from simulator.figures.style import (
     BLACK,
     COLUMN_IN,
@@ -24,6 +25,7 @@ from simulator.figures.style import (
     PAGE_IN,
     device_title,
     engine_title,
+    paper_size,
 )
 from simulator.prediction.requests import batch_name
 
@@ -47,6 +49,9 @@ _MANTISSAS: tuple[tuple[float, ...], ...] = (
 MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
 GAP_PT = 2.0  # horizontal room between two names, points
+LEAST_PANEL_IN = 1.7  # width of the narrowest panel of a row
+LEAST_HEIGHT_IN = 0.9  # height of the lowest panel of a full page
+MOST_HEIGHT_IN = 9.5  # height of a page, inches
 LONG = 22  # characters of a joint name from which its parts are written below each other
 
 _DISTANCES_PT = (3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0)
@@ -56,6 +61,10 @@ _DIRECTIONS = (
     *((1, -_STEEP), (-1, -_STEEP), (1, _STEEP), (-1, _STEEP)),
     *((_STEEP, -1), (-_STEEP, -1), (_STEEP, 1), (-_STEEP, 1)),
 )
+
+
+class NoRoom(InputError):
+    """A figure that is higher than a page, or whose texts would overlap, at the stated width."""
 
 
 def arrays(points: Mapping[str, Sequence[Any]]) -> FigurePoints:
@@ -102,37 +111,55 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
-def in_a_row(panels: int) -> int:
-    """Return the number of panels per row: at most three, in rows of equal length if possible."""
-    return 2 if panels == 4 else min(panels, 3)
+def in_a_row(panels: int, columns: int | None = None) -> int:
+    """Return the number of panels per row: ``columns`` or at most three, in rows of equal length if
+    possible, and no more than there is room for."""
+    columns = columns or (2 if panels == 4 else min(panels, 3))
+    return min(columns, max(1, int(width_of(columns) / LEAST_PANEL_IN)))
 
 
 def width_of(panels: int) -> float:
-    """Return the width of a figure, inches: one column for one panel (in a row), else a page."""
-    return COLUMN_IN if panels == 1 else PAGE_IN
+    """Return the width of a figure before its scale, inches: that of :func:`paper_size`, or one
+    column for one panel (in a row), else a page."""
+    size = paper_size()
+    return size.width_in / size.scale if size.width_in else COLUMN_IN if panels == 1 else PAGE_IN
+
+
+def most_height() -> float:
+    """Return the height of a page before the scale of its figures, inches."""
+    return MOST_HEIGHT_IN / paper_size().scale
+
+
+def fitted(data: FigurePoints, least_in: float = LEAST_PANEL_IN) -> FigurePoints:
+    """Return points whose panels have room: a column for each device if there is room for it, else
+    one column."""
+    columns = set(data["column"])
+    if len(columns) * least_in <= width_of(max(2, len(columns))):
+        return data
+    rows = [f"{column}, {row}" for column, row in zip(data["column"], data["row"])]
+    return {**data, **arrays({"row": rows, "column": [""] * len(rows)})}
 
 
 def panel_grid(
     data: Mapping[str, Iterable[str]],
     panel_in: float,
     around_in: float,
-    width_in: float = PAGE_IN,
-    names: Mapping[str, str] | None = None,
+    width_in: float | None = None,
     **look: Any,
 ) -> tuple[Figure, Panels]:
     """Return a figure with a panel per value of the columns ``row`` and ``column``, in the order of
-    their first occurrence. Their names, or the ``names`` of rows, are above and right of the
-    panels. ``around_in`` is the height above and below the panels without the legend; ``look`` as
-    for :func:`_subplots`."""
+    their first occurrence. Their names are above and right of the panels. ``around_in`` is the
+    height above and below the panels without the legend; ``look`` as for :func:`_subplots`."""
+    width_in = width_in or width_of(2)
     rows, columns = (list(dict.fromkeys(data[name])) for name in ("row", "column"))
-    figure, grid = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
+    grid, panel_in = _subplots(len(rows), len(columns), panel_in, around_in, width_in, **look)
     panels = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
     for (r, c), ax in panels.items():
         if r == rows[0]:
             ax.set_title(wrapped(c, (width_in - 0.9) / len(columns)), pad=5)
         if c == columns[-1]:
             ax.annotate(
-                (names or {}).get(r, r),
+                textwrap.fill(r, max(8, int(panel_in / 0.058))),
                 (1, 0.5),
                 rotation=270,
                 va="center",
@@ -141,7 +168,7 @@ def panel_grid(
                 xycoords="axes fraction",
                 textcoords="offset points",
             )
-    return figure, panels
+    return grid[0, 0].figure, panels
 
 
 def panel_list(
@@ -149,16 +176,22 @@ def panel_list(
 ) -> tuple[Figure, list[Axes], int]:
     """Return a figure with panels in sequence, and the number of panels per row; one column wide
     for one panel."""
-    columns = columns or in_a_row(count)
+    columns = in_a_row(count, columns)
     rows = -(-count // columns)
-    figure, grid = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
+    grid, _ = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
     for unused in grid.flat[count:]:
         unused.remove()
-    return figure, list(grid.flat[:count]), columns
+    return grid[0, 0].figure, list(grid.flat[:count]), columns
 
 
 def page(width_in: float, height_in: float) -> Figure:
     """Return an empty figure with little room between panels."""
+    if (size := paper_size()).width_in and height_in > most_height() + 0.01:
+        raise NoRoom(
+            f"--width: a figure {size.width_in:.3g}in wide: expected a height of at most"
+            f" {MOST_HEIGHT_IN:g}in, got {height_in * size.scale:.3g}in; use a larger --width, a"
+            " smaller --font or fewer devices"
+        )
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.04)
@@ -168,15 +201,23 @@ def page(width_in: float, height_in: float) -> Figure:
 def _subplots(
     rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any
 ) -> Any:
-    """Return a figure and its axes; ``look``: ``handles`` and title (``legend``) of its legend,
-    options of subplots."""
+    """Return the axes of a figure, and their height; ``look``: ``handles`` and title (``legend``)
+    of its legend, ``title``, the height that panels keep on a full page (``least_in``), options of
+    subplots."""
     handles = look.pop("handles", ())
     legend = look.pop("legend", "")
+    title = wrapped(look.pop("title", ""), width_in)
+    around_in += title_in([title]) if title else 0.0
+    least_in = look.pop("least_in", LEAST_HEIGHT_IN)
     lines = legend_lines(handles, width_in) if handles else 0
+    room_in = (most_height() - around_in - 0.14 * lines) / rows
+    panel_in = min(panel_in, max(room_in, least_in))
     figure = page(width_in, around_in + 0.14 * lines + rows * panel_in)
     if handles:
         legend_below(figure, handles, lines, legend)
-    return figure, figure.subplots(rows, columns, squeeze=False, **look)
+    if title:
+        figure.suptitle(title)
+    return figure.subplots(rows, columns, squeeze=False, **look), panel_in
 
 
 def wrapped(title: str, room_in: float) -> str:
@@ -200,12 +241,12 @@ def title_in(titles: Iterable[str]) -> float:
     return 0.13 * lines_of(titles)
 
 
-def as_table(panels: Panels, across: Sequence[str], down: Sequence[str]) -> None:
+def as_table(panels: Panels, across: Sequence[str], down: Mapping[str, Sequence[str]]) -> None:
     """Make tables of panels, with the names of cells below the last row and left of the first
     column."""
     (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
     for (r, c), ax in panels.items():
-        ax.set_yticks(range(len(down)), down if c == first else [])
+        ax.set_yticks(range(len(down[r])), down[r] if c == first else [])
         ax.set_xticks(range(len(across)), across if r == last else [])
         ax.grid(visible=False)
         ax.tick_params(length=0)
@@ -230,7 +271,9 @@ def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: st
     legend: Any = figure.legend(
         handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2
     )
-    legend.set_title(x_label or None, {"size": 7})
+    most = int(figure.get_figwidth() / 0.055)
+    title = "\n".join(textwrap.fill(line, most) for line in x_label.split("\n"))
+    legend.set_title(title or None, {"size": 7})
     legend.get_title().set_multialignment("center")
 
 

@@ -15,7 +15,7 @@ from simulator.codes import ROLES
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
-from simulator.figures.layout import across, columns, device, interval, placed
+from simulator.figures.layout import NoRoom, across, columns, device, interval, placed
 from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_figure
 from simulator.figures.pareto import fronts_of
 from simulator.figures.speedup import speedups_of
@@ -84,7 +84,7 @@ Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
 
 
 class NothingToDraw(InputError):
-    """A figure without data; the message names the required data."""
+    """A figure without data or room; the message names what is required."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,10 @@ class Drawn:
 def draw(name: str, about: Paper) -> Drawn:
     if name not in FIGURES:
         raise unknown("figure", name, FIGURES)
-    figure, caption, notes = FIGURES[name](about)
+    try:
+        figure, caption, notes = FIGURES[name](about)
+    except NoRoom as error:
+        raise NothingToDraw(f"{name}: {error}") from None
     return Drawn(name, figure, caption, notes)
 
 
@@ -249,8 +252,8 @@ def _efficiency(p: Paper) -> Made:
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at"
         f" {100 * MAP_SPARSITY:.0f} % sparsity: {p.setting}, {p.request.seq} tokens per sequence."
         " 1: the whole gain of the datasheet roofline; 0: as fast as dense; negative: slower;"
-        " above 1: the rest runs closer to its roofline than the removed work; dash: the bound"
-        f" allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
+        " above 1: the rest runs closer to its roofline than the removed work; dash, or no"
+        f" line: the bound allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
     )
     return figure, caption + _without_sparse24(p), ()
 
@@ -432,7 +435,9 @@ def _pareto(p: Paper) -> Made:
         "Predicted speedup against measured quality loss with its frontier:"
         f" {replace(p, model=model).setting}, {p.request.seq} tokens. Quality: {axis.metric},"
         f" {axis.protocol} ({sources}). Numbers: removed, %. Faint: another point is better in"
-        " both. The strip shows the fastest family within each quality budget, hatched if dynamic."
+        " both. Coloured steps: the fastest point of a family within each loss, which compares"
+        " families at equal quality. The strip shows the fastest family within each quality budget,"
+        " hatched if dynamic."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

@@ -24,8 +24,8 @@ from simulator.figures.style import (
     BLACK,
     GREY,
     INK,
-    PAGE_IN,
     PALE_INK,
+    Look,
     Style,
     in_order,
     label,
@@ -39,6 +39,7 @@ from simulator.prediction.requests import batch_name
 # losses up to this value have a linear axis; a perplexity can rise by several times
 LINEAR_UP_TO = 0.6
 BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic
+MOST_POINTS = 500  # of a panel; more cannot be distinguished
 STRIP = 0.045  # height of the strip of fastest families, as a share of a panel's height
 
 
@@ -49,17 +50,18 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
     rows = rows or [
         f"{f.phase}, {batch_name(f.phase)} {f.batch}{length.format(f.seq)}" for f in fronts
     ]
-    data = _points(fronts, rows)
+    data, omitted = _few(_points(fronts, rows))
     # a family's only method is named in the legend, one of several next to its points
     methods = {f: set(data["method"][data["family"] == f]) for f in in_order(data["family"])}
     only = {f: next(iter(names)) if len(names) == 1 else "" for f, names in methods.items()}
+    data = layout.fitted(data)
     data = {**data, "method": np.where([bool(only[f]) for f in data["family"]], "", data["method"])}
     with paper_style():
         looks = styles_of({family: family for family in only})
         handles = _handles(only, looks, layout.interval(fronts[0].level))
-        title = _title(fronts[0].axis, float(data["loss"].max()) > LINEAR_UP_TO)
+        title = _title(fronts[0].axis, data["loss"])
         figure, panels = layout.panel_grid(
-            data, 1.9, 0.66, handles=handles, legend=title, sharex=True, sharey=True
+            data, 1.9, 0.66, handles=handles, legend=title, title=omitted, sharex=True, sharey=True
         )
         limits = _limits(data)
         for ax in panels.values():
@@ -71,6 +73,18 @@ def fronts_of(fronts: Sequence[Front], rows: Sequence[str] = ()) -> Figure:
         for place, ax in panels.items():
             _panel(ax, layout.of_panel(data, *place), looks)
     return figure
+
+
+def _few(data: layout.FigurePoints) -> tuple[layout.FigurePoints, str]:
+    """Return at most about :data:`MOST_POINTS` points per panel, all of its frontier among them,
+    and a note if some are omitted."""
+    keep = np.zeros(len(data["row"]), dtype=bool)
+    for panel in dict.fromkeys(zip(data["row"], data["column"])):
+        own = np.flatnonzero((data["row"] == panel[0]) & (data["column"] == panel[1]))
+        keep[own[:: -(-len(own) // MOST_POINTS)]] = True
+        keep[own[frontier(data["loss"][own], data["speedup"][own])]] = True
+    note = f"{keep.sum():,} of {len(keep):,} points drawn, with all on a frontier"
+    return {name: values[keep] for name, values in data.items()}, "" if keep.all() else note
 
 
 def _points(fronts: Sequence[Front], rows: Sequence[str]) -> layout.FigurePoints:
@@ -89,16 +103,30 @@ def _limits(data: layout.FigurePoints) -> tuple[float, float]:
     return low / pad, high * pad
 
 
-def _title(axis: Axis, bends: bool) -> str:
-    scale = f" (linear to {100 * BEND:.0f} %, then logarithmic)" if bends else ""
-    protocol = textwrap.fill(axis.protocol, int(PAGE_IN / 0.058))
+def _scale(loss: FloatArray) -> str:
+    """Return the scale of an axis of losses, %: linear for small ones, logarithmic for large ones,
+    and bent for both."""
+    if loss.max() <= 100 * LINEAR_UP_TO:
+        return "linear"
+    return "log" if loss.min() > 100 * BEND else "bent"
+
+
+def _title(axis: Axis, loss: FloatArray) -> str:
+    scales = {"bent": f" (linear to {100 * BEND:.0f} %, then logarithmic)", "log": " (log scale)"}
+    scale = scales.get(_scale(100 * loss), "")
+    protocol = textwrap.fill(axis.protocol, int(layout.width_of(2) / 0.058))
     return f"quality loss (%): {axis.metric}{scale}\n{protocol}".rstrip()
 
 
 def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     """Set an axis in per cent, which is logarithmic from a dotted line on if losses are large."""
-    first, last = min(0.0, float(loss.min())), max(5.0, float(loss.max()))
-    if last > 100 * LINEAR_UP_TO:
+    least, last = float(loss.min()), float(loss.max())
+    first = min(0.0, least)
+    if (scale := _scale(loss)) == "log":
+        ax.set_xscale("log")
+        ax.set_xlim(least / 1.6, last * 1.25)
+        layout.log_axis(ax.xaxis, least / 1.6, last, 6)
+    elif scale == "bent":
         ax.set_xscale("symlog", linthresh=100 * BEND, linscale=0.5)
         ax.axvline(100 * BEND, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1.4)
         ax.set_xlim(first - 1.0 if first < 0 else 0.0, last * 1.25)
@@ -110,7 +138,9 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
         ]
         layout.fixed_ticks(ax.xaxis, ticks, lambda value, _: f"{value:,.10g}")
     else:
-        ax.set_xlim(first - 0.03 * last if first < 0 else 0.0, last * 1.08)
+        room = 0.08 * (last - first) or 1.0
+        start = least - 3.0 * room if 2.0 * least > last else first - 0.4 * room * (first < 0)
+        ax.set_xlim(start, last + room)
     ax.tick_params(axis="x", length=0, pad=7)  # below the strip
     ax.spines["bottom"].set_visible(False)
 
@@ -124,6 +154,12 @@ def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> N
     steps_y = [1.0, *y[order], y[order[-1]] if order else 1.0]
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     ax.step(steps_x, steps_y, where="post", color=INK, linewidth=0.9, zorder=2)
+    for family, style in looks.items():
+        own = np.flatnonzero(data["family"] == family)
+        own = own[np.argsort(x[own], kind="stable")]
+        best = np.maximum.accumulate(y[own])
+        steps: Look = {"color": style.color, "linewidth": 0.6, "alpha": 0.6, "zorder": 1.8}
+        ax.step([*x[own], end], [*best, *best[-1:]][: len(own) + 1], where="post", **steps)
     _draw_points(ax, data, (x, y), optimal, looks)
     _draw_strip(ax, [looks[data["family"][i]] for i in order], [*x[order], end])
     bars = np.linspace(data["lower"], data["upper"], 12)
@@ -134,8 +170,8 @@ def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> N
         (np.linspace(start, end, 60), np.ones(60)),
     ]
     names = _point_names(data)
-    for best, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
-        these = optimal == best
+    for on_frontier, reach_pt, color in ((True, 30.0, BLACK), (False, 10.0, PALE_INK)):
+        these = optimal == on_frontier
         look: dict[str, Any] = {"reach_pt": reach_pt, "color": color}
         layout.write_labels(ax, x[these], y[these], names[these], clear_of, **look)
 
@@ -199,5 +235,6 @@ def _handles(only: Mapping[str, str], looks: Mapping[str, Style], interval: str)
         Line2D([], [], color=INK, linewidth=0.9, label="frontier"),
         Line2D([], [], color=INK, **bar, label=interval),
         Line2D([], [], linestyle="none", label="numbers: removed (%)"),
+        Line2D([], [], color=GREY, linewidth=0.6, label="steps: best of a family"),
         Patch(color="#B8B8B8", linewidth=0, label="strip: fastest family"),
     ]

@@ -22,7 +22,6 @@ from simulator.figures.style import (
     BLUE,
     GREEN,
     INK,
-    PAGE_IN,
     PALE_INK,
     VERMILLION,
     Look,
@@ -53,6 +52,7 @@ STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this
 NEARBY = 3.0  # the axis of the frontier ends at this many times the loss of the chosen plan
 
 _WIDE = 38  # characters of a line of the legend
+_BESIDE_IN = 6.0  # width from which the legend is beside the frontier, inches
 _REMOVED: Look = {
     "linestyle": "none",
     "marker": "x",
@@ -83,24 +83,24 @@ _CHOSEN: Look = {
 
 def plan_figure(plan: Plan) -> Figure:
     with paper_style():
-        figure = layout.page(PAGE_IN, 4.8)
-        rows = [["attention"] * 2, ["mlp"] * 2, ["loss"] * 2, ["frontier", "legend"]]
-        sizes = {"height_ratios": [0.5, 0.6, 0.45, 2.0], "width_ratios": [4.0, 2.5]}
-        axes: dict[str, Any] = figure.subplot_mosaic(rows, gridspec_kw=sizes)
+        width_in = layout.width_of(2)
+        figure, axes = _panels(width_in)
         for name in SUBLAYERS:
             _sublayers(axes[name], name, plan)
         changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
         title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
-        axes["attention"].set_title(layout.wrapped(title, PAGE_IN - 0.6), loc="left", pad=14)
         layers = [
             Patch(facecolor=UNCHANGED, label="unchanged"),
-            Patch(facecolor=BLUE, label="smaller (share of heads or width that stays)"),
+            Patch(facecolor=BLUE, label="smaller (kept share of heads or width)"),
             Patch(**_LINEAR, label="replaced by a linear layer"),
             layout.entry("removed", **_REMOVED, markersize=4),
         ]
+        lines = layout.legend_lines(layers, width_in) if width_in < _BESIDE_IN else 1
+        title = layout.wrapped(title, width_in - 0.6)
+        axes["attention"].set_title(title, loc="left", pad=4 + 10 * lines)
         axes["attention"].legend(
             handles=layers,
-            ncols=4,
+            ncols=-(-len(layers) // lines),
             handlelength=1.2,
             columnspacing=1.0,
             borderpad=0.0,
@@ -117,6 +117,27 @@ def plan_figure(plan: Plan) -> Figure:
         legend.set_in_layout(False)  # else a long line would make the panels of the layers narrower
         layout.laid_out(figure)
     return figure
+
+
+def _panels(width_in: float) -> tuple[Figure, dict[str, Any]]:
+    """Return a figure and its panels by name, with the legend beside or below the frontier."""
+    sizes: dict[str, Any] = {"height_ratios": [0.5, 0.6, 0.45, 2.0]}
+    if width_in >= _BESIDE_IN:
+        figure = layout.page(width_in, 4.8)
+        rows = [[name] * 2 for name in (*SUBLAYERS, "loss")] + [["frontier", "legend"]]
+        sizes["width_ratios"] = [4.0, 2.5]
+    else:
+        figure = layout.page(width_in, 6.6)
+        rows = [[name] for name in (*SUBLAYERS, "loss", "frontier", "legend")]
+        sizes["height_ratios"] += [1.4]
+    return figure, figure.subplot_mosaic(rows, gridspec_kw=sizes)
+
+
+def _folded(text: str, wide: int = _WIDE, share: float = 1.0) -> str:
+    """Return a text with lines of at most ``wide`` characters that fit a share of the figure's
+    width."""
+    room_in = share * layout.width_of(2) - 0.5
+    return textwrap.fill(text, min(wide, int(room_in / 0.058)))
 
 
 def kept(part: str, layer: Layer, dense: Layer) -> float:
@@ -157,7 +178,8 @@ def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
 
 
 def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if layers / step <= 20)
+    most = min(20, int(layout.width_of(2) / 0.25))
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if layers / step <= most)
     ax.set_xlim(-0.8, layers - 0.2)
     ax.grid(axis="x", visible=False)
     layout.fixed_ticks(ax.xaxis, range(0, layers, step), lambda value, _: f"{value:.0f}")
@@ -168,12 +190,13 @@ def _losses(ax: Axes, plan: Plan) -> None:
     values = np.array([row.score for row in plan.layers])
     ax.bar(range(len(values)), values, width=0.8, color=INK, zorder=2, label="loss")
     usual = float(np.median(values[values > 0.0])) if (values > 0.0).any() else 1.0
-    title = f"{textwrap.shorten(plan.metric, 70)} of each layer"
+    wide = min(70, int(layout.width_of(2) / 0.058) - 20)
+    title = f"{textwrap.shorten(plan.metric, wide)} of each layer"
     if values.max() > STEEP * usual:
         ax.set_yscale("symlog", linthresh=2.0 * usual)
         top = 10.0 ** np.floor(np.log10(values.max()))
         layout.fixed_ticks(ax.yaxis, [0.0, top], lambda value, _: f"{value:g}")
-        title += f" (linear to {2.0 * usual:.2g}, then logarithmic)"
+        title = _folded(f"{title} (linear to {2.0 * usual:.2g}, then logarithmic)", 120)
     else:
         ax.locator_params(axis="y", nbins=3)
     ax.set(xlabel="layer", ylabel="quality\nloss")
@@ -187,7 +210,7 @@ def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, z: float, **look: 
     losses = [p.score for p in points]
     ends = [[getattr(p, f"speedup_{end}") for p in points] for end in ("lower", "upper")]
     ax.vlines(losses, *ends, color=look["color"], linewidth=0.8, alpha=0.6, zorder=z - 0.1)
-    label = textwrap.fill(label, _WIDE)
+    label = _folded(label)
     line: Line2D = ax.plot(losses, [p.speedup for p in points], **look, zorder=z, label=label)[0]
     return line
 
@@ -223,7 +246,7 @@ def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
         if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
             share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
             name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
-            name = textwrap.fill(name + (chance if plan.confidence > 0.5 else ""), _WIDE)
+            name = _folded(name + (chance if plan.confidence > 0.5 else ""))
             handles.append(
                 ax.axhline(
                     chosen.speedup * share,
@@ -260,9 +283,10 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
         f" {first.seq}"
     )
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
-    ax.set_title(textwrap.fill(title, 52) + several, pad=5)
+    share = 0.62 if layout.width_of(2) >= _BESIDE_IN else 1.0
+    ax.set_title(_folded(title, 52, share) + several, pad=5)
     ax.set_xlabel(
-        textwrap.fill(f"quality loss: {plan.metric}, sum over the layers", 74), labelpad=2
+        _folded(f"quality loss: {plan.metric}, sum over the layers", 74, share), labelpad=2
     )
     ax.set_ylabel("speedup (log scale)")
     return handles

@@ -9,10 +9,9 @@ candidate and value, and on it a dot per device.
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,9 +48,12 @@ MOST_CURVES = 4
 MOST_BOUNDED = 2
 
 # fields that speedup is drawn over, and labels of their axes
-AXES: Mapping[str, str] = {"batch": "batch", "seq": "sequence (tokens)", "sparsity": "removed (%)"}
+AXES: Mapping[str, str] = {
+    "batch": "batch size",
+    "seq": "sequence length (tokens)",
+    "sparsity": "removed (%)",
+}
 PAYS = "pays from here (interval above 1)"  # label of the rings
-PAGE_HEIGHT_IN = 9.0  # height of a page's text, inches
 MOST_ACROSS = 4  # panels of dots per row
 MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
 LINE = 0.055  # height of a name next to a curve of throughput, as a share of a panel's height
@@ -85,7 +87,7 @@ class Speedups:
     axis: str  # field over which speedups are drawn
     styles: Mapping[str, Style]  # by candidate
     interval: str
-    note: str  # for the label of the x axis
+    note: str  # title of the figure
     serves: bool  # whether all results are of serving
 
     @classmethod
@@ -128,9 +130,6 @@ class Speedups:
         values = {name: self.data["at"][self.data["candidate"] == name] for name in self.styles}
         return [(name, value) for name in values for value in np.unique(values[name]).tolist()]
 
-    def label(self, x_label: str) -> str:
-        return f"{x_label}{self.note and f'; {self.note}'}"
-
     def rows(self, setting: str, device: str, name: str) -> IndexArray:
         """Return the rows of a candidate in a panel, by rising value."""
         panel = (self.data["row"] == setting) & (self.data["column"] == device)
@@ -152,8 +151,9 @@ def speedups_of(results: Sequence[Result]) -> Figure:
     """Draw speedups over the field of :func:`varying`; each setting of other fields has its
     panels."""
     speedups = Speedups.of(results)
-    many, down = len(speedups.devices), -(-len(speedups.settings) // MOST_ACROSS)  # rows of panels
-    line_in = (PAGE_HEIGHT_IN - 0.8 - 0.4 * down) / (down * len(speedups.pairs))
+    most = min(MOST_ACROSS, max(1, int(layout.width_of(2) / layout.LEAST_PANEL_IN)))
+    many, down = len(speedups.devices), -(-len(speedups.settings) // most)  # rows of panels
+    line_in = (layout.most_height() - 1.6 - 0.4 * down) / (down * len(speedups.pairs))
     dots = len(speedups.styles) > MOST_CURVES and line_in >= max(LEAST_LINE_IN, LEAST_DOT_IN * many)
     with paper_style():
         if dots or len(speedups.pairs) == len(speedups.styles):
@@ -300,7 +300,9 @@ def _dots(speedups: Speedups, line_in: float, down: int) -> Figure:
         0.42,
         lines.across,
         handles=_dot_handles(looks, speedups.interval),
-        legend=speedups.label("speedup (log scale)"),
+        legend="speedup (log scale)",
+        title=speedups.note,
+        least_in=lines.panel_in,
         sharex=True,
         sharey=True,
     )
@@ -401,10 +403,11 @@ def _curves(speedups: Speedups) -> Figure:
     """Draw at most MOST_BOUNDED candidates with bands, rings and bounds, MOST_CURVES without
     bounds, more as lines."""
     look = _Look.of(speedups)
+    speedups = replace(speedups, data=layout.fitted(speedups.data))
     across = len(speedups.devices)
     width = layout.width_of(len(speedups.settings) * across)
     handles = look.handles(speedups, width)
-    room = PAGE_HEIGHT_IN - 0.5 - 0.14 * layout.legend_lines(handles, width)
+    room = layout.most_height() - 1.0 - 0.14 * layout.legend_lines(handles, width)
     panel_in = float(np.clip(room / len(speedups.settings), 0.7, 1.6))
     served = speedups.serves and speedups.axis == "batch"
     figure, panels = layout.panel_grid(
@@ -413,9 +416,8 @@ def _curves(speedups: Speedups) -> Figure:
         0.5,
         width_in=width,
         handles=handles,
-        legend=speedups.label(batch_name("serve") if served else AXES[speedups.axis]),
-        # fit the height of a panel
-        names={r: textwrap.fill(r, max(8, int(panel_in / 0.058))) for r in speedups.settings},
+        legend="requests in flight" if served else AXES[speedups.axis],
+        title=speedups.note,
         sharex=True,
         sharey=True,
     )

@@ -10,10 +10,12 @@ forms of an idea share a colour.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +26,16 @@ from simulator.engines.engine import list_engines, load_engine, split
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import list_hardware, load_hardware
+from simulator.units import parse_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
 COLUMN_IN, PAGE_IN = 3.35, 7.0  # widths of one and of both columns of a paper, inches
+FONT_PT = 7.0  # size of the labels of axes in the style sheet; other texts are 0.85 to 1.07 of it
+LEAST_IN = 2.2  # width of the narrowest figure with the font of the style sheet, inches
+LENGTHS_IN = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72.27}  # pt as in TeX
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -130,6 +136,63 @@ def engine_title(name: str) -> str:
     return load_engine(name).short_title or name if split(name)[0] in list_engines() else name
 
 
+@dataclass(frozen=True)
+class PaperSize:
+    """Width of figures on paper, and font size of the labels of their axes.
+
+    A figure is laid out in the font of the style sheet, and saved larger by ``scale``. Lines and
+    markers grow with the texts.
+    """
+
+    width_in: float | None = None  # None: one or both columns of a paper, at the scale
+    font_pt: float = FONT_PT
+
+    @classmethod
+    def read(cls, width: str | None, font: float | None) -> PaperSize:
+        """Return the size that ``--width`` and ``--font`` state; InputError for one that cannot be
+        read or drawn."""
+        font = FONT_PT if font is None else font
+        if not 4.0 <= font <= 40.0:
+            raise InputError(f"--font {font:g}: expected 4 to 40 points")
+        size = cls(None if width is None else _inches(width), font)
+        least, most = LEAST_IN * size.scale, 60.0
+        if size.width_in is not None and not least <= size.width_in <= most:
+            limits = f"{math.ceil(100 * least) / 100:g}in to {most:g}in"
+            raise InputError(f"--width {width}: expected {limits} with a font of {font:g} pt")
+        return size
+
+    @property
+    def scale(self) -> float:
+        return self.font_pt / FONT_PT
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give this size to the figures that are drawn and saved within the context."""
+        token = _SIZE.set(self)
+        try:
+            yield
+        finally:
+            _SIZE.reset(token)
+
+
+_USUAL = PaperSize()
+_SIZE = ContextVar("paper size", default=_USUAL)
+
+
+def paper_size() -> PaperSize:
+    return _SIZE.get()
+
+
+def _inches(text: str) -> float:
+    number, unit = text.strip()[:-2], text.strip()[-2:]
+    if unit not in LENGTHS_IN:
+        raise InputError(f"--width {text}: expected a length in in, cm, mm or pt, such as 5.5in")
+    try:
+        return parse_number(number.strip()) * LENGTHS_IN[unit]
+    except InputError as error:
+        raise InputError(f"--width {text}: {error}") from None
+
+
 @contextmanager
 def paper_style() -> Iterator[None]:
     """Give figures the style sheet only, whatever the user's settings are. A character that the
@@ -141,6 +204,7 @@ def paper_style() -> Iterator[None]:
         yield
 
 
+DPI = 300
 SUFFIXES = (".pdf", ".svg", ".png")
 # no dates: the bytes must not change between runs
 _METADATA = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
@@ -157,20 +221,59 @@ def check_figure(path: str | Path) -> Path:
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, whole, in the format of its suffix; the same figure has the same bytes."""
     target = check_figure(path)
-    out = io.BytesIO()
-    suffix = target.suffix.lower()
+    suffix, scale = target.suffix.lower(), paper_size().scale
     with paper_style():
-        figure.savefig(out, format=suffix[1:], metadata=_METADATA[suffix])
-    if suffix == ".png":  # a palette instead of colours: a third of the bytes
-        from PIL import Image
+        made = {".pdf": _pdf, ".svg": _svg, ".png": _png}[suffix](figure, scale)
+    write_whole(target, made)
 
-        with Image.open(out) as picture:
-            few = picture.convert("RGB").quantize(
-                256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
-            )
-            out = io.BytesIO()
-            few.save(out, "png", dpi=picture.info["dpi"])
-    write_whole(target, out.getvalue())
+
+def _pdf(figure: Figure, scale: float) -> bytes:
+    from matplotlib.backends.backend_pdf import Op, PdfFile, PdfPages
+
+    class ScaledFile(PdfFile):  # type: ignore[misc]  # matplotlib is not typed here
+        def newPage(self, width: float, height: float) -> None:
+            super().newPage(scale * width, scale * height)
+            if scale != 1.0:
+                self.output(scale, 0, 0, scale, 0, 0, Op.concat_matrix)
+
+    class ScaledPages(PdfPages):  # type: ignore[misc]
+        _file: PdfFile | None
+
+        def _ensure_file(self) -> PdfFile:
+            if self._file is None:
+                self._file = ScaledFile(self._filename, metadata=self._metadata)
+            return self._file
+
+    out = io.BytesIO()
+    with ScaledPages(out, metadata=_METADATA[".pdf"]) as pages:
+        figure.savefig(pages, format="pdf")
+    return out.getvalue()
+
+
+def _svg(figure: Figure, scale: float) -> bytes:
+    """Return a file whose width and height are scaled; its view box stays."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata=_METADATA[".svg"])
+    return re.sub(
+        r'(?<= )(width|height)="([\d.]+)pt"',
+        lambda found: f'{found[1]}="{scale * float(found[2]):.6g}pt"',
+        out.getvalue(),
+        count=0 if scale == 1.0 else 2,
+    ).encode()
+
+
+def _png(figure: Figure, scale: float) -> bytes:
+    """Return a file with a palette instead of colours: a third of the bytes."""
+    from PIL import Image
+
+    drawn, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", metadata=_METADATA[".png"], dpi=DPI * scale)
+    with Image.open(drawn) as picture:
+        few = picture.convert("RGB").quantize(
+            256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
+        few.save(out, "png", dpi=(DPI, DPI))
+    return out.getvalue()
 
 
 def svg_text(figure: Figure) -> str:

@@ -20,9 +20,11 @@ from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.codes import Kernel
 from simulator.figures.layout import (
     FigurePoints,
+    NoRoom,
     arrays,
     as_table,
     entry,
+    fitted,
     laid_out,
     of_panel,
     panel_grid,
@@ -39,6 +41,7 @@ from simulator.figures.style import (
     Look,
     in_order,
     label,
+    paper_size,
     paper_style,
     style_of,
 )
@@ -78,16 +81,21 @@ def crossover_figure(cells: Mapping[str, Any]) -> Figure:
     (empty: no family is faster than dense), ``speedup``, ``certain`` (else pale), ``fits`` (else
     blank: the dense model exceeds the memory).
     """
-    data = arrays(cells)
+    data = fitted(arrays(cells), 0.19 * len(set(cells["batch"])) + 0.3)
     batches, lengths = (sorted({int(v) for v in data[name]}) for name in ("batch", "seq"))
+    height = _CELL_IN * len(lengths)
     with paper_style():
         figure, panels = panel_grid(
-            data, _CELL_IN * len(lengths), 0.66, handles=_winner_handles(data), legend="batch"
+            data, height, 0.66, least_in=height, handles=_winner_handles(data), legend="batch size"
         )
         for place, ax in panels.items():
             _draw_winners(ax, of_panel(data, *place), batches, lengths)
-        as_table(panels, [str(b) for b in batches], [short(n) for n in lengths])
-        return laid_out(figure, "sequence (tokens)")
+        as_table(
+            panels,
+            [str(b) for b in batches],
+            {row: [short(n) for n in lengths] for row, _ in panels},
+        )
+        return laid_out(figure, "sequence length (tokens)")
 
 
 def _winner_handles(data: FigurePoints) -> list[Any]:
@@ -146,14 +154,24 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     """Draw the efficiency, (speedup - 1) / (bound - 1), as a table per device and phase; cells with
     NaN have a dash. Columns: ``row`` and ``column`` (labels of the setting and the device),
     ``family``, ``batch``, ``efficiency``."""
-    data = arrays(points)
-    families = list(dict.fromkeys(data["family"]))
+    data = fitted(arrays(points), 0.19 * len(set(points["batch"])) + 0.6)
     batches = sorted({int(b) for b in data["batch"]})
+    # a family without a gain to reach in a phase has no line there
+    known = np.isfinite(data["efficiency"].astype(float))
+    known |= not known.any()
+    families = {
+        row: list(dict.fromkeys(data["family"][known & (data["row"] == row)]))
+        for row in dict.fromkeys(data["row"][known])
+    }
+    data = {name: values[np.isin(data["row"], list(families))] for name, values in data.items()}
+    lines = [len(names) for names in families.values()]
+    height = _LINE_IN * sum(lines) / len(lines)
     with paper_style():
-        figure, panels = panel_grid(data, _LINE_IN * len(families), 0.9)
+        figure, panels = panel_grid(data, height, 0.9, least_in=height, height_ratios=lines)
         for place, ax in panels.items():
-            _draw_efficiencies(ax, of_panel(data, *place), families, batches)
-        as_table(panels, [str(b) for b in batches], [label(f) for f in families])
+            _draw_efficiencies(ax, of_panel(data, *place), families[place[0]], batches)
+        names = {row: [label(f) for f in some] for row, some in families.items()}
+        as_table(panels, [str(b) for b in batches], names)
         _draw_scale(figure, list(panels.values()))
         return laid_out(figure)
 
@@ -179,13 +197,13 @@ def _draw_scale(figure: Figure, panels: list[Axes]) -> None:
         ScalarMappable(Normalize(LOSS, CLOSE), shades),
         ax=panels,
         location="bottom",
-        shrink=0.4,
+        shrink=min(1.0, 2.8 / figure.get_figwidth()),
         aspect=29,
         pad=0.01,
     )
     texts = ["slower than dense", "no gain", "half", "all of the bound"]
     bar.set_ticks([LOSS, 0.0, 0.5, CLOSE], labels=texts)
-    bar.ax.set_title("batch", fontsize=7, fontweight="normal", pad=3)
+    bar.ax.set_title("batch size", fontsize=7, fontweight="normal", pad=3)
     bar.ax.tick_params(length=1.5, pad=1.5, labelsize=6)
     bar.outline.set_visible(False)
 
@@ -267,6 +285,12 @@ def taxonomy_figure(
     left = 1.38
     right = 1.04
     top = 0.30
+    if (least := left + right + 0.62 * len(operators)) > wide:
+        scale = paper_size().scale
+        raise NoRoom(
+            f"--width: expected at least {least * scale:.2f}in, got {wide * scale:.4g}in; use a"
+            " smaller --font"
+        )
     with paper_style():
         height = top + 0.05 + _ROW_IN * len(family)
         figure = Figure(figsize=(wide, height))

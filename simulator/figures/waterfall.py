@@ -75,7 +75,7 @@ def waterfalls_of(found: Sequence[Explanation]) -> Figure:
 def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> Figure:
     """Draw waterfalls with the same steps in rows of ``columns`` panels, each row
     :func:`folded`."""
-    columns = columns or in_a_row(len(panels))
+    columns = in_a_row(len(panels), columns)
     room_in = (width_of(columns) - 1.3) / columns  # next to the names of the steps
     panels = [replace(p, title=wrapped(p.title, room_in)) for p in panels]
     rows = [folded(panels[i : i + columns]) for i in range(0, len(panels), columns)]
@@ -83,7 +83,9 @@ def waterfall_figure(panels: Sequence[Steps], *, columns: int | None = None) -> 
     with paper_style():
         lines = [len(row[0].names) + 2 for row in rows]
         panel_in = 0.155 * sum(lines) / len(lines) + 0.24 + title_in(p.title for p in panels)
-        figure, axes, _ = panel_list(len(panels), panel_in, 0.18, columns, height_ratios=lines)
+        figure, axes, _ = panel_list(
+            len(panels), panel_in, 0.18, columns, height_ratios=lines, least_in=panel_in
+        )
         limits = _limits(panels)
         for i, ax in enumerate(axes):
             _draw(ax, panels[i], *limits)

@@ -497,43 +497,17 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
     if model.architecture not in NAMED:
         return _counted(model, tensors, str(folder))
     outside, layers, ignored = _sorted(model, tensors, str(folder))
-    tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
-    table = next(filter(None, tables), None)
-    if table is None or len(table.shape) != 2:
-        raise InputError(
-            f"{folder}: expected a whole model, found no embed_tokens.weight of two dimensions"
-        )
     if not layers:
         raise InputError(
             f"{folder}: expected layers with known names, such as"
             " model.layers.0.self_attn.q_proj.weight"
         )
-    hidden = table.shape[1]
+    hidden = _embedded(outside, folder)
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
         part.read(_bits(part, hidden))
-    last = outside.widths.get("H", hidden)
-    if last != (wide := layers[-1].widths.get("out", hidden)):
-        where = outside.names.get("H", str(folder))
-        raise InputError(
-            f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got"
-            f" {last:,}"
-        )
-    heads = [name for name in ("lm_head", "embed_out") if name in outside.modules]
-    if not heads and not model.tied:
-        raise InputError(
-            f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding"
-        )
-    formats = {key: name for part in reversed(layers) for key, name in part.formats.items()}
-    if len(formats) > 1 and formats.keys() != {_MXFP4, ("", False)}:
-        (one, first), (two, second) = sorted(formats.items())[:2]
-        second = second.rsplit("tensor ")[-1]
-        raise InputError(
-            f"{first} is in {_format(*one)}, {second} is in {_format(*two)}; expected one format"
-        )
-    if outside.formats.keys() - {("", False)}:
-        raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
-    stored, sparse24 = _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
+    heads = _heads(model, outside, layers[-1], folder)
+    stored, sparse24 = _stored_format(outside, layers)
     flags = _flags(model, layers)
     real = replace(
         model,
@@ -544,40 +518,89 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
         declared="" if sparse24 else model.declared,
-        tied=model.tied and last == hidden,
+        tied=model.tied and outside.widths.get("H", hidden) == hidden,
         weight_dtype=stored,
         dtype=model.dtype if stored == model.weight_dtype else "",
         unread_format="",
     )
-    latents = {
-        replace(latent, heads=1, forms=(), window=0)
-        for layer in real.layers
-        if isinstance(latent := layer.of("attention"), LatentAttention)
-    }
-    if len(latents) > 1:
-        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
-    _check(real, layers)
-    stored_twice = real.tied * len(heads) * real.vocab * hidden
+    _check(real, layers, folder)
+    stored_twice = real.tied * heads * real.vocab * hidden
     parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
     if parameters != real.parameters:
         expected = f"expected {real.parameters:,} parameters for its shapes"
         raise InputError(f"{folder}: {expected}, got {parameters:,}: the final norm is unusual")
+    notes = _notes(model, real, ignored)
+    own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
+    found = "; ".join(filter(None, (model.found, own)))
+    return replace(real, found=found, mismatch=_mismatch(model, real))
+
+
+def _embedded(outside: _Part, folder: str | Path) -> int:
+    """Return the hidden size, from the embedding."""
+    tables = (outside.modules.get(name, {}).get("weight") for name in ("embed_tokens", "embed_in"))
+    table = next(filter(None, tables), None)
+    if table is None or len(table.shape) != 2:
+        raise InputError(
+            f"{folder}: expected a whole model, found no embed_tokens.weight of two dimensions"
+        )
+    return table.shape[1]
+
+
+def _heads(model: Model, outside: _Part, last: _Part, folder: str | Path) -> int:
+    """Return the number of stored heads, none if the embedding is the head; InputError if its
+    inputs are not the outputs of the last layer."""
+    hidden = outside.widths["h"]
+    inputs, wide = outside.widths.get("H", hidden), last.widths.get("out", hidden)
+    if inputs != wide:
+        where = outside.names.get("H", str(folder))
+        raise InputError(
+            f"{where}: expected a head of {wide:,} inputs, the outputs of the last layer, got"
+            f" {inputs:,}"
+        )
+    heads = sum(name in outside.modules for name in ("lm_head", "embed_out"))
+    if not heads and not model.tied:
+        raise InputError(
+            f"{folder}: expected lm_head.weight, or a config.json that ties it to the embedding"
+        )
+    return heads
+
+
+def _stored_format(outside: _Part, layers: Sequence[_Part]) -> tuple[str, bool]:
+    """Return the one format of the weights in layers, and whether they are 2:4."""
+    formats = {key: name for part in reversed(layers) for key, name in part.formats.items()}
+    if len(formats) > 1 and formats.keys() != {_MXFP4, ("", False)}:
+        (one, first), (two, second) = sorted(formats.items())[:2]
+        second = second.rsplit("tensor ")[-1]
+        raise InputError(
+            f"{first} is in {_format(*one)}, {second} is in {_format(*two)}; expected one format"
+        )
+    if outside.formats.keys() - {("", False)}:
+        raise InputError(f"{next(iter(outside.formats.values()))}: expected a head of 16 bits")
+    return _MXFP4 if _MXFP4 in formats else next(iter(formats), ("", False))
+
+
+def _notes(model: Model, real: Model, ignored: int) -> tuple[str, ...]:
+    """Return how the model in the tensors differs from that of its configuration."""
     notes = difference(model, real)
-    alike = replace(
-        real,
-        layers=tuple(_dense(layer) for layer in real.layers) if sparse24 else real.layers,
-        declared=model.declared,
-        **{name: getattr(model, name) for name in FORMATS},
-    )
-    mismatch = "; ".join(difference(model, alike))
+    stored = real.weight_dtype
     if real.parameters != model.parameters:
         notes += (f"{real.parameters:,} parameters, {model.parameters:,} in the config.json",)
     if stored != model.weight_dtype and stored in ("fp8", "fp8_block", "nvfp4", "int8"):
         notes += (f"--dtype {stored if stored == 'int8' else 'fp8'} computes in it",)
     if ignored:
         notes += (f"{ignored:,} parameters outside the decoder are ignored",)
-    own = f"{real.name} by its tensors: {'; '.join(notes)}" if notes else ""
-    return replace(real, found="; ".join(filter(None, (model.found, own))), mismatch=mismatch)
+    return notes
+
+
+def _mismatch(model: Model, real: Model) -> str:
+    """Return the differences that are not the formats of the weights."""
+    alike = replace(
+        real,
+        layers=tuple(map(_dense, real.layers)) if real.sparse24 else real.layers,
+        declared=model.declared,
+        **{name: getattr(model, name) for name in FORMATS},
+    )
+    return "; ".join(difference(model, alike))
 
 
 _NUMBERED = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d{1,5})\.(.+)")
@@ -899,8 +922,16 @@ def _delta_heads(part: _Part, net: DeltaNet | None) -> tuple[int, int]:
     return width["delta"], part.divided("channels", net.key, "the features of a head,", keys)
 
 
-def _check(model: Model, layers: list[_Part]) -> None:
-    """Raise InputError if layers have other parameters than their shapes require."""
+def _check(model: Model, layers: Sequence[_Part], folder: str | Path) -> None:
+    """Raise InputError if layers have other parameters than their shapes require, or different
+    latents."""
+    latents = {
+        replace(latent, heads=1, forms=(), window=0)
+        for layer in model.layers
+        if isinstance(latent := layer.of("attention"), LatentAttention)
+    }
+    if len(latents) > 1:
+        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
     made = [model.parameters_of(layer) for layer in model.layers]
     if wrong := [i for i, part in enumerate(layers) if part.parameters != made[i]]:
         one = layers[wrong[0]]

@@ -60,24 +60,31 @@ def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
     lines = []
     last = dense
     for words, model in steps:
-        share = (last.parameters - model.parameters) / dense.parameters
         if words:
-            percent = f" ({share:.1%} of the parameters)".replace("%", " %")
-            lines.append(words + (percent if share > 0 else ""))
+            lines.append(words + _share(last.parameters - model.parameters, dense.parameters))
         last = model
     if more := pruned.parameters - last.parameters:
         lines.append(
             f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'} in biases, norms or the"
             " head"
         )
+    return (*lines, *_zeros_and_formats(dense, pruned))
+
+
+def _share(removed: int, parameters: int) -> str:
+    text = f" ({removed / parameters:.1%} of the parameters)".replace("%", " %")
+    return text if removed > 0 else ""
+
+
+def _zeros_and_formats(dense: Model, pruned: Model) -> Iterator[str]:
+    """Yield what differs in the stored weights, not in their shapes."""
     if pruned.sparse24 and not dense.sparse24:
-        lines.append("semi_structured: 2:4 in the projections")
+        yield "semi_structured: 2:4 in the projections"
     if pruned.declared and pruned.declared != dense.declared:
-        lines.append(sparsity_note(pruned.declared))
+        yield sparsity_note(pruned.declared)
     formats = {name: (getattr(dense, name), getattr(pruned, name)) for name in FORMATS}
     if moved := {name: new or "16 bits" for name, (old, new) in formats.items() if new != old}:
-        lines.append(formats_text(moved))
-    return tuple(lines)
+        yield formats_text(moved)
 
 
 def _matched(dense: Model, pruned: Model) -> tuple[Layer, ...]:

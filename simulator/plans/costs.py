@@ -153,6 +153,16 @@ class Probes:
                         at[first, name, part] = probe(changed), at[first, name, none][1]
         return cls(library, tuple(models), at, tuple(known[key] for key in keys))
 
+    @property
+    def keys(self) -> list[tuple[int, str, Layer]]:
+        """Layer, sublayer and variant of each cost."""
+        return [
+            (layer, name, part)
+            for layer, own in enumerate(self.library.layers)
+            for name in SUBLAYERS
+            for part in dict.fromkeys(part_of(name, block) for block in own)
+        ]
+
     def prices(self, values: FloatArray) -> tuple[FloatArray, ...]:
         found: dict[tuple[int, tuple[Layer, ...]], FloatArray] = {}
         for first, own in zip(self.classes, self.library.layers):
@@ -262,12 +272,7 @@ def costs(
     library = generated_library(dense, at[0].devices) if choices is None else choices
     library = library if isinstance(library, Library) else read_library(library, dense)
     probes = Probes.of(library, dense.layers)
-    keys = [
-        (layer, name, part)
-        for layer, own in enumerate(library.layers)
-        for name in SUBLAYERS
-        for part in dict.fromkeys(part_of(name, block) for block in own)
-    ]
+    keys = probes.keys
     parts = [_costs(one, probes, keys) for one in at]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     layers = tuple([*(part for _, _, part in keys), dense.usual] * len(at))
@@ -303,16 +308,22 @@ def _costs(
     share = columns["seconds"][-1] / p.total_s[0]
     for name, end in zip(("lower", "upper"), intervals(p, at.request.level)):
         columns[name] = np.append(found[name][of_row], end[0] * share)
+    return columns | _names(at, layout, keys)
+
+
+def _names(
+    at: PricedRequest, layout: Sequence[Layer], keys: Sequence[tuple[int, str, Layer]]
+) -> dict[str, Array]:
+    """Return the columns that state the setting, layer, sublayer and variant of each cost."""
     texts = [text_of(name, part, part_of(name, layout[layer])) for layer, name, part in keys]
-    columns["layer"] = np.array([*(layer for layer, _, _ in keys), -1])
-    columns["sublayer"] = np.array([*(name for _, name, _ in keys), "outside"], dtype=object)
-    columns["variant"] = np.array([*texts, "dense"], dtype=object)
+    columns: dict[str, Array] = {
+        "layer": np.array([*(layer for layer, _, _ in keys), -1]),
+        "sublayer": np.array([*(name for _, name, _ in keys), "outside"], dtype=object),
+        "variant": np.array([*texts, "dense"], dtype=object),
+    }
     for name in ("hardware", "engine", "phase"):
         columns[name] = np.array([getattr(at, name)] * (len(keys) + 1), dtype=object)
-    columns["batch"], columns["seq"] = (
-        np.full(len(keys) + 1, value) for value in (at.batch, at.seq)
-    )
-    return columns
+    return columns | {name: np.full(len(keys) + 1, getattr(at, name)) for name in ("batch", "seq")}
 
 
 def _intervals(

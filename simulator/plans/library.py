@@ -666,16 +666,7 @@ def combined(library: Library) -> Library:
     are."""
     layers, values = [], {name: list[FloatArray]() for name in library.values}
     for layer, own in enumerate(library.layers):
-        texts = library.texts(layer)
-        single = {text: i for i, text in enumerate(texts)}
-        pairs = [(i, i) for i in range(len(own))]
-        if not any("dense" not in text for text in texts):
-            pairs += [
-                (single[a, "dense"], single["dense", m])
-                for (a, _), (_, m) in itertools.product(texts, texts)
-                if "dense" not in (a, m) and (a, "dense") in single and ("dense", m) in single
-            ]
-            pairs = list(dict.fromkeys(pairs))
+        pairs = _pairs(library.texts(layer))
         layers.append(tuple(joined(own[i], own[j]) if i != j else own[i] for i, j in pairs))
         first, second = np.array(pairs, dtype=np.intp).T
         for name, column in library.values.items():
@@ -686,3 +677,17 @@ def combined(library: Library) -> Library:
         layers=tuple(layers),
         values={name: tuple(column) for name, column in values.items()},
     )
+
+
+def _pairs(texts: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Return the variants of a layer, and those of its attention with those of its MLP, as indices
+    of the two that make each."""
+    pairs = [(i, i) for i in range(len(texts))]
+    if all("dense" in text for text in texts):
+        single = {text: i for i, text in enumerate(texts)}
+        pairs += [
+            (single[a, "dense"], single["dense", m])
+            for (a, _), (_, m) in itertools.product(texts, texts)
+            if "dense" not in (a, m) and (a, "dense") in single and ("dense", m) in single
+        ]
+    return list(dict.fromkeys(pairs))

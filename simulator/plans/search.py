@@ -251,51 +251,58 @@ def search(
     column = tuple(-own for own in column) if maximise else column
     variants = Variants.of(library, groups_of(groups, len(dense.layers)))
     rises = variants.sums([own - own[0] for own in column])
-    families = variants.uniform() if uniform else []
-    if uniform and not families:
-        raise InputError(
-            "uniform: no variant is available in all layers; expected one row per layer with equal"
-            " shapes"
-        )
     if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
-        way = (
-            "omit --maximise if lower is better"
-            if maximise
-            else "use --maximise if higher is better"
-        )
-        notes += (f"most variants have a better {name} than the dense model; {way}",)
-    solver = Solver(variants, rises, at, targets, families)
+        notes += (_direction_note(name, maximise),)
+    solver = Solver(variants, rises, at, targets, _one_shape(variants) if uniform else [])
     found = solver.solve()
     pruned = planned(dense, found.layers)
     pruning = [Pruning.of_model(dense, pruned)]
-    results = tuple(request_results([one.request], pruning, [one.hw])[0] for one in at)
-    others = alternatives(solver, found, library.times)
-    points = frontier(solver, found)
-    layers = []
-    for i, (block, usual, own) in enumerate(zip(found.layers, dense.layers, column)):
-        attention, mlp = (text_of(name, block, usual) for name in SUBLAYERS)
-        layers.append(
-            LayerPlan(i, attention, mlp, float(own[library.layers[i].index(block)] - own[0]))
-        )
     return Plan(
         model=dense.name,
         metric=name,
         score=found.score,
         gap=solver.gap,
         confidence=targets.confidence,
-        layers=tuple(layers),
+        layers=_layer_plans(found, library, column),
         targets=tuple(_reached(limit, found, solver) for limit in solver.limits),
-        results=results,
+        results=tuple(request_results([one.request], pruning, [one.hw])[0] for one in at),
         sum_error=solver.sum_error,
         steps=solver.steps,
-        alternatives=others,
-        frontier=points,
+        alternatives=alternatives(solver, found, library.times),
+        frontier=frontier(solver, found),
         notes=notes,
         dense_parameters=dense.parameters,
         settings=at,
         dense=dense,
         pruned=pruned,
     )
+
+
+def _direction_note(metric: str, maximise: bool) -> str:
+    way = "omit --maximise if lower is better" if maximise else "use --maximise if higher is better"
+    return f"most variants have a better {metric} than the dense model; {way}"
+
+
+def _one_shape(variants: Variants) -> list[IndexArray]:
+    families = variants.uniform()
+    if not families:
+        raise InputError(
+            "uniform: no variant is available in all layers; expected one row per layer with equal"
+            " shapes"
+        )
+    return families
+
+
+def _layer_plans(
+    found: Found, library: Library, column: Sequence[FloatArray]
+) -> tuple[LayerPlan, ...]:
+    """Return the variant of each layer of a plan, with the rise of its score."""
+    plans = []
+    for i, (block, own) in enumerate(zip(found.layers, column)):
+        attention, mlp = (text_of(name, block, library.model.layers[i]) for name in SUBLAYERS)
+        score = float(own[library.layers[i].index(block)] - own[0])
+        plans.append(LayerPlan(i, attention, mlp, score))
+    return tuple(plans)
 
 
 def _library(scores: Any, model: Model, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from simulator.errors import InputError
 from simulator.models.model import PARTS, Layer
 from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
+from simulator.units import parse_fraction
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
 
@@ -28,6 +29,8 @@ ALIGNMENT = 128
 # generated MLP widths, and numbers of experts, over the dense
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
+ALIGN = 16  # elements: the default multiple of inner widths of the family width
+_SHARE = re.compile(r"0?\.\d+|\d{1,2}(\.\d+)?\s*%", re.ASCII)  # removed, as in --prune
 _ATTENTION = {"heads": "heads", "kv": "kv_heads"}
 _EXPERTS = {"experts": "experts", "width": "inner"}
 _PAIR = re.compile(r"([a-z_]+)=(\d{1,8})", re.ASCII)
@@ -62,6 +65,10 @@ def variant(part: str, text: str, dense: Layer) -> Layer:
         return dense.without(part)
     if words == "linear":
         return dense.with_part(part, Linear(replaces=PARTS[part]))
+    if _SHARE.fullmatch(words) and isinstance(old, Mlp | Experts | Attention | LatentAttention):
+        shares = dict.fromkeys(("attention", "heads", "kv", "mlp"), 0.0)
+        shares[part] = parse_fraction(words)
+        return dense.with_part(part, old.narrower(shares, ALIGN, None))
     if isinstance(old, Mlp):
         return dense.with_part(part, _mlp(text, old))
     if isinstance(old, Experts):
@@ -79,7 +86,8 @@ def _mlp(text: str, dense: Mlp) -> Mlp | None:
     inner = text.strip()
     if not re.fullmatch(r"\d{1,8}", inner, re.ASCII) or not 0 <= int(inner) <= dense.inner:
         raise InputError(
-            f"mlp {text!r}: expected a width up to {dense.inner}, dense, none or linear"
+            f"mlp {text!r}: expected a width up to {dense.inner}, a fraction to remove, dense, none"
+            " or linear"
         )
     return replace(dense, inner=int(inner)) if int(inner) else None
 
@@ -132,7 +140,8 @@ def _pairs(sublayer: str, text: str, names: dict[str, str]) -> dict[str, int]:
     if not parts or None in parts or len(sizes) < len(parts) or not sizes.keys() <= names.keys():
         example = " ".join(f"{name}=4" for name in names)
         raise InputError(
-            f"{sublayer} {text!r}: expected dense, none, linear, or sizes such as {example}"
+            f"{sublayer} {text!r}: expected dense, none, linear, a fraction to remove, or sizes"
+            f" such as {example}"
         )
     return sizes
 

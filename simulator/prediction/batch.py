@@ -60,7 +60,7 @@ def batch_of(
         for part in _parts(requests, pruning, together, reasons):
             batch = _pruned(requests, *part, pruning, i)
             # other prunings have the number formats of the dense model
-            other = pruning.model is not None or (batch.rows.kernel == Kernel.SPARSE24).any()
+            other = pruning.other or (batch.rows.kernel == Kernel.SPARSE24).any()
             if reason := unable or (refusal(batch) if other else ""):
                 reasons[reason] = None
             else:
@@ -131,6 +131,15 @@ def _parts(
     requests: Sequence[Request], pruning: Pruning, together: Together, reasons: dict[str, None]
 ) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
+    if pruning.formats:
+        requests = [pruning.request(request) for request in requests]
+        pruning = replace(pruning, formats=())
+        try:
+            workloads = [lower(request) for request in requests]
+        except InputError as error:
+            reasons[str(error)] = None
+            return []
+        together = _together(workloads, {pruning.together})
     if pruning.model is not None:
         try:
             pruned = [pruning.apply(lower(request), request) for request in requests]

@@ -114,10 +114,9 @@ def request_results(
 ) -> Results:
     """Return the results of requests that differ only in shape, by request, pruning and device.
     Workloads differ between devices where the engine's arithmetic or token budget does."""
-    models = [p.model for p in prunings if p.model is not None]
     parts = [
-        results_of(batch_of(some, prunings, reject), prunings, devices, some, reject)
-        for some, devices in by_budget(requests, hardware, models)
+        results_of(batch_of(some, computed, reject), prunings, devices, some, reject)
+        for some, computed, devices in _computed_together(requests, prunings, hardware)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -130,6 +129,17 @@ def request_results(
     label = {hw.label: i for i, hw in enumerate(hardware)}
     device = [label[name] for name in results.columns["hardware"].tolist()]
     return results.take(np.lexsort((np.array(device), results.pruning, np.array(place))))
+
+
+def _computed_together(
+    requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]
+) -> Iterator[tuple[list[Request], list[Pruning], tuple[HardwareProfile, ...]]]:
+    """Yield the requests and prunings as some devices compute them, with these devices."""
+    models = [p.model for p in prunings if p.model is not None]
+    together = [[hw] for hw in hardware] if any(p.formats for p in prunings) else [hardware]
+    for one in together:
+        for some, devices in by_budget(requests, one, models):
+            yield some, [p.computed(some[0], devices[0]) for p in prunings], devices
 
 
 def against(
@@ -246,11 +256,10 @@ def _firsts(batch: WorkloadBatch) -> Iterator[tuple[int, int]]:
 
 
 def _other_formats(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
-    """Return the number formats of each existing pruned model that has others than the dense
-    model."""
+    """Return the number formats of each pruned model that has others than the dense model."""
     out = [""] * len(prunings)
     for i, first in _firsts(batch):
-        if prunings[i].model is not None:
+        if prunings[i].other:
             dense, pruned = _formats(batch, int(batch.dense[first])), _formats(batch, first)
             out[i] = f"{pruned.text} against {dense.text}" if pruned != dense else ""
     return tuple(out)

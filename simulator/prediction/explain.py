@@ -27,7 +27,7 @@ from simulator.prediction.budget import KernelBudget, kernel_budget, reaching
 from simulator.prediction.compare import compare, request_results
 from simulator.prediction.energy import PassEnergy
 from simulator.prediction.notes import better_than_bound, inferred_by
-from simulator.prediction.prunings import Pruning, applied, asked
+from simulator.prediction.prunings import Pruning, applied, asked, in_formats
 from simulator.prediction.requests import check_measured, on, profiles
 from simulator.prediction.result import HasResult, Result
 from simulator.uncertainty.forward import PredictedPass, forward_passes
@@ -171,15 +171,15 @@ def _notes(batch: WorkloadBatch) -> list[tuple[str, str]]:
 
 def _device_ratios(p: PredictedPass) -> list[float]:
     """Return the ratios of dense to pruned work after each step on the device."""
-    batch, effects = p.workloads, _effects(p)
+    batch, seconds = p.workloads, effects(p)
     is_pruned = batch.owner > 0
     flops, share = [batch.flops], _expert_share(batch)
     if share is not None:  # first as if a token used fewer experts as well
         experts = (batch.rows.kind == EXPERTS) & is_pruned
         flops.insert(0, np.where(experts, share, 1.0) * batch.flops)
     added = batch.rows.overhead & is_pruned
-    columns = [np.where(added, 0.0, column) for column in (*flops, *effects.values())]
-    totals = [batch.total(column) for column in (*columns, effects["kernel"])]
+    columns = [np.where(added, 0.0, column) for column in (*flops, *seconds.values())]
+    totals = [batch.total(column) for column in (*columns, seconds["kernel"])]
     return [float(of_dense / of_pruned) for of_dense, of_pruned in (*totals, p.device_s)]
 
 
@@ -193,20 +193,20 @@ def _expert_share(batch: WorkloadBatch) -> float | None:
     return min(1.0, float(left / experts * active / uses)) if uses and experts else None
 
 
-def _effects(p: PredictedPass) -> dict[str, FloatArray]:
+def effects(p: PredictedPass) -> dict[str, FloatArray]:
     """Return the seconds of rows with cumulative effects; rows other than GEMMs go from roofline to
     kernel in one step."""
     w, ideal = p.workloads.rows, p.ideal_s
-    effects = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
-    effects["kernel"] = np.maximum(
+    seconds = {name: ideal.copy() for name in ("ideal", "roofline", "tile", "wave", "alignment")}
+    seconds["kernel"] = np.maximum(
         p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s)
     )
     for operator, rows, formats in p.workloads.operators:
         for some, e in operator.effects(rows, p.hw, formats):
             index, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
-            for name in effects.keys() & steps.keys():
-                effects[name][index] = steps[name] * w.count[index]
-    return effects
+            for name in seconds.keys() & steps.keys():
+                seconds[name][index] = steps[name] * w.count[index]
+    return seconds
 
 
 class LastWaves(NamedTuple):
@@ -221,8 +221,8 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     """Return the effect of the last waves of GEMMs and decode attention, None without any. Waves
     explain a role's deviation from the speedup of its roofline at most as far as dense and pruned
     fill them differently."""
-    w, (idle, waves) = p.workloads.rows, _waves(p)
-    of_model = [(p.workloads.owner == i) & (waves > 0.0) & (p.ideal_s > 0.0) for i in range(2)]
+    w, (idle, filling) = p.workloads.rows, waves(p)
+    of_model = [(p.workloads.owner == i) & (filling > 0.0) & (p.ideal_s > 0.0) for i in range(2)]
 
     def by_role(values: FloatArray) -> FloatArray:
         return np.array([np.bincount(w.role, values * rows, len(ROLES)) for rows in of_model])
@@ -239,19 +239,19 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     role = int(np.argmax(np.abs(effect)))
     if role not in common:
         return None
-    waves = waves[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
-    filled = tuple(zip(waves.tolist(), np.ceil(waves).tolist()))
+    most = filling[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
+    filled = tuple(zip(most.tolist(), np.ceil(most).tolist()))
     return LastWaves(float(effect.sum()), ROLES[role], filled)
 
 
-def _waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
+def waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
     """Return ``Estimate.idle`` and ``Estimate.waves`` of all rows; 0 where no blocks run in
     waves."""
-    idle, waves = np.zeros((2, len(p.workloads.rows)))
+    idle, filling = np.zeros((2, len(p.workloads.rows)))
     for operator, rows, formats in p.workloads.operators:
         for some, e in operator.idling(rows, p.hw, formats):
-            idle[rows.at[some]], waves[rows.at[some]] = np.ravel(e.idle), np.ravel(e.waves)
-    return idle, waves
+            idle[rows.at[some]], filling[rows.at[some]] = np.ravel(e.idle), np.ravel(e.waves)
+    return idle, filling
 
 
 def _fixed(p: PredictedPass) -> FloatArray:
@@ -334,19 +334,19 @@ def explanations(
     cannot run are errors; with ``excluded``, which takes notes on them, only if none can."""
     config, devices = load_model(model), profiles(hardware)
     _check_named(settings)
-    prunings, requests, _ = asked([config], settings)
+    prunings, every, _ = asked([config], settings)
     if len(prunings) > 1 and (name := _name(settings)):
         raise InputError(
             f"sparsity: expected one to explain {name}, such as {prunings[0].sparsity:g}"
         )
-    check_measured(requests, devices)
-    order = [(one.phase, one.batch, one.seq) for one in requests]  # by request, then engine
-    requests.sort(key=lambda one: order.index((one.phase, one.batch, one.seq)))
+    prunings, kept = in_formats(prunings, every)
+    check_measured(kept, devices)
+    order = [(one.phase, one.batch, one.seq) for one in kept]  # by request, then engine
+    requests = sorted(kept, key=lambda one: order.index((one.phase, one.batch, one.seq)))
     out: list[Explanation] = []
     for request, pruning, hw in itertools.product(requests, prunings, devices):
         try:
-            (one,) = on([request], hw)
-            out.append(replace(_explanation(one, pruning, hw), target=target))
+            out.append(replace(explanation(request, pruning, hw), target=target))
         except InputError as error:
             if excluded is None:
                 raise
@@ -372,7 +372,10 @@ def _check_named(settings: Mapping[str, Any]) -> None:
         raise InputError("family 'all': expected one family to explain")
 
 
-def _explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Explanation:
+def explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Explanation:
+    """Return the waterfall of one request."""
+    (request,) = on([request], hw)
+    pruning = pruning.computed(request, hw)
     dense = lower(request)
     pruned = pruning.apply(dense, request)
     r = request_results([request], [pruning], [hw])[0]

@@ -143,7 +143,8 @@ def _percentiles(point: LoadPoint, first: bool) -> str:
     if ratio is not None and not math.isnan(ratio.value):
         more = f"; one replica serves {interval_text(*ratio)} the rate"
     if "cost" in point.numbers:
-        more += f"; a million output tokens cost {money(point.numbers['cost'].value)}"
+        cost = money(point.numbers["cost"].value)
+        more += f"; at {point.rate:.3g} requests/s, a million output tokens cost {cost}"
     if "energy_saved" in point.numbers:
         more += f"; it saves {saved_text(*point.numbers['energy_saved'])} of the energy"
     return f"{text}{more}."

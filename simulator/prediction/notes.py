@@ -447,7 +447,7 @@ def uncalibrated(predictions: Iterable[UsesDefaults], measured: bool = False) ->
     ]
     action = (
         "run prunesim calibrate on the"
-        f" GPU{'' if measured else ', or give a measured --dense-time'}"
+        f" device{'' if measured else ', or give a measured --dense-time'}"
     )
     return (
         (f"{', '.join(what)}: not calibrated; defaults with wide intervals are used; {action}",)

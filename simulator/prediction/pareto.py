@@ -125,9 +125,13 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
             f"frontier: expected finite losses and speedups, as many of each, got {x.size} and"
             f" {y.size}"
         )
-    no_worse = (x[:, None] <= x) & (y[:, None] >= y)
-    beaten: NDArray[np.bool_] = np.any(no_worse & ((x[:, None] < x) | (y[:, None] > y)), axis=0)
-    return ~beaten
+    order = np.lexsort((-y, x))
+    losses, speeds = x[order], y[order]
+    first = np.searchsorted(losses, losses)  # of the points with the same loss, the fastest
+    less = np.concatenate([[-np.inf], np.maximum.accumulate(speeds)])[first]
+    optimal = np.zeros(x.size, dtype=bool)
+    optimal[order] = (speeds == speeds[first]) & (speeds > less)
+    return optimal
 
 
 def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ from simulator.errors import InputError, unknown
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model, pruned_from, undivided
-from simulator.prediction.requests import distinct, once, requests_of
+from simulator.models.quantization import FORMATS
+from simulator.prediction.requests import computed_on, distinct, once, requests_of
 from simulator.pruning import FAMILIES, check_fraction, prune_model
 from simulator.pruning._family import SUFFIXES
 from simulator.pruning._steps import PruningStep, is_plan, prune_steps, read_steps
@@ -32,6 +33,7 @@ from simulator.units import percent
 from simulator.workload import Workload
 
 if TYPE_CHECKING:
+    from simulator.hardware.profile import HardwareProfile
     from simulator.pruning._methods import Method
 
 SPARSITIES: tuple[float, ...] = (0.1, 0.25, 0.5)  # default sparsities
@@ -52,6 +54,8 @@ class Pruning:
     # the existing pruned model; its sparsity is the share of parameters removed
     model: Model | None = None
     text: str = ""  # text of --prune, or the path of a plan; "": a family or method at a sparsity
+    # number formats by setting that replace those of the request
+    formats: tuple[tuple[str, str | None], ...] = ()
 
     @classmethod
     def of(
@@ -94,6 +98,24 @@ class Pruning:
         parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         return replace(self, steps=(replace(step, sparsity=parts),))
 
+    @property
+    def other(self) -> bool:
+        """Whether number formats may differ from those of the dense model."""
+        return self.model is not None or bool(self.formats)
+
+    def request(self, request: Request) -> Request:
+        """Return a request with the number formats of this pruning."""
+        changed: dict[str, Any] = dict(self.formats)
+        return replace(request, **changed) if changed else request
+
+    def computed(self, request: Request, hw: HardwareProfile) -> Pruning:
+        """Return the pruning with the number formats in which the engine computes them on a
+        device."""
+        if not self.formats:
+            return self
+        wide = computed_on(self.request(request), hw)
+        return replace(self, formats=tuple((name, getattr(wide, name)) for name in FORMATS))
+
     @cached_property
     def family(self) -> str:
         """Families of the steps, joined by "+"."""
@@ -126,6 +148,8 @@ class Pruning:
         """Name of the existing model, text, method or family."""
         if self.model is not None:
             return self.model.name
+        if self.steps == _UNPRUNED:
+            return "dense"
         if self.text and self.described:
             return " + ".join(step.title for step in self.steps)
         return self.text or self.method or self.family
@@ -172,11 +196,16 @@ class Pruning:
     ) -> Workload:
         """Return the pruned workload of a request; ``lowered`` makes the workload of a pruned model
         (default: that of the request)."""
+        if self.formats:
+            request = self.request(request)
+            return replace(self, formats=()).apply(lower(request), request)
         if self.model is not None:
             model = pruned_from(load_model(request.model), self.model)
             pruned = lower(replace(request, model=model))
             check_alike(dense, pruned)
             return as_pruned(dense, pruned)
+        if self.steps == _UNPRUNED:
+            return dense
         return prune_steps(
             dense,
             self.steps,
@@ -191,6 +220,26 @@ class Pruning:
             return float(self.sparsity)
         steps = [step.sparsity for step in pruned.meta.applied]
         return steps[0] if len(steps) == 1 else 1.0 - math.prod(1.0 - s for s in steps)
+
+
+_UNPRUNED = (PruningStep("none", 0.0),)
+"""Steps of the dense model in other number formats."""
+
+
+def in_formats(
+    prunings: Sequence[Pruning], every: Sequence[Request]
+) -> tuple[tuple[Pruning, ...], tuple[Request, ...]]:
+    """Return the prunings, then the dense model and the prunings in every further combination of
+    number formats of the requests; and the requests in the first combination, which all speedups
+    are against."""
+    formats = once(tuple((name, getattr(r, name)) for name in FORMATS) for r in every)
+    if len(formats) < 2:
+        return tuple(prunings), tuple(every)
+    changed = [tuple(pair for pair in other if pair not in formats[0]) for other in formats[1:]]
+    dense = [Pruning(_UNPRUNED, formats=other) for other in changed]
+    pruned = [replace(p, formats=other) for p in prunings for other in ((), *changed)]
+    first: dict[str, Any] = dict(formats[0])
+    return (*dense, *pruned), once(replace(r, **first) for r in every)
 
 
 def _options(options: Iterable[tuple[str, Any]]) -> str:
@@ -226,26 +275,38 @@ def prunings_of(
     options: Mapping[str, Any] | None = None,
     prune: Sequence[str | Method | Pruning] = (),
 ) -> tuple[Pruning, ...]:
-    """Return the prunings of families (None: all) or published methods, each at every sparsity
-    (None: :data:`SPARSITIES`, or those of a method's paper); of existing pruned models; or of texts
-    of ``--prune``."""
-    if prune:
-        if pruned or method or family is not None or options or sparsity is not None:
-            expected = "give no pruned model, family, method, sparsity or option with it"
-            raise InputError(f"prune: a text states the whole pruning; {expected}")
-        return named_apart(once(Pruning.read(text) for text in prune))
-    if pruned:
-        if method or family is not None or options or sparsity is not None:
-            raise InputError(
-                "pruned: a model sets its own pruning; give no family, method, sparsity or option"
-                " with it"
-            )
-        if len(models) != 1:
-            raise InputError(f"pruned: expected one dense model, got {len(models)}")
-        existing = _named([(source, load_model(source)) for source in pruned])
-        for model in existing:
-            refuse_equal(models[0], model)
-        return tuple(Pruning.of_model(models[0], model) for model in existing)
+    """Return the prunings of existing pruned models, of texts of ``--prune``, of published methods
+    and of families (None: all, if there is nothing else); methods and families at every sparsity
+    (None: :data:`SPARSITIES`, or those of a method's paper)."""
+    whole = (*_existing(models, pruned), *once(Pruning.read(text) for text in prune))
+    if not whole or method or family is not None:
+        apart = _at_sparsities(models, family, method, sparsity, options)
+        return named_apart((*whole, *apart))
+    if options or sparsity is not None:
+        raise InputError(
+            "sparsity, option: expected with a family or a method; a text of --prune and a pruned"
+            " model state the whole pruning"
+        )
+    return named_apart(whole)
+
+
+def _existing(models: Sequence[Model], pruned: Sequence[str | Model]) -> tuple[Pruning, ...]:
+    if pruned and len(models) != 1:
+        raise InputError(f"pruned: expected one dense model, got {len(models)}")
+    existing = _named([(source, load_model(source)) for source in pruned])
+    for model in existing:
+        refuse_equal(models[0], model)
+    return tuple(Pruning.of_model(models[0], model) for model in existing)
+
+
+def _at_sparsities(
+    models: Sequence[Model],
+    family: Sequence[str] | None,
+    method: Sequence[str | Method],
+    sparsity: Sequence[float] | None,
+    options: Mapping[str, Any] | None,
+) -> tuple[Pruning, ...]:
+    """Return published methods, or families, each at every sparsity."""
     if method and (family is not None or options):
         raise InputError(
             "method: sets its own family and options; give no family or option with it"
@@ -273,7 +334,7 @@ def prunings_of(
             raise InputError(f"{name}: expected at least one")
     return tuple(
         p.at(s)
-        for p, default in zip(named_apart(found), defaults)
+        for p, default in zip(found, defaults)
         for s in (default if fractions is None else fractions)
     )
 
@@ -548,15 +609,14 @@ def removed_parts(
         if grouped and name == "KV heads":
             sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
         wanted = asked.get(name)
-        text = percent(share)
-        if wanted is not None and percent(wanted) != text:
-            text = f"{percent(wanted)} requested, {text} realised"
+        if wanted is not None and percent(wanted) != percent(share):
+            sizes_text = f"{percent(wanted)} requested, {sizes_text}"
         hint = (
             ""
             if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED
             else _alone(steps, wanted)
         )
-        out.append(f"{name} {text} ({sizes_text}){hint}")
+        out.append(f"{name} {percent(share)} ({sizes_text}){hint}")
     return "; ".join(out)
 
 

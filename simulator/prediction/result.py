@@ -15,6 +15,7 @@ import numpy as np
 
 from simulator.arrays import Array, IndexArray
 from simulator.display import Displayed, few
+from simulator.engines.engine import load_engine
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.tariff import Energy
 from simulator.pruning._family import SUFFIXES
@@ -138,7 +139,7 @@ class Result(Displayed):
     parts : str
         Share that the pruning removes of layers, heads, widths and experts, after rounding.
     formats : str
-        Number formats of an existing pruned model against those of the dense model, if they differ.
+        Number formats of the pruned model against those of the dense model, if they differ.
 
     Examples
     --------
@@ -250,17 +251,34 @@ class Result(Displayed):
     def name(self) -> str:
         """Name of the existing model, of the method or family at one sparsity, or else the text of
         ``--prune``."""
+        return f"{self._name}{self.in_formats}"
+
+    @property
+    def _name(self) -> str:
+        if self.formats and self.family == "none" and not self.pruned:
+            return "dense"
         family = self.prune in ("", self.family, f"{self.family} {self.sparsity:.9g}")
         return self.pruned or self.method or (self.family if family else self.prune)
+
+    @property
+    def in_formats(self) -> str:
+        """Number formats other than those of the dense model as the end of its name; "" for an
+        existing model."""
+        if not self.formats or self.pruned:
+            return ""
+        formats = self.formats.partition(" against ")[0]
+        others = formats.removeprefix(f"{self.dtype} with ")
+        return f" in {formats}" if others == formats else f" with {others}"
 
     @property
     def pruning(self) -> str:
         """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the
         existing model."""
         # a method that sets its own sparsity, or is one of several steps, has none to print
-        own = self.prune == self.name or self.prune.endswith(SUFFIXES) or " + " in self.method
-        simple = self.name == (self.method or self.family) and not own
-        return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
+        own = self.prune == self._name or self.prune.endswith(SUFFIXES) or " + " in self.method
+        simple = self._name == (self.method or self.family) and not own
+        share = f" at {percent(self.sparsity)}" if simple else ""
+        return f"{self._name}{share}{self.in_formats}"
 
     @property
     def request(self) -> str:
@@ -365,6 +383,12 @@ class Results(Displayed):
         ]
         return tuple(Result(**dict(zip(COLUMNS, row))) for row in zip(*lists))
 
+    @property
+    def asked(self) -> tuple[Request, ...]:
+        """The request of each row of a table."""
+        known = {_place(load_engine(r.engine).name, r): r for r in self.requests}
+        return tuple(known[_place(r.engine, r)] for r in self)
+
     def take(self, index: Any) -> Results:
         """Return the rows ``index``: integers or a mask."""
         columns = {name: column[index] for name, column in self.columns.items()}
@@ -396,6 +420,10 @@ class Results(Displayed):
     def _columns(self) -> Mapping[str, Any]:
         """Return one row per result."""
         return {name: self.columns[name] for name in COLUMNS}
+
+
+def _place(engine: str, r: Request | Result) -> tuple[object, ...]:
+    return engine, r.phase, r.batch, r.seq, r.devices
 
 
 def known(column: Array) -> list[Any]:

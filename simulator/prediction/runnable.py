@@ -147,6 +147,7 @@ def runnable(request: Request, pruning: Pruning, hw: HardwareProfile | None = No
     if hw is not None:
         models = [] if pruning.model is None else [pruning.model]
         request = computed_on(request, hw, models)
+        pruning = pruning.computed(request, hw)
     alone = replace(request, devices=1)
     whole = pruning.apply(lower(alone), alone)
     # a pruned model gets a new config.json; an existing model keeps its own
@@ -183,18 +184,17 @@ def _stated(found: Runnable, request: Request, pruning: Pruning, whole: Workload
 def runnables(found: Results, hardware: Sequence[HardwareProfile] = ()) -> list[Runnable]:
     """Return the answer for each result of a table; with ``hardware``, the gain of an aligned width
     too."""
-    requests = {(load_engine(r.engine).name, r.phase, r.batch, r.seq): r for r in found.requests}
     profiles = {hw.label: hw for hw in hardware}
-    known: dict[tuple[str, int, int, str], Runnable] = {}
+    known: dict[tuple[str, int, int, int, str], Runnable] = {}
     out = []
-    for r, index in zip(found, found.pruning.tolist()):
+    for r, one, index in zip(found, found.asked, found.pruning.tolist()):
         pruning = found.prunings[index]
-        one = requests[r.engine, r.phase, r.batch, r.seq]
         hw = profiles.get(r.hardware)
         # within its budget a pruning removes nothing
         key = (
             r.engine,
             index,
+            r.devices,
             r.seq if pruning.sets_sparsity else 0,
             hw.architecture if hw else "",
         )

@@ -34,11 +34,17 @@ def of_service(service: Service) -> list[str]:
         out.append(within_limits(service, *last))
     if saved := last[1].numbers.get("energy_saved"):
         out[-1] = f"{out[-1][:-1]}; it saves {saved_text(*saved)} of the energy per token."
-    dense, pruned = (point.cost_output for point in last)
-    if not math.isnan(pruned):
-        instead = "" if math.isnan(dense) else f" instead of {money(dense)}"
-        out[-1] = f"{out[-1][:-1]}; a million output tokens cost {money(pruned)}{instead}."
+    dense, pruned = last
+    if not math.isnan(pruned.cost_output):
+        known = not math.isnan(dense.cost_output)
+        instead = f" instead of {_cost(dense)}" if known else ""
+        out[-1] = f"{out[-1][:-1]}; a million output tokens cost {_cost(pruned)}{instead}."
     return out
+
+
+def _cost(point: OperatingPoint) -> str:
+    """Return a cost with the load at which it holds."""
+    return f"{money(point.cost_output)} with {point.concurrency} in flight"
 
 
 def ranked(service: Service, kind: str = MEMORY) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -9,14 +10,19 @@ from operator import attrgetter
 from simulator.display import few, with_and
 from simulator.prediction.requests import batch_name, by_key, device_text, setting
 from simulator.prediction.result import Result
+from simulator.prediction.runnable import Runnable, runs_clause, unaligned
 from simulator.prediction.wording import (
     GAIN,
     MOST_SENTENCES,
     NAMED,
     gain_text,
+    realised_name,
     speedup_text,
 )
 from simulator.units import ratio
+
+MOST_BREAK_EVEN = 8
+"""Most sentences on break-even; of more prunings only the fastest is stated."""
 
 
 def too_large(results: Sequence[Result]) -> list[str]:
@@ -36,6 +42,28 @@ def too_large(results: Sequence[Result]) -> list[str]:
     return out
 
 
+def answer_of(
+    results: Sequence[Result], runs: Sequence[Runnable] = (), more: Sequence[str] = ()
+) -> list[str]:
+    """Return the answer of every medium: over a few batches or lengths the break-even of each
+    pruning, else :func:`of_speedups`. ``runs`` state whether the stock engine runs each result;
+    ``more`` are further clauses."""
+    even, answers = break_even(results), dict(zip(results, runs))
+    if 0 < len(even) <= MOST_BREAK_EVEN:
+        # the longest: a budget of tokens may keep all of the first
+        last = [answers.get(b.results[-1]) for b in even]
+        stops = [runs_clause(answer) if answer and answer.works is False else "" for answer in last]
+        return [f"{b.sentence[:-1]}{stop}." for b, stop in zip(even, stops)]
+    ends = map(_runs, runs)
+    clauses = ["".join(parts) for parts in itertools.zip_longest(ends, more, fillvalue="")]
+    return of_speedups(results, clauses)
+
+
+def _runs(answer: Runnable) -> str:
+    slow = f", but {unaligned(answer)}" if answer.works and not answer.aligned else ""
+    return f"{runs_clause(answer)}{slow}"
+
+
 def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[str]:
     """Return which models do not fit, and how much faster each pruning is. Few results get a
     sentence each. For many, sentences name the fastest of each setting, or of all settings, and the
@@ -51,7 +79,10 @@ def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
             f"{setting(r)}, {r.bottleneck}-bound{formats_clause(r)}{ends.get(r, '')}"
             for r in results
         ]
-        return [f"{r.pruning} {gain} on {place}." for r, gain, place in zip(results, gains, places)]
+        return [
+            f"{realised_name(r)} {gain} on {place}."
+            for r, gain, place in zip(results, gains, places)
+        ]
     several = len({r.model for r in results}) > 1
     groups = by_key(results, lambda r: f"{setting(r)} of {r.model}" if several else setting(r))
     if len(groups) <= MOST_SENTENCES:
@@ -69,7 +100,7 @@ def _fastest(
         f", {losses} slower" if losses else ""
     )
     return (
-        f"{start}, the fastest is {best.pruning}{where}: {speedup_text(best)}"
+        f"{start}, the fastest is {realised_name(best)}{where}: {speedup_text(best)}"
         f"{formats_clause(best)}{ends.get(best, '')}; {counts}."
     )
 
@@ -77,7 +108,7 @@ def _fastest(
 def formats_clause(r: Result) -> str:
     """Return the number formats of an existing pruned model as the end of a sentence, if they
     differ from those of the dense model."""
-    return f"; {r.formats}" if r.formats else ""
+    return f"; {r.formats}" if r.formats and r.pruned else ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,7 @@ class BreakEven:
     @property
     def sentence(self) -> str:
         first = self.results[0]
-        text = f"{first.pruning} on {self.where} {self.verdict}{formats_clause(first)}."
+        text = f"{realised_name(first)} on {self.where} {self.verdict}{formats_clause(first)}."
         return "; ".join([*self._beyond(), text])
 
     def _beyond(self) -> Iterator[str]:

@@ -32,6 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from simulator._version import __version__
+from simulator.arguments import shown
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, needs_extra, one_line
 from simulator.files.fields import (
@@ -410,23 +411,28 @@ class _Pruned(Grid):
     ] = ()
 
 
-def read_grid(path: str | Path) -> Grid:
-    """Read a grid from a YAML file; raise InputError for its first problem as ``file:line:column:
-    key: reason``. An axis is a list, one value, or for numbers ``{from: 0.1, to: 0.9, step: 0.1}``
-    or ``{from: 1, to: 64, times: 2}``. A family is a name, ``all``, or a mapping ``{width: {align:
-    64}}``; ``methods`` are names of published methods or method files, and ``prune`` texts such as
-    ``width mlp=0.3 + depth 0.25`` or paths of plans, with or without families (without, no
-    sparsities are needed); both name files relative to the grid's folder. A dtype is a name or
-    ``{dtype: bf16, weight_dtype: int4, kv_dtype: fp8}``."""
-    problems = Problems(str(path))
-    text = read_text(Path(path), problems)
+def read_grid(source: str | Path | Mapping[str, Any]) -> Grid:
+    """Read a grid from a YAML file, or from a mapping with its content; raise InputError for its
+    first problem as ``file:line:column: key: reason``. An axis is a list, one value, or for
+    numbers ``{from: 0.1, to: 0.9, step: 0.1}`` or ``{from: 1, to: 64, times: 2}``. A family is a
+    name, ``all``, or a mapping ``{width: {align: 64}}``; ``methods`` are names of published
+    methods or method files, and ``prune`` texts such as ``width mlp=0.3 + depth 0.25`` or paths
+    of plans, with or without families (without, no sparsities are needed); both name files
+    relative to the grid's folder. A dtype is a name or ``{dtype: bf16, weight_dtype: int4,
+    kv_dtype: fp8}``."""
+    path, problems = (
+        (Path("grid"), Problems("grid"))
+        if isinstance(source, Mapping)
+        else (Path(source), Problems(str(source)))
+    )
+    text = _content(source) if isinstance(source, Mapping) else read_text(path, problems)
     root = None if text is None else parse_yaml(text, problems)
     if root is None and not len(problems):
         problems.add(None, "file", f"is empty; expected the axes {', '.join(REQUIRED)}")
     if root is not None and not len(problems):
         pruned = "prune" in root.entries and not {"families", "methods"} & root.entries.keys()
         near = {
-            name: (key, _beside(node, Path(path).parent))
+            name: (key, _beside(node, path.parent))
             for name, (key, node) in root.entries.items()
             if name in ("methods", "prune")
         }
@@ -448,6 +454,14 @@ def read_grid(path: str | Path) -> Grid:
             return grid
     # an unknown key is reported before the missing key that it may stand for
     raise first_of(sorted(problems.lines, key=lambda line: line.endswith(": is missing")))
+
+
+def _content(grid: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(grid, default=str)
+    except (TypeError, ValueError, RecursionError):
+        expected = "expected a mapping of texts, numbers and lists"
+        raise InputError(f"grid: {expected}, got {shown(grid)}") from None
 
 
 def _beside(node: Node, folder: Path) -> Node:
@@ -489,7 +503,7 @@ class Summary:
 
 
 def sweep(
-    grid: Grid | str | Path,
+    grid: Grid | str | Path | Mapping[str, Any],
     out: str | Path | None = None,
     *,
     jobs: int = 1,
@@ -499,8 +513,9 @@ def sweep(
 
     Parameters
     ----------
-    grid : Grid, str or path
-        The grid, or the YAML file with it (:func:`simulator.prediction.sweep.read_grid`).
+    grid : Grid, str, path or mapping
+        The grid, its YAML file, or a mapping with the keys of the file
+        (:func:`simulator.prediction.sweep.read_grid`).
     out : str or path, optional
         Folder for Parquet files; the same call resumes a sweep that was stopped.
     jobs : int
@@ -551,7 +566,7 @@ def sweep_results(grid: Grid) -> Results:
 
 
 def write_sweep(
-    grid: Grid | str | Path,
+    grid: Grid | str | Path | Mapping[str, Any],
     out: str | Path,
     *,
     jobs: int = 1,

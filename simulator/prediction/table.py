@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from simulator.arguments import OneOrMore
+from simulator.arguments import OneOrMore, listed
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
@@ -37,6 +37,7 @@ from simulator.prediction.prunings import (
     asked,
     exclude,
     excluded_lines,
+    in_formats,
 )
 from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
@@ -62,14 +63,16 @@ def table(
         Keys of :data:`simulator.FAMILIES`, or ``all``, the default; fractions removed, each in [0,
         1), by default :data:`simulator.prediction.prunings.SPARSITIES`.
     **settings
-        Instead of families, one or more of one kind: ``method`` (keys of
-        :data:`simulator.METHODS`, paths of method files, or :class:`simulator.Method`, by default
-        at the sparsities of their papers), ``pruned`` (existing pruned models, with one dense
-        model), or ``prune`` (texts such as ``"width mlp=0.3 + depth 0.25"``, paths of plans, or
-        methods). A single family may have ``options``, a mapping.
+        Instead of families, one or more of ``pruned`` (existing pruned models, with one dense
+        model), ``prune`` (texts such as ``"width mlp=0.3 + depth 0.25"``, paths of plans, or
+        methods) and ``method`` (keys of :data:`simulator.METHODS`, paths of method files, or
+        :class:`simulator.Method`, by default at the sparsities of their papers). A single family
+        may have ``options``, a mapping.
 
         Then fields of :class:`simulator.Request`, such as ``phase``, ``batch``, ``seq`` and
-        ``engine``; each is one value or a list, and lists are combined.
+        ``engine``; each is one value or a list, and lists are combined. Of several number formats,
+        speedups are against the dense model in the first; in the others, the dense model has
+        results too.
 
     Returns
     -------
@@ -90,9 +93,8 @@ def table(
     1
     """
     loaded, devices = models_of(models), profiles(hardware)
-    prunings, requests, skipped = asked(
-        loaded, {"family": family, "sparsity": sparsity, **settings}
-    )
+    stated, every, skipped = asked(loaded, {"family": family, "sparsity": sparsity, **settings})
+    prunings, requests = in_formats(stated, every)
     check_measured(requests, devices)
     rows = _Rows(prunings, devices)
     notes = dict.fromkeys((*skipped, *differences(loaded, prunings)))
@@ -104,6 +106,7 @@ def table(
             (
                 *overridden(request, (request.model, *(p.model for p in prunings))),
                 *computed_wide(request, able, (p.model for p in prunings)),
+                *(note for p in prunings for note in computed_wide(p.request(request), able, ())),
                 *dense_notes(results, request, able),
                 *above_bound(results, prunings, request, able),
             )
@@ -116,9 +119,7 @@ def table(
     notes |= dict.fromkeys(
         f"{device} is excluded: {reason}" for device, reason in rows.without.items()
     )
-    return replace(
-        Results.join(parts, (*notes, *excluded)), prunings=prunings, requests=tuple(requests)
-    )
+    return replace(Results.join(parts, (*notes, *excluded)), prunings=prunings, requests=requests)
 
 
 @dataclass(frozen=True)
@@ -157,17 +158,32 @@ def unable(
     return reasons if len(reasons) < len(engines) else {}
 
 
+@overload
 def predict(
     model: str | Model, prune: str, hardware: str | HardwareProfile, **settings: Any
-) -> Result:
+) -> Result: ...
+
+
+@overload
+def predict(
+    model: str | Model, prune: Sequence[str], hardware: str | HardwareProfile, **settings: Any
+) -> Results: ...
+
+
+def predict(
+    model: str | Model,
+    prune: str | Sequence[str],
+    hardware: str | HardwareProfile,
+    **settings: Any,
+) -> Result | Results:
     """Predict one speedup; names are enough.
 
     Parameters
     ----------
     model : str or Model
         Name, path or shapes of the dense model.
-    prune : str
-        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan.
+    prune : str, or list of str
+        Pruning as text, such as ``"width mlp=0.3 heads=0.2"``, or the path of a plan; or several.
     hardware : str or HardwareProfile
         The device.
     **settings
@@ -175,8 +191,9 @@ def predict(
 
     Returns
     -------
-    Result
-        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers.
+    Result or Results
+        The speedup with its interval, times, bounds, bottleneck, memory and serving numbers; of a
+        list of prunings, one result for each.
 
     Raises
     ------
@@ -190,12 +207,15 @@ def predict(
     >>> bool(1.1 < r.lower < r.speedup < r.upper < 1.4), r.realised_sparsity > 0.25
     (True, True)
     """
-    for name, value in {"model": model, "prune": prune, "hardware": hardware, **settings}.items():
+    for name, value in {"model": model, "hardware": hardware, **settings}.items():
         if isinstance(value, list | tuple):
             raise InputError(
                 f"{name}: expected one value, got {len(value)}; simulator.table takes lists"
             )
-    return table([Request(model=model, **settings).model], [hardware], prune=[prune], **settings)[0]
+    several = isinstance(prune, list | tuple)
+    every = listed("prune", prune) if several else [prune]
+    found = table([Request(model=model, **settings).model], [hardware], prune=every, **settings)
+    return found if several else found[0]
 
 
 def speedups(

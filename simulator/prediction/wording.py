@@ -9,6 +9,7 @@ from simulator.units import percent, ratio
 
 NAMED = 4  # most settings or models that a sentence names; for more it states their number
 MOST_SENTENCES = 3  # predictions, settings, frontiers or explanations with a sentence of their own
+ROUNDED = 0.01  # difference of requested and realised sparsity from which a headline states both
 GAIN = 1.005  # speedup that is shown as more than 1.00
 
 
@@ -41,6 +42,8 @@ def shares(r: Result) -> str:
     requested, realised = percent(r.sparsity), percent(r.realised_sparsity)
     if r.pruned:
         return f"{requested} of all parameters removed"
+    if r.family == "none":
+        return ""
     if requested in r.pruning:
         return "" if realised == requested else f"{realised} realised"
     if not r.parts and realised == requested:
@@ -52,6 +55,12 @@ def shares(r: Result) -> str:
 def pruning_text(r: Result) -> str:
     text = shares(r)
     return f"{r.pruning} ({text})" if text else r.pruning
+
+
+def realised_name(r: Result) -> str:
+    """Return the pruning with the realised share if rounding changes it notably."""
+    apart = abs(r.realised_sparsity - r.sparsity) >= ROUNDED and not (r.pruned or r.parts == "")
+    return f"{r.pruning} ({percent(r.realised_sparsity)} realised)" if apart else r.pruning
 
 
 def parts_line(r: Result) -> str:

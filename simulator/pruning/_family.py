@@ -95,10 +95,6 @@ class Choice:
             return self.parts.get(part, np.zeros(len(self.fractions)))
         return self.fractions
 
-    def of_weight(self, part: str, role: str) -> FloatArray:
-        """Return the sparsity in every layer of the weight with a role in a part."""
-        return self.weights.get((part, role), np.zeros(len(self.fractions)))
-
     @property
     def prunes(self) -> bool:
         """Whether anything is removed, or a budget decides."""

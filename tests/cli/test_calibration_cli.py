@@ -20,6 +20,7 @@ from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.fit.base_profile import MEASURED, base_profile, raised
 from calibration.fit.profile import fit_profile
 from calibration.measure.run import Interrupted
+from calibration.records.screening import work
 from calibration.records.store import decode_line, encode_line, read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
 from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
@@ -468,6 +469,21 @@ def test_a_device_without_a_datasheet_gets_a_measured_one_that_rises_with_its_re
         [Source("x")], m=1024, n=1024, k=1024, dtype="fp32", seconds=[2 * 1024.0**3 / 9e14]
     )
     assert raised(hw, fast).peak_flop_per_s("fp32") == pytest.approx(1.01 * 9e14)
+    # where a format is emulated, attention is faster than all GEMMs, and none of its rows is refused
+    attention = {
+        "batch": 1,
+        "q_len": 1024,
+        "kv_len": 1024,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 64,
+    }
+    calls = Records.from_columns(
+        [Source("x")], operator=["attention_prefill"], dtype="fp32", seconds=[1e-6], **attention
+    )
+    assert raised(hw, calls).peak_flop_per_s("fp32") == pytest.approx(
+        1.01 * float(work(calls)[0][0]) / 1e-6
+    )
     h100 = load_hardware("h100")
     assert raised(h100, fast.replace(dtype=3)).rates == h100.rates
 

@@ -398,6 +398,11 @@ def test_the_progress_bar_waits_and_needs_a_terminal(
         now[0] = 2.1
         report(2, 4)
     assert ("2/4" in stream.getvalue()) is shows
+    with render.progress("measuring") as report:  # a file gets a line now and then
+        now[0] += 45.0
+        report(45, 180)
+    line = "status: measuring: 45 of 180, 135 s left\n"
+    assert (line in stream.getvalue()) is not shows
 
 
 @pytest.mark.quick

@@ -75,8 +75,11 @@ CALIBRATE, MEASURE = (
     ("calibrate cuda -o RUN --engine none --budget 50s",),
     ("calibrate cuda -o RUN --measure-only --budget 12s",),
 )
+CALIBRATED = ("H100", "RTX 4090", "A100 3g.40gb", "B200")
 CASES: Mapping[str, Planted] = {
-    **{name: Planted(name, CALIBRATE) for name in GPUS},
+    **{name: Planted(name, CALIBRATE) for name in CALIBRATED},
+    "T4": Planted("T4", ("calibrate cuda -o RUN --measure-only --dtype fp16 --budget 60s",)),
+    "laptop": Planted("RTX 4090 laptop", MEASURE * 2),
     "bound": Planted("H100", BOUND),
     "compare": Planted("H100", (*CALIBRATE, COMPARE)),
     # too short for energies, because each eager pass takes real time
@@ -180,7 +183,7 @@ def errors(name: str, profile: HardwareProfile) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_planted_constants_are_recovered(ended: Callable[[str], Ended], name: str) -> None:
     done = ended(name)
     # as the verdict says
@@ -293,6 +296,16 @@ def test_a_kind_that_cannot_be_captured_has_one_method(ended: Callable[[str], En
         "events around single launches"
     }
     assert {method for kind, method in methods if kind == "gemm"} == {"events around a graph"}
+
+
+def test_a_gpu_that_always_throttles_is_measured_and_a_laptop_resumes(
+    ended: Callable[[str], Ended],
+) -> None:
+    assert ended("T4").statuses == (0,), ended("T4").notes
+    steady = ended("T4").rows
+    assert sum("steady" in row for row in steady) > 0.8 * len(steady) > 20
+    # its enforced power limit has moved between the two runs
+    assert ended("laptop").statuses == (0, 0), ended("laptop").notes
 
 
 def test_a_spoiled_process_measures_nothing_more_and_the_next_one_resumes(

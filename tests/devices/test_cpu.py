@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ F = torch.nn.functional
 from every_kind import every_kind  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from calibration.devices import Operator, OutOfMemory, Unsupported, open_device  # noqa: E402
+from calibration.cli.calibrate import REQUESTS, in_format  # noqa: E402
+from calibration.devices import (  # noqa: E402  # noqa: E402
+    Operator,
+    OutOfMemory,
+    Unsupported,
+    cpu,
+    open_device,
+)
 from calibration.devices.cpu import CpuDevice, default_threads  # noqa: E402
 from calibration.devices.operators import (  # noqa: E402
     HEAD_DIM,
@@ -283,3 +291,38 @@ def test_the_allocator_running_dry_is_recognised() -> None:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "limit", "lacks"),
+    [
+        ("avx512f avx512_bf16", "AVX512", "", False),
+        ("avx512f avx512_bf16", "AVX512", "AVX512_CORE_AMX", False),
+        ("avx512f avx512_bf16", "AVX512", "AVX512_CORE_VNNI", True),
+        ("avx512f avx512_bf16", "AVX2", "", True),
+        ("avx512f", "AVX512", "", True),
+        ("avx2", "AVX2", "", True),
+    ],
+)
+def test_a_cpu_without_bf16_instructions_is_named_and_takes_fp32(
+    flags: str,
+    capability: str,
+    limit: str,
+    lacks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    info = f"processor\t: {cpu._ALLOWED[0]}\nmodel name\t: Some CPU\nflags\t\t: {flags}\n"
+    monkeypatch.setattr(cpu, "_read_text", lambda path: info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit or "ALL")
+    for asked, dtype, advice in (
+        (None, "fp32" if lacks else "bf16", "fp32 is used"),
+        ("bf16", "bf16", "use --dtype fp32"),  # obeyed
+        ("fp32", "fp32", ""),
+    ):
+        assert in_format(replace(REQUESTS, dtype=asked), "cpu").text("dtype") == dtype
+        said = capsys.readouterr().err
+        named = said.startswith(f"status: Some CPU ({capability}) has no bf16 instructions")
+        assert named is (lacks and bool(advice))
+        assert not lacks or advice in said

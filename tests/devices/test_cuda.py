@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from every_kind import every_kind  # noqa: E402
 from fakes.gpu import (  # noqa: E402
+    GPUS,
     L2_BYTES,
     NO_TROUBLES,
     Gpu,
@@ -95,11 +97,42 @@ def test_a_graph_holds_whole_rounds_of_copies_and_is_timed_exactly(planted: Plan
     )
 
 
-def test_a_graph_of_small_operands_has_a_bounded_number_of_launches(planted: PlantedCuda) -> None:
+def test_small_operands_that_a_graph_cannot_rotate_are_flushed(
+    planted: PlantedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = _device(planted)
-    device._arena.round_bytes = 200e6  # four times the L2 of an H100: 25,000 copies of 8 kB
-    device.prepare(Operator("gemm", m=1, n=64, k=64))
-    assert 0 < planted.captured <= module._MOST_LAUNCHES
+    device._arena.round_bytes = 288e6  # four times the L2 of an RTX 4090: 36,000 copies of 8 kB
+    prepared = device.prepare(Operator("gemm", m=1, n=64, k=64))
+    assert planted.captured == module.MAX_COPIES  # 67 MB, which L2 would hold
+    assert "8192 rotated copies (after a flush of 4 x L2)" in prepared.method
+    flushes = Mock(side_effect=lambda: planted.log.append("flush"))
+    monkeypatch.setattr(device._timer, "_overwrite", flushes)
+    planted.log.clear()
+    assert prepared.sample(2 * module.MAX_COPIES) == pytest.approx(1e-5)
+    assert planted.log[:8] == ["flush", "event", "replay", "event"] * 2
+
+
+def test_a_compiled_operator_is_not_compiled_in_a_child_too(planted: PlantedCuda) -> None:
+    probe = Mock(return_value=Probed(True))
+    sizes = {"batch": 1, "q_len": 64, "kv_len": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    device = _device(planted, probe=probe)
+    for kind, more in (("attention_prefill", {}), ("attention_block_sparse", {"block": 32})):
+        device._capturable(Operator(kind, **sizes, **more))
+    assert [call.args[0].kind for call in probe.call_args_list] == ["attention_prefill"]
+
+
+def test_a_moving_power_limit_resumes_a_run() -> None:
+    """The enforced limit of a laptop follows its processor's power and its supply."""
+    for name, limit in (("RTX 4090 laptop", "150"), ("H100", "700")):
+        cuda = PlantedCuda(GPUS[name], NO_TROUBLES)
+        nvml = planted_nvml(cuda)
+        device = _device(cuda, nvml=nvml)
+        limits = set()
+        for _ in range(3):
+            cuda.rest(1.0)
+            limits.add(nvml.nvmlDeviceGetEnforcedPowerLimit(None))
+            assert device.describe().stack["power_limit_w"] == limit
+        assert (len(limits) > 1) == GPUS[name].laptop
 
 
 def test_replays_cover_the_loops_asked_for(planted: PlantedCuda) -> None:

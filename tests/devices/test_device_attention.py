@@ -22,6 +22,7 @@ from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import (  # noqa: E402
     decode_attention,
+    engine_library,
     find_library,
     prefill_attention,
     with_backend,
@@ -376,6 +377,111 @@ def flash_attn_with_kvcache(
     return torch.stack([_causal(*one) for one in zip(q, keys, values, strict=True)])
 
 
+class VllmFlashAttention:
+    """``vllm.vllm_flash_attn`` of vLLM 0.32 on a GPU that has some releases of FlashAttention."""
+
+    def __init__(self, *releases: int) -> None:
+        self.releases = releases
+
+    def is_fa_version_supported(self, fa_version: int) -> bool:
+        return fa_version in self.releases
+
+    def get_scheduler_metadata(
+        self,
+        batch_size: int,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        num_heads_q: int,
+        num_heads_kv: int,
+        headdim: int,
+        cache_seqlens: Any,
+        qkv_dtype: Any = torch.bfloat16,
+        headdim_v: int | None = None,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k_new: Any = None,
+        cache_leftpad: Any = None,
+        page_size: int | None = None,
+        max_seqlen_k_new: int = 0,
+        causal: bool = False,
+    ) -> str:
+        assert len(cache_seqlens) == batch_size == len(cu_seqlens_q) - 1
+        assert page_size == 16
+        assert causal
+        return f"schedule of {max_seqlen_q} x {max_seqlen_k}, {num_heads_q} x {headdim}"
+
+    def flash_attn_varlen_func(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        max_seqlen_q: int,
+        cu_seqlens_q: Any,
+        max_seqlen_k: int,
+        cu_seqlens_k: Any = None,
+        seqused_k: Any = None,
+        q_v: Any = None,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: Any = None,
+        softcap: float = 0.0,
+        alibi_slopes: Any = None,
+        deterministic: bool = False,
+        return_attn_probs: bool = False,
+        block_table: Any = None,
+        return_softmax_lse: bool = False,
+        out: Any = None,
+        scheduler_metadata: Any = None,
+        q_descale: Any = None,
+        k_descale: Any = None,
+        v_descale: Any = None,
+        num_splits: int = 0,
+        output_scale: Any = None,
+        fa_version: int = 2,
+    ) -> Any:
+        assert cu_seqlens_k is None  # excludes seqused_k
+        assert causal
+        assert fa_version in self.releases
+        assert (scheduler_metadata is not None) == (fa_version == 3)
+        assert cu_seqlens_q.dtype == seqused_k.dtype == block_table.dtype == torch.int32
+        ends = cu_seqlens_q.tolist()
+        out = []
+        for i, (pages, length) in enumerate(zip(block_table, seqused_k.tolist(), strict=True)):
+            assert ends[i + 1] - ends[i] == max_seqlen_q
+            assert length == max_seqlen_k
+            keys, values = (_paged(cache, pages, length) for cache in (k, v))
+            out.append(_causal(q[ends[i] : ends[i + 1]], keys, values))
+        return torch.cat(out)
+
+
+def install_vllm(monkeypatch: pytest.MonkeyPatch, *releases: int) -> None:
+    package = SimpleNamespace(__version__="0.32.0")
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", VllmFlashAttention(*releases))
+
+
+def test_vllm_runs_flash_attention_3_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert engine_library() is None
+    for releases, runs in (((2, 3, 4), 3), ((2, 4), 4), ((2,), 2)):
+        install_vllm(monkeypatch, *releases)
+        library = engine_library()
+        assert library is not None
+        assert library.version == f"vllm 0.32.0, FlashAttention {runs}"
+        for kind, q_len in (("attention_prefill", 40), ("attention_decode", 1)):
+            op = Operator(kind, "fp32", q_len=q_len, kv_len=40, library="vllm", **SHAPE)
+            q, cache = _operands(library, op)
+            found = library.bind(op, torch.float32, "cpu")(q, *cache).view(q.shape)
+            order = torch.randperm(9, generator=torch.Generator().manual_seed(40)).view(3, 3)
+            k, v = (
+                torch.stack([_paged(c, row, 40) for row in order]).transpose(1, 2) for c in cache
+            )
+            mask = torch.ones(q_len, 40, dtype=torch.bool).tril(40 - q_len)
+            expected = prefill_attention(q.transpose(1, 2), k, v, mask)
+            torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
 @pytest.fixture(params=["flashinfer", "flash_attn"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     infer = {
@@ -425,14 +531,16 @@ def test_a_library_that_is_unknown_or_not_installed_is_one_line(
 ) -> None:
     assert find_library("torch") is None
     with pytest.raises(
-        InputError, match="attention 'xformers' is unknown; Known: flash_attn, flashinfer, torch"
+        InputError,
+        match="attention 'xformers' is unknown; Known: flash_attn, flashinfer, torch, vllm",
     ):
         find_library("xformers")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(InputError, match=r"cannot be imported .*; try: pip install flash-attn"):
         find_library("flash_attn")
     with pytest.raises(
-        InputError, match="then :flashinfer or :flash_attn for their attention, got 'cuda:0:triton'"
+        InputError,
+        match="then :flashinfer or :flash_attn or :vllm for their attention, got 'cuda:0:triton'",
     ):
         open_named("0:triton")
 

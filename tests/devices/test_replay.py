@@ -16,13 +16,21 @@ from hypothesis import strategies as st
 
 from calibration.devices import Operator, open_device
 from calibration.devices.replay import ReplayDevice, roofline_timings
+from calibration.fit.base_profile import base_profile
 from simulator.errors import InputError
+from simulator.hardware.library import load_hardware
 
 pytestmark = pytest.mark.quick
 
 GEMM = Operator("gemm", m=128, n=1024, k=1024)
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+
+def test_the_planted_device_has_the_sms_of_a_gpu() -> None:
+    """A profile of one SM has no waves, so no GEMM of several tiles would agree with it."""
+    hw = base_profile(open_device("replay:planted"), "bf16")
+    assert (hw.sm_count, hw.architecture) == (load_hardware("h100").sm_count, "hopper")
 
 
 @given(

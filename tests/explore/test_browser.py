@@ -128,7 +128,10 @@ def test_the_page_answers_changes_and_downloads(
     tab.get_by_text("Settings of the address that were ignored: evil").wait_for()
     settle(tab)
     assert len(drawn(tab, "figure img")) == 3
-    assert all(300 <= width <= 600 for width in drawn(tab, "figure img"))
+    main, *others = drawn(tab, "figure img")
+    # the main figure takes the whole width, and scrolls on a phone
+    assert main >= max(640, 0.6 * tab.viewport_size["width"])
+    assert all(300 <= width <= 600 for width in others)
     assert fits(tab)
     if tab.viewport_size["width"] < 700:
         tab.get_by_test_id("stExpandSidebarButton").click()

@@ -18,7 +18,7 @@ from streamlit.testing.v1 import AppTest
 import simulator
 from simulator.explore import app
 from simulator.prediction.load_sentences import load_columns, of_loads
-from simulator.prediction.speedup_sentences import of_speedups
+from simulator.prediction.speedup_sentences import break_even
 
 PAGE = Path(app.__file__)
 
@@ -80,7 +80,8 @@ def expected(**changes: Any) -> Any:
         "models": "llama-3.1-8b",
         "hardware": ["h100"],
         "family": ["depth", "width", "low_rank", "dynamic_depth"],
-        "sparsity": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+        "sparsity": [0.25],
+        "batch": [1, 4, 16, 64],
         "phase": "decode",
     }
     return simulator.table(
@@ -100,7 +101,7 @@ def shows(at: AppTest, found: Any) -> bool:
 def test_the_page_answers_at_once() -> None:
     at, found = page(), expected()
     assert shows(at, found)
-    assert of_speedups(found.rows)[0] in texts(at)
+    assert all(pays.sentence in texts(at) for pays in break_even(found.rows))
     assert texts(at).count("data:image/svg+xml") == 3
     assert len(at.error) == len(at.warning) == 0
     assert [m.value for m in at.markdown] == ["## How much faster will a pruned model be?"]
@@ -131,6 +132,7 @@ WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "kv_dtype": "fp8",
             "devices": "4",
             "dense_s": "8ms",
+            "batch": "2",
         },
         {
             "family": ["token"],
@@ -138,6 +140,7 @@ WIDGETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "kv_dtype": "fp8",
             "devices": 4,
             "dense_s": 0.008,
+            "batch": 2,
         },
     ),
     ({"dtype": "fp8"}, {"dtype": "fp8"}),
@@ -200,7 +203,7 @@ def test_prunings_are_typed_and_mistakes_are_one_line() -> None:
 def test_requests_that_cannot_be_predicted_are_one_line(
     name: str, value: Any, message: str
 ) -> None:
-    at = page(hardware=["h100_sxm", "a100_sxm_80gb"])
+    at = page(hardware=["h100_sxm", "a100_sxm_80gb"], sparsity="10%,20%,30%,40%,50%,60%,70%")
     widget = next(w for w in (*at.selectbox, *at.multiselect, *at.text_input) if w.key == name)
     good(widget.set_value(value).run())
     (error,) = at.error
@@ -208,13 +211,18 @@ def test_requests_that_cannot_be_predicted_are_one_line(
 
 
 def test_another_pruning_is_explained_on_request_and_stays() -> None:
-    at = page()
+    at = page(sparsity="50%, 70%", batch="1")
     assert "depth at 70 % (68.8 % realised) of llama-3.1-8b: nominal 3.33x" in texts(at)
     good(at.selectbox(key="explained").set_value("width at 50 %").run())
     assert "width at 50 % of llama-3.1-8b: nominal 2.00x" in texts(at)
     good(at.selectbox(key="phase").set_value("prefill").run())
     assert "width at 50 % of llama-3.1-8b: nominal 2.00x" in texts(at)
-    assert address(at) == {"phase": ["prefill"], "detail": ["width at 50 %"]}
+    assert address(at) == {
+        "sparsity": ["50%, 70%"],
+        "batch": ["1"],
+        "phase": ["prefill"],
+        "detail": ["width at 50 %"],
+    }
 
 
 def test_the_commands_of_the_page_give_its_numbers(cli: Any, tmp_path: Path) -> None:
@@ -236,14 +244,14 @@ def test_the_commands_of_the_page_give_its_numbers(cli: Any, tmp_path: Path) -> 
 
 
 def test_energy_is_shown_on_request(cli: Any) -> None:
-    at = page(sparsity="25%")
+    at = page(sparsity="50%", batch="1")
     assert "energy saved" not in at.dataframe[0].value
     good(at.selectbox(key="energy").set_value("shown").run())
     assert len(at.dataframe[0].value["energy saved"]) == 4
     assert "of the energy on h100_sxm" in texts(at)
     speedup, _ = at.code[0].value.splitlines()
     assert "energy per new token" in cli.out(speedup.removeprefix("prunesim "))
-    assert address(at) == {"sparsity": ["25%"], "energy": ["shown"]}
+    assert address(at) == {"sparsity": ["50%"], "batch": ["1"], "energy": ["shown"]}
 
 
 def test_a_setting_that_is_not_shown_is_not_read() -> None:
@@ -326,7 +334,7 @@ def test_a_path_in_the_address_fills_its_field_and_is_read_after_a_click(
 
 
 def test_a_pruned_checkpoint_is_compared_after_a_click(tmp_path: Path, hostile_model: Path) -> None:
-    at = page(by="checkpoint", pruned_path=str(hostile_model), model="llama-3.2-1b")
+    at = page(by="checkpoint", pruned_path=str(hostile_model), model="llama-3.2-1b", batch="1")
     assert at.error[0].value.startswith("checkpoint: expected the path of a pruned checkpoint")
     good(at.button[0].click().run())
     assert len(at.error) == 0
@@ -359,7 +367,7 @@ dynamic:
 def test_a_pasted_method_stands_next_to_families_and_published_methods(
     opened: list[str], tmp_path: Path, cli: Any
 ) -> None:
-    at = page(sparsity="25%", phase="prefill", seq="8192", family=["depth", "shortgpt"])
+    at = page(batch="1", phase="prefill", seq="8192", family=["depth", "shortgpt"])
     good(at.text_area(key="method").set_value(OWN).run())
     assert len(at.error) == 0
     shown = at.dataframe[0].value
@@ -419,5 +427,5 @@ def test_requests_that_arrive_at_a_rate() -> None:
     assert at.code[0].value.startswith("prunesim serve llama-3.1-8b --hardware h100_sxm")
     assert "--rate 5" in at.code[0].value
     assert "expected phase serve" in page(rate="5", sparsity="0.5", family=["depth"]).error[0].value
-    many = page(phase="serve", rate="5").error[0].value
+    many = page(phase="serve", rate="5", sparsity="10%,20%,30%,40%,50%,60%,70%").error[0].value
     assert "expected at most 8 predictions, got 28; see prunesim serve" in many

@@ -81,8 +81,8 @@ def test_a_report_opens_with_the_answer_and_has_the_numbers_of_speedup(
     page = Page(html)
     assert (
         html.index('class="answer"')
-        < html.index("<svg")
         < html.index("<table>")
+        < html.index("<svg")
         < html.index("<pre>")
     )
     assert page.elements.count("svg") == 3
@@ -216,10 +216,9 @@ def test_a_report_at_a_rate_has_the_answer_and_the_table_of_serve(tmp_path: Path
     header, dense, pruned = page.rows
     assert dense[:2] == ["dense", "1 x 1"]
     printed = " ".join(cli.out(f"serve {LOAD}").split())
-    assert (
-        " ".join(page.text[page.text.index("At 5 req") : page.text.index("Model")].split())
-        in printed
-    )
+    answer = html[html.index("<p class") : html.index('<div class="scroll')]
+    assert "At 5 requests/s" in answer
+    assert " ".join(Page(answer).text.split()) in printed
     for row in (dense, pruned):
         assert row[header.index("first token\n99 %")] in printed
     lines = Page(html[html.index("<pre>") : html.index("</pre>")]).text.splitlines()
@@ -239,3 +238,22 @@ def test_a_report_at_a_rate_has_the_answer_and_the_table_of_serve(tmp_path: Path
 )
 def test_what_a_rate_cannot_have_is_refused(cli: Any, words: str, reason: str) -> None:
     assert reason in cli.refused(f"report llama-3.1-8b --hardware h100 {words} -o r.html")
+
+
+def test_a_report_of_many_answers_opens_with_the_table_and_explains_the_least_efficient() -> None:
+    prunings = ["width 0.3", "depth 0.3", "width_cross 0.3", "kv_cache 0.5"]
+    asked = {
+        "models": "llama-3.1-8b",
+        "hardware": ["h100"],
+        "prune": prunings,
+        "seq": [2048, 32768],
+    }
+    found = content(asked)
+    html = report_html(found, [])
+    assert html.index("<table>") < html.index(found.answer[0])
+    efficient = [r.speedup / r.roofline_bound for r in found.rows]
+    least = found.rows[efficient.index(min(efficient))]
+    assert (found.detail.pruning, found.detail.seq) == (least.pruning, least.seq)
+    assert [line for line in found.answer if "stock vllm does not run it" in line] == [
+        line for line in found.answer if line.startswith("kv_cache")
+    ]

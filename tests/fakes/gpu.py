@@ -51,6 +51,8 @@ class Gpu:
     floor_s: float = 2e-6  # device time of an empty kernel
     launch_s: float = 4e-6  # host time of a launch
     mig: bool = False
+    throttled: bool = False  # always: its cooling is passive
+    laptop: bool = False  # its enforced power limit moves, and no limit can be set
 
 
 UUID = "1234"
@@ -71,6 +73,18 @@ GPUS: Mapping[str, Gpu] = {
         100e12,
         0.87e12,
         mig=True,
+    ),
+    "T4": Gpu("Tesla T4", 40, (7, 5), 16e9, 1.59e9, 70.0, 40e12, 0.25e12, throttled=True),
+    "RTX 4090 laptop": Gpu(
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        76,
+        (8, 9),
+        17e9,
+        2.04e9,
+        150.0,
+        70e12,
+        0.53e12,
+        laptop=True,
     ),
     "B200": Gpu("NVIDIA B200", 148, (10, 0), 190e9, 1.965e9, 1000.0, 1700e12, 7.0e12),
 }
@@ -122,6 +136,7 @@ class Kernel:
     name: str
     arithmetic_s: float
     memory_s: float
+    rate: float = 1.0  # of its arithmetic, relative to GEMMs: its power follows its FLOPs
 
     def seconds(self, clock: float) -> float:
         """Return the time above the floor at a share of the highest clock."""
@@ -219,7 +234,7 @@ class PlantedCuda:
     @property
     def throttled(self) -> bool:
         start, stop = self.troubles.throttle
-        return start <= self.now < stop
+        return self.gpu.throttled or start <= self.now < stop
 
     @property
     def clock_share(self) -> float:
@@ -267,7 +282,7 @@ class PlantedCuda:
         """Return the share of the power limit that kernels draw above an idle GPU."""
         if self.hot and self.troubles.power_cap < 1.0:
             return MOST_POWER - POWER["idle"]
-        arithmetic_s = sum(count * kernel.arithmetic_s for kernel, count in kernels.items())
+        arithmetic_s = sum(count * k.rate * k.arithmetic_s for k, count in kernels.items())
         memory_s = sum(count * kernel.memory_s for kernel, count in kernels.items())
         used = POWER["memory"] * memory_s + POWER["compute"] * arithmetic_s
         return min(POWER["active"] + used / took, MOST_POWER - POWER["idle"])
@@ -390,6 +405,9 @@ def planted_nvml(cuda: PlantedCuda, broken: Collection[str] = ()) -> ModuleType:
             else 2600
         )
 
+    def limit() -> int:
+        return int(1e3 * gpu.power_w)
+
     def reasons() -> int:
         capped = 0x4 if loaded() and cuda.hot and cuda.troubles.power_cap < 1.0 else 0
         return (capped | (0x40 if cuda.throttled else 0)) or (0 if loaded() else 0x1)
@@ -416,7 +434,11 @@ def planted_nvml(cuda: PlantedCuda, broken: Collection[str] = ()) -> ModuleType:
             lambda: round(1e3 * (POWER["idle"] * gpu.power_w + loaded() * cuda.load_w))
         ),
         nvmlDeviceGetTotalEnergyConsumption=reading(lambda: round(1e3 * cuda.energy_j)),
-        nvmlDeviceGetEnforcedPowerLimit=reading(lambda: int(1e3 * gpu.power_w)),
+        nvmlDeviceGetPowerManagementLimit=unsupported if gpu.laptop else reading(limit),
+        nvmlDeviceGetPowerManagementDefaultLimit=reading(limit),
+        nvmlDeviceGetEnforcedPowerLimit=reading(
+            lambda: limit() - 5000 * gpu.laptop * (1 + int(cuda.now) % 3)
+        ),
         nvmlDeviceGetTemperature=reading(lambda: 91 if cuda.throttled else 61),
         nvmlDeviceGetUtilizationRates=reading(lambda: SimpleNamespace(gpu=100 if loaded() else 0)),
         nvmlDeviceGetCurrentClocksEventReasons=reading(reasons),

@@ -126,7 +126,8 @@ class Kernels(TorchFunctionMode):
                 / ATTENTION
             )
         rate = gpu.flop_per_s * FACTORS.get(given[0].dtype, 1.0) if flops else 1.0
-        self.cuda.submit({Kernel(name, flops / rate, moved / gpu.bytes_per_s): 1})
+        share = ATTENTION if attends else 1.0
+        self.cuda.submit({Kernel(name, flops / rate, moved / gpu.bytes_per_s, share): 1})
 
 
 def _causal(args: Any, kwargs: Any) -> bool:

@@ -45,10 +45,15 @@ def _shown(figure: Figure, text: Any) -> bool:
 
 
 def check_print(figure: Figure) -> None:
-    """A width of a paper's columns, no taller than its page, and no text off the page or on top of
-    another."""
-    assert figure.get_size_inches()[0] in (style.COLUMN_IN, style.PAGE_IN)
-    assert figure.get_size_inches()[1] <= 9.5
+    """A width of a paper's columns or the requested one, no taller than its page, and no text off
+    the page or on top of another."""
+    size = style.paper_size()
+    width, height = size.scale * figure.get_size_inches()
+    if size.width_in is None:
+        assert width in (style.COLUMN_IN, style.PAGE_IN)
+    else:
+        assert abs(width - size.width_in) < 1e-9
+    assert height <= 9.51
     found = texts(figure)
     assert len(found) > 5
     for text, box in found:

@@ -21,6 +21,7 @@ import simulator
 from calibration.cli.figures import gemms_of_format, shipped_gemms
 from calibration.cli.fit import load_rows
 from simulator.engines.engine import list_engines
+from simulator.errors import InputError
 from simulator.figures import style
 from simulator.figures.gemms import Roof, roofline_figure
 from simulator.figures.speedup import speedups_of
@@ -145,6 +146,71 @@ def test_pdf_fonts_are_embedded_truetype(tmp_path: Path, drawn: dict[str, Figure
 @pytest.mark.parametrize("name", list(FIGURES))
 def test_figures_print_without_clashes(name: str, drawn: dict[str, Figure]) -> None:
     check_print(drawn[name])
+
+
+SIZES = [("3.25in", 9.0), ("84mm", 7.0), ("5.5in", 9.0), ("12cm", 8.0)]
+
+
+@pytest.mark.parametrize(("width", "font"), SIZES)
+@pytest.mark.parametrize(
+    "name", ["few dots", "curves", "curves, one device", "waterfalls", "rooflines"]
+)
+def test_figures_of_a_stated_width_and_font_print_without_clashes(
+    name: str, width: str, font: float
+) -> None:
+    with style.PaperSize.read(width, font).applied():
+        if name == "few dots":
+            check_print(speedups(FOUR, [0.3], GPUS, "prefill", batch=[1, 64]))
+        else:
+            check_print(FIGURES[name]())
+
+
+@pytest.mark.quick
+def test_a_figure_that_would_be_higher_than_a_page_is_refused() -> None:
+    with style.PaperSize.read("3.25in", 9.0).applied(), pytest.raises(InputError, match="height"):
+        FIGURES["dots"]()
+
+
+@pytest.mark.quick
+def test_files_have_the_stated_width_and_the_stated_font(tmp_path: Path) -> None:
+    with style.PaperSize.read("5.5in", 9.0).applied():
+        figure = waterfall_figure([steps("h100_sxm", [0.99, 0.9, 1.03, 0.97, 1.0, 0.95, 0.83])])
+        for suffix in style.SUFFIXES:
+            style.save_figure(figure, tmp_path / f"x{suffix}")
+    pdf = (tmp_path / "x.pdf").read_bytes()
+    page = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", pdf)
+    assert page is not None
+    assert float(page[1]) == pytest.approx(5.5 * 72)
+    streams = re.findall(rb"stream\n(.*?)\nendstream", pdf, re.DOTALL)
+    text = b"".join(zlib.decompress(s) for s in streams if s[:1] == b"\x78")
+    scale = re.search(rb"([\d.]+) 0 0 [\d.]+ 0 0 cm", text)
+    fonts = {float(size) for size in re.findall(rb"/F\d+ ([\d.]+) Tf", text)}
+    assert scale is not None
+    # the label of the axis, and no text much smaller
+    assert any(size * float(scale[1]) == pytest.approx(9.0, rel=1e-4) for size in fonts)
+    assert min(fonts) * float(scale[1]) >= 0.85 * 9.0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size[0] == pytest.approx(5.5 * 300, abs=1)
+    svg = (tmp_path / "x.svg").read_text()
+    found = re.search(r'<svg [^>]*width="([\d.]+)pt"[^>]*viewBox="0 0 ([\d.]+)', svg)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(5.5 * 72)
+    assert float(found[2]) == pytest.approx(5.5 * 72 * 7 / 9)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--width 5.5 --figure x.pdf", "expected a length in in, cm, mm or pt"),
+        ("--width aain --figure x.pdf", "expected a number"),
+        ("--width 2in --font 9 --figure x.pdf", "expected 2.83in to 60in with a font of 9 pt"),
+        ("--font 2 --figure x.pdf", "expected 4 to 40 points"),
+        ("--width 5.5in", "--width: expected with --figure FILE"),
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_refused(options: str, reason: str, cli: Any) -> None:
+    assert reason in cli.refused(f"speedup llama-3.1-8b --hardware h100 {options}")
 
 
 @pytest.mark.quick

@@ -49,7 +49,8 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
     assert named == ["decode, vLLM", "decode, Transformers (eager)"]
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
     assert legend(figure)[0] == "Width, 25 %"
-    assert figure.legends[0].get_title().get_text() == "batch; Llama-3.1-8B"
+    assert figure.legends[0].get_title().get_text() == "batch size"
+    assert figure.get_suptitle() == "Llama-3.1-8B"
     panels = [(gpu, engine) for engine in engines for gpu in ("h100_sxm", "a100_sxm_80gb")]
     for ax, (gpu, engine) in zip(figure.axes, panels, strict=True):
         own = [r for r in rows if (r.hardware, r.engine) == (gpu, engine)]
@@ -80,7 +81,7 @@ def test_one_candidate_over_batches_has_a_panel_per_device_and_engine_with_share
 def test_of_two_fields_the_other_has_a_panel_per_value() -> None:
     lengths = speedups_of(table("depth", hardware=["h100"], batch=[1, 8], seq=[512, 2048, 8192]))
     assert [ax.texts[0].get_text() for ax in lengths.axes] == ["decode, batch 1", "decode, batch 8"]
-    assert lengths.legends[0].get_title().get_text() == "sequence (tokens); Llama-3.1-8B"
+    assert lengths.legends[0].get_title().get_text() == "sequence length (tokens)"
     assert ticks(lengths.axes[0]) == ["512", "2k", "8k"]
     removed = speedups_of(table("depth", hardware=["h100"], sparsity=(0.25, 0.5), batch=[1, 8, 64]))
     assert [ax.texts[0].get_text() for ax in removed.axes] == [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.files import fields
@@ -52,31 +53,6 @@ def test_a_dataclass_is_read_by_its_annotations() -> None:
     assert bicycle == Bicycle("A", "hub", (Wheel(36, 0.5),), 3e-6, {"a": 1.0}, True, "x")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "lines"),
-    [
-        ("name: A\n", "", ["f:1:1: name: is missing"]),
-        ("hub", "hup", ["f:2:7: gear: unknown value hup; did you mean hub? Known: fixed, hub"]),
-        ("spokes: 36, ", "", ["f:3:10: wheels.0.spokes: is missing"]),
-        ("0.5", "2", ["f:3:29: wheels.0.mass: expected a number from 0 to 1, got 2"]),
-        (GOOD, GOOD + "bell: yes", ["f:4:7: bell: expected true or false, got yes"]),
-        (
-            GOOD,
-            GOOD + "shares: {a: x, b: 3}",
-            [
-                "f:4:13: shares.a: expected a number, got x: write 0.25",
-                "f:4:19: shares.b: expected a number from 0 to 1, got 3",
-            ],
-        ),
-        (GOOD, GOOD + "latency_s: 3 s", ["f:4:12: latency_s: expected 1 us to 1 s, got '3 s'"]),
-        (GOOD, GOOD + "bel: true", ["f:4:1: bel: unknown key; did you mean bell?"]),
-        (
-            GOOD,
-            GOOD.replace("hub", "fixed") + "bell: true",
-            ["f:1:1: file: a fixed gear has no bell"],
-        ),
-        (GOOD, "[1]", ["f:1:1: file: expected a mapping of key: value, got a list"]),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "lines"), tables_of("files/mistakes.yaml")["fields"])
 def test_what_is_wrong_is_said_with_its_place(old: str, new: str, lines: list[str]) -> None:
     assert read(GOOD.replace(old, new)) == (None, lines)

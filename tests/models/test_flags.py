@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from calibration.evidence import models
 from calibration.evidence.models import Case
 from simulator.capacity import cache_bytes
-from simulator.errors import InputError
 from simulator.models.library import from_hf_config
 from simulator.models.lower import lower
 from simulator.pruning import prune_model
@@ -21,81 +21,14 @@ from simulator.workload import WorkloadBatch
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
 FULL = {**SIZES, "intermediate_size": 96, "pad_token_id": 0}
 GROUPED = {**FULL, "num_key_value_heads": 2}
-GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
 BIASES = {"attention_bias": True, "mlp_bias": True}
-ROPE = {"rope_type": "default", "rope_theta": 1e4}
 KINDS = ["full_attention"] * 2 + ["sliding_attention"] * 2
 DORY = {
     **{**GROUPED, "head_dim": 16, **BIASES, "num_hidden_layers": 8, "layer_types": KINDS * 2},
     **{"n_input_layers": 2, "n_output_layers": 3, "n_recurrent_loops": 3},
 }
 
-FLAGS: list[tuple[str, dict[str, Any]]] = [
-    ("falcon", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}),
-    ("falcon", {**SIZES, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
-    ("falcon", {**SIZES, "multi_query": False, "parallel_attn": False, "alibi": True}),
-    ("falcon", {**SIZES, "bias": True, "ffn_hidden_size": 96}),
-    ("gpt2", {**GPT, "n_inner": 96, "tie_word_embeddings": False}),
-    ("gpt_bigcode", {**GPT, "multi_query": False}),
-    ("gptj", {**GPT, "rotary_dim": 8, "n_inner": 96}),
-    ("ctrl", {**GPT, "dff": 96}),
-    ("bloom", {**GPT, "n_embed": 64}),
-    ("mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 100}),
-    (
-        "xglm",
-        {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "vocab_size": 9},
-    ),
-    (
-        "gpt_neo",
-        {
-            **{"hidden_size": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 100},
-            **{"attention_types": [[["global"], 1], [["local"], 2]], "intermediate_size": 96},
-        },
-    ),
-    ("gpt_neox_japanese", {**SIZES, "intermediate_multiple_size": 3}),
-    ("gpt_neox", {**FULL, "use_parallel_residual": False, "attention_bias": False}),
-    ("cpmant", {**SIZES, "dim_head": 8, "dim_ff": 96, "prompt_types": 3, "segment_types": 4}),
-    ("phi", {**GROUPED, "qk_layernorm": True, "tie_word_embeddings": True}),
-    ("persimmon", {**FULL, "qk_layernorm": False}),
-    ("stablelm", {**GROUPED, "qk_layernorm": True, "use_qkv_bias": True}),
-    ("stablelm", {**GROUPED, "use_parallel_residual": True}),
-    ("starcoder2", {**GROUPED, "use_bias": False}),
-    (
-        "modernbert-decoder",
-        {
-            **{**FULL, **BIASES, "norm_bias": True, "classifier_bias": True},
-            **{"decoder_bias": False, "tie_word_embeddings": False},
-        },
-    ),
-    ("cohere", {**GROUPED, "use_qk_norm": True, "attention_bias": True}),
-    ("cohere2", {**GROUPED, "attention_bias": True, "tie_word_embeddings": False}),
-    (
-        "cohere_compass_text",
-        {
-            **{**GROUPED, "layer_types": KINDS},
-            "rope_parameters": {"full_attention": None, "sliding_attention": ROPE},
-        },
-    ),
-    ("exaone4", {**GROUPED, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
-    ("exaone", {**GROUPED, **BIASES}),
-    ("internlm3", {**GROUPED, "qkv_bias": True, "bias": True, "head_dim": 16}),
-    ("glm", {**GROUPED, "head_dim": 8, "attention_bias": False}),
-    ("glm4", {**GROUPED, "head_dim": 8}),
-    ("helium", {**GROUPED, **BIASES, "head_dim": 16}),
-    ("hyperclovax", {**GROUPED, **BIASES, "use_post_norm": False, "head_dim": 8}),
-    ("ernie4_5", {**GROUPED, "use_bias": True, "head_dim": None}),
-    ("bitnet", {**GROUPED, "attention_bias": True}),
-    ("jais2", {**GROUPED, "attention_bias": False, "mlp_bias": False}),
-    ("apertus1p5_text", {**GROUPED, "output_vocab_size": 60, "attention_bias": True}),
-    ("nanochat", {**GROUPED, "attention_bias": True}),
-    ("diffllama", {**GROUPED, "attention_bias": True}),
-    ("doge", {**GROUPED, **BIASES}),
-    ("dory", DORY),
-    ("dory", {**DORY, "layer_types": ["full_attention", "mlp"] * 4, "n_output_layers": 2}),
-    ("granite_swa", {**GROUPED, **BIASES, "layer_rope_theta": [0, 1e4, 1e4, 0]}),
-    ("opt", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    ("opt", {**SIZES, "ffn_dim": 96, "enable_bias": False, "layer_norm_elementwise_affine": False}),
-]
+FLAGS: list[tuple[str, dict[str, Any]]] = tables_of("models/configs.yaml")["flags"]
 NAMES = [f"{kind}-{','.join([*flags][-2:])}" for kind, flags in FLAGS]
 
 
@@ -163,49 +96,3 @@ def test_heads_have_their_own_rows_and_projections() -> None:
     assert (w.m[row].tolist(), w.n[row].tolist(), w.k[row].tolist()) == ([2], [64], [64])
     # the first layer has no norm before its attention
     assert w.layers[w.is_role("attention_norm")].sum() == 3
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("kind", "keys", "rotary"),
-    [
-        ("bloom", {**GPT, "n_embed": 64}, [0, 0]),
-        ("falcon", {**SIZES, "alibi": True}, [0] * 4),
-        ("gptj", {**GPT, "rotary_dim": 8}, [8, 8]),
-        ("phi", GROUPED, [8] * 4),
-        ("cohere2", GROUPED, [16, 16, 16, 0]),
-        ("exaone4", {**GROUPED, "sliding_window": None}, [16] * 4),
-        ("exaone4", GROUPED, [16, 16, 16, 0]),
-        ("granite_swa", {**GROUPED, "layer_rope_theta": [0, 1, 1, 0]}, [0, 16, 16, 0]),
-        (
-            "cohere_compass_text",
-            {**GROUPED, "layer_types": KINDS, "rope_parameters": {"full_attention": None}},
-            [0, 0, 16, 16],
-        ),
-        ("gpt_neox", {**FULL, "rope_parameters": {"partial_rotary_factor": 0.5}}, [8] * 4),
-    ],
-)
-def test_rotary_positions(kind: str, keys: dict[str, Any], rotary: list[int]) -> None:
-    layers = read(kind, **keys).layers
-    assert [layer.of("attention").rotary for layer in layers] == rotary
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(
-    ("kind", "keys", "reason"),
-    [
-        ("doge", {**GROUPED, "is_moe": True}, "is_moe: expected false"),
-        ("helium", {**GROUPED, "head_dim": 8}, "head_dim: expected hidden_size 64 / num_attention"),
-        ("gpt_neo", {**SIZES, "attention_types": [["local", 4]]}, "attention_types: expected a li"),
-        ("gpt_neo", {**SIZES, "attention_types": [[["local"], 3]]}, "expected 4 layers, got 3"),
-        ("granite_swa", {**GROUPED, "layer_rope_theta": [0]}, "expected a list of 4 numbers"),
-        ("apertus1p5_text", {**GROUPED, "output_vocab_size": 101}, "output_vocab_size: expected"),
-        ("falcon", {**SIZES, "num_kv_heads": 3, "new_decoder_architecture": True}, "num_kv_heads"),
-        ("dory", {**DORY, "n_recurrent_layers": 8}, "n_recurrent_layers: expected 8 layers"),
-        ("dory", {**DORY, "recurrent_kv_cache_mode": "last_loop"}, "expected per_loop"),
-        ("gpt2", {**GPT, "hidden_size": 32}, "hidden_size: is not understood"),
-    ],
-)
-def test_bad_flags_are_named(kind: str, keys: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        read(kind, **keys)

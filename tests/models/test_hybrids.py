@@ -113,22 +113,6 @@ def test_a_puzzle_states_experts_by_layer() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hybrid_override_pattern": "M-*"}, "num_hidden_layers: expected 3"),
-        ({"hybrid_override_pattern": "M-*X"}, "hybrid_override_pattern: expected layers of"),
-        ({"layers_block_type": ["mamba"] * 4}, "hybrid_override_pattern: expected the layers of"),
-        ({"n_groups": 3}, "n_groups: expected a divisor of the number of Mamba heads 8, got 3"),
-        ({"mamba_expert_size": 8}, "mamba_expert_size: is not understood"),
-    ],
-)
-def test_wrong_layers_are_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        model_of(NEMOTRON, **changes)
-
-
-@pytest.mark.quick
 def test_blocks_of_shared_weights_count_once_and_run_every_time() -> None:
     model = model_of({**ZAMBA2, "model_type": "zamba2"})
     attentions = [s for layer in model.layers for s in layer.sublayers if isinstance(s, Attention)]

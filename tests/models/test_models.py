@@ -31,7 +31,6 @@ pytestmark = pytest.mark.quick
 SHIPPED = Path(__file__).parents[2] / "simulator/models"
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
 LLAMA: dict[str, Any] = {"model_type": "llama", "intermediate_size": 176, **SHAPE}
-OPT = {"model_type": "opt", "ffn_dim": 256, **SHAPE}
 
 
 def test_every_shipped_model_has_published_numbers_and_names_its_source() -> None:
@@ -130,82 +129,6 @@ def test_what_is_no_model_is_refused_in_one_line(source: Any, reason: str) -> No
     assert "\n" not in str(error.value)
 
 
-WIDE = LLAMA | {"num_attention_heads": 32, "hidden_size": 128}
-QWEN = LLAMA | {
-    "model_type": "qwen2",
-    "num_key_value_heads": 4,
-    "sliding_window": 512,
-    "max_window_layers": 1,
-}
-SLIDING = QWEN | {"use_sliding_window": True}
-
-
-@pytest.mark.parametrize(
-    ("data", "fields"),
-    [
-        (
-            LLAMA,
-            {
-                "kv_heads": 4,
-                "head_dim": 16,
-                "tied": False,
-                "attention.qkv_bias": False,
-                "mlp.bias": False,
-                "attention.rotary": 16,
-            },
-        ),
-        (LLAMA | {"num_key_value_heads": None}, {"kv_heads": 4}),
-        (LLAMA | {"num_key_value_heads": 2}, {"kv_heads": 2}),
-        (LLAMA | {"head_dim": 32}, {"head_dim": 32}),
-        (WIDE | {"model_type": "mistral"}, {"kv_heads": 8, "windows": (4096, 4096)}),
-        (WIDE | {"model_type": "mistral", "sliding_window": None}, {"windows": (0, 0)}),
-        (
-            WIDE | {"model_type": "qwen2"},
-            {"attention.qkv_bias": True, "kv_heads": 32, "windows": (0, 0)},
-        ),
-        (WIDE | {"model_type": "qwen3"}, {"head_dim": 128, "attention.norm": "head"}),
-        (
-            WIDE | {"model_type": "gemma"},
-            {"tied": True, "kv_heads": 16, "head_dim": 256, "post_norms": False},
-        ),
-        (
-            WIDE | {"model_type": "gemma2"},
-            {"kv_heads": 4, "windows": (4096, 0), "post_norms": True},
-        ),
-        (WIDE | {"model_type": "gemma2"}, {"logit_softcap": True, "attention.softcap": True}),
-        (
-            WIDE | {"model_type": "gemma2", "final_logit_softcapping": None},
-            {"logit_softcap": False},
-        ),
-        (
-            LLAMA | {"model_type": "phi3", "partial_rotary_factor": 0.5},
-            {"attention.rotary": 8, "windows": (0, 0)},
-        ),
-        (
-            OPT,
-            {
-                "tied": True,
-                "learned_positions": 2050,
-                "mlp.gated": False,
-                "norm": "layer",
-                "attention.rotary": 0,
-            },
-        ),
-        (OPT | {"do_layer_norm_before": False}, {"final_norm": False}),
-        (
-            LLAMA | {"model_type": "gpt_neox"},
-            {"attention.rotary": 4, "mlp.gated": False},
-        ),
-        (QWEN, {"windows": (0, 0)}),
-        (SLIDING, {"windows": (0, 512)}),
-        (SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, {"windows": (512, 0)}),
-    ],
-)
-def test_defaults(data: dict[str, Any], fields: dict[str, Any]) -> None:
-    model = from_hf_config(data)
-    assert {path: value_of(model, path) for path in fields} == fields
-
-
 @pytest.mark.parametrize("key", [k for k in LLAMA if k != "model_type"])
 @pytest.mark.parametrize(
     "value",
@@ -223,37 +146,9 @@ def test_bad_shape_is_named(key: str, value: Any) -> None:
         from_hf_config({k: v for k, v in LLAMA.items() if k != key})
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (
-            LLAMA | {"num_attention_heads": 5},
-            r"num_attention_heads: expected a divisor of hidden_size 64 \(no head",
-        ),
-        (
-            LLAMA | {"num_key_value_heads": 3},
-            "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3",
-        ),
-        (LLAMA | {"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
-        (
-            LLAMA | {"num_hidden_layers": 100_000},
-            "num_hidden_layers: expected an integer from 1 to 10000",
-        ),
-        (
-            LLAMA | {"model_type": "gpt_neox", "rotary_pct": 2},
-            "rotary_pct: expected a number from 0 to 1, got 2",
-        ),
-        (
-            WIDE | {"model_type": "gemma2", "attn_logit_softcapping": -1},
-            "attn_logit_softcapping: expected a positive",
-        ),
-        (QWEN | {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2"),
-        (QWEN | {"layer_types": ["sliding_attention"] * 2}, "sliding_window: missing"),
-        *((data, "expected a JSON object") for data in ([], "llama", 3, None)),
-    ],
-)
-def test_other_bad_values(data: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
+@pytest.mark.parametrize("data", [[], "llama", 3, None])
+def test_only_an_object_is_a_configuration(data: Any) -> None:
+    with pytest.raises(InputError, match="expected a JSON object"):
         from_hf_config(data)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from layouts import folder_of, save, stored_as, tensors_of
 from program import Program
+from tables import tables_of
 
 import simulator
 from simulator.codes import DTYPES, Kernel
@@ -39,183 +40,15 @@ def compressed(weights: Any, activations: Any = None, **more: Any) -> dict[str, 
 
 TOKEN = {"strategy": "token", "dynamic": True}
 GROUP = {"strategy": "group", "group_size": 128}
-BLOCK = {"strategy": "block", "block_structure": [128, 128]}
-FP4 = {"strategy": "tensor_group", "group_size": 16}
 INT4, FP8 = args(4, "int", **GROUP), args(8, "float", strategy="channel")
-ATTENTION = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
 
-CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
-    # object, formats of weights, arithmetic and cache, part of a note
-    "awq": (
-        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
-        *("int4", "bf16", "bf16", ""),
-    ),
-    "gptq 8": (
-        {"quant_method": "gptq", "bits": 8, "desc_act": True},
-        *("int8", "bf16", "bf16", ""),
-    ),
-    "gptq in part": (
-        {"quant_method": "gptq", "bits": 4, "modules_in_block_to_quantize": [["mlp.up_proj"]]},
-        *("int4", "bf16", "bf16", "only some modules are quantised (mlp.up_proj), but all"),
-    ),
-    "auto-round": (
-        {"quant_method": "auto-round", "bits": 4, "data_type": "int", "act_bits": 16},
-        *("int4", "bf16", "bf16", ""),
-    ),
-    "bitsandbytes 4": (
-        {
-            **{"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False},
-            **{"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"]},
-        },
-        *("int4", "bf16", "bf16", ""),
-    ),
-    "bitsandbytes 8": (
-        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
-        *("int8", "int8", "bf16", "outlier features in 16 bits, which is not timed"),
-    ),
-    "fp8 (AutoFP8)": (
-        {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
-        *("fp8", "fp8", "bf16", ""),
-    ),
-    "fp8 (DeepSeek-V3)": (
-        {
-            **{"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"},
-            **{"weight_block_size": [128, 128]},
-        },
-        *("fp8_block", "fp8", "bf16", ""),
-    ),
-    "fp8 (Qwen3)": (
-        {
-            **{"quant_method": "fp8", "activation_scheme": "dynamic"},
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": [
-                *("lm_head", "model.layers.0.mlp.gate", "model.layers.0.input_layernorm"),
-                *("model.embed_tokens", "visual"),
-            ],
-        },
-        *("fp8_block", "fp8", "bf16", ""),
-    ),
-    "fbgemm_fp8": (
-        {
-            **{"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
-            "modules_to_not_convert": ["lm_head", *ATTENTION],
-        },
-        *("fp8", "fp8", "bf16", "(model.layers.*.self_attn.q_proj, model.layers.*.self_attn.k_pr"),
-    ),
-    "W4A16": (compressed(INT4, format="pack-quantized"), "int4", "bf16", "bf16", ""),
-    "W8A16": (compressed(args(8, "int", **GROUP)), "int8", "bf16", "bf16", ""),
-    "W8A8 int8": (
-        compressed(args(8, "int", strategy="channel"), args(8, "int", **TOKEN)),
-        *("int8", "int8", "bf16", ""),
-    ),
-    "W4A8": (compressed(INT4, args(8, "int", **TOKEN)), "int4", "int8", "bf16", ""),
-    "W4A8 fp8": (compressed(INT4, args(8, "float", **TOKEN)), "int4", "fp8", "bf16", ""),
-    "FP8 dynamic": (compressed(FP8, args(8, "float", **TOKEN)), "fp8", "fp8", "bf16", ""),
-    "FP8 weights alone": (compressed(FP8), "fp8", "bf16", "bf16", ""),
-    "FP8 block": (
-        compressed(args(8, "float", **BLOCK), args(8, "float", **GROUP, dynamic=True)),
-        *("fp8_block", "fp8", "bf16", ""),
-    ),
-    "FP8 with a cache": (
-        compressed(FP8, args(8, "float"), kv_cache_scheme=args(8, "float")),
-        *("fp8", "fp8", "fp8", ""),
-    ),
-    "NVFP4": (
-        compressed(args(4, "float", **FP4), args(4, "float", **FP4)),
-        *("nvfp4",) * 2,
-        "bf16",
-        "",
-    ),
-    "experts alone": (
-        {
-            "config_groups": {
-                "group_0": {"targets": ["re:.*mlp.experts.*"], "weights": INT4},
-                "group_1": {"targets": ["re:.*mlp.experts.*down_proj"], "weights": INT4},
-            }
-        },
-        *("int4", "bf16", "bf16", "only some modules are quantised (.*mlp.experts.*, .*mlp.expert"),
-    ),
-    "modelopt FP8": (
-        {
-            **{
-                "quant_method": "modelopt",
-                "quant_algo": "FP8",
-                "kv_cache_scheme": args(8, "float"),
-            },
-            **{"config_groups": {"group_0": {"weights": args(8, "float")}}, "ignore": ["lm_head"]},
-        },
-        *("fp8", "fp8", "fp8", ""),
-    ),
-    "modelopt NVFP4": (
-        {
-            **{"quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.33.0"}},
-            **{"kv_cache_scheme": "FP8", "ignore": ["lm_head", "model.layers.0.self_attn*"]},
-        },
-        *(
-            "nvfp4",
-            "nvfp4",
-            "fp8",
-            "stay in 16 bits count as quantised (model.layers.*.self_attn*)",
-        ),
-    ),
-    "modelopt, older": (
-        {
-            "quantization": {
-                **{"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "INT4", "group_size": 128},
-                "exclude_modules": ["lm_head"],
-            }
-        },
-        *("int4", "bf16", "bf16", "a K/V cache in 'INT4' is not understood; state it with --kv"),
-    ),
-    "modelopt, cache alone": (
-        {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
-        *("bf16", "bf16", "fp8", ""),
-    ),
-}
+CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = tables_of("models/configs.yaml")[
+    "formats"
+]
 
-UNREAD = {
-    "quant_method 'hqq'": {"quant_method": "hqq", "quant_config": {"weight_quant_params": {}}},
-    "quant_method 'aqlm'": {"quant_method": "aqlm", "nbits_per_codebook": 16},
-    "quant_method 'quip'": {"quant_method": "quip"},
-    "quant_method 'eetq'": {"quant_method": "eetq", "weights": "int8"},
-    "quant_method 'torchao'": {"quant_method": "torchao", "quant_type": {"default": {}}},
-    "quant_method None": {"bits": 4},
-    "bitsandbytes without a number format": {"quant_method": "bitsandbytes"},
-    "compressed-tensors without a number format": {"quant_method": "compressed-tensors"},
-    "quant_method ['gptq']": {"quant_method": ["gptq"], "bits": 4},
-    "gptq with bits 3": {"quant_method": "gptq", "bits": 3},
-    "auto-round with data_type 'mx_fp'": {
-        "quant_method": "auto-round",
-        "bits": 4,
-        "data_type": "mx_fp",
-    },
-    "expert_dtype 'fp4'": {"quant_method": "fp8", "expert_dtype": "fp4"},
-    "weight_block_size [1, 32]": {"quant_method": "fp8", "weight_block_size": [1, 32]},
-    "quant_algo 'MIXED_PRECISION'": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
-    "config_groups of 2-bit 'int' weights": compressed(args(2, "int")),
-    "config_groups of fp8 ('group' of 32) weights with fp8 activations": compressed(
-        args(8, "float", strategy="group", group_size=32), args(8, "float")
-    ),
-    "config_groups of 4-bit float (groups of 32) weights": compressed(
-        args(4, "float", strategy="group", group_size=32)
-    ),
-    "config_groups of fp8 weights with int8 activations": compressed(FP8, args(8, "int")),
-    "config_groups in several formats (fp8, int4)": compressed(FP8)
-    | {"config_groups": {"a": {"weights": FP8}, "b": {"weights": INT4}}},
-}
+UNREAD = tables_of("models/configs.yaml")["unread_formats"]
 
-WRONG = {
-    "quantization_config: expected an object, got 'fp8'": "fp8",
-    "quantization_config.load_in_4bit: expected true or false, got 'yes'": {
-        **{"quant_method": "bitsandbytes", "load_in_4bit": "yes"}
-    },
-    "quantization_config.config_groups: expected an object, got [1]": compressed(FP8)
-    | {"config_groups": [1]},
-    "quantization_config.config_groups: expected objects, got 3": compressed(FP8)
-    | {"config_groups": {"a": 3}},
-    "quantization_config.config_groups.weights: expected an object, got 8": compressed(8),
-    "quantization_config.quantization: expected an object, got 'FP8'": {"quantization": "FP8"},
-}
+WRONG = tables_of("models/configs.yaml")["wrong_formats"]
 
 
 def config(stored: Any, key: str = "quantization_config") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 from simulator.codes import Kind
 from simulator.errors import InputError
@@ -31,18 +32,7 @@ def with_experts(**fields: Any) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("fields", "expert", "others"),
-    [
-        # parameters of an expert, and of the others of a layer (a router of 8 x 64) by hand
-        ({}, 3 * 64 * 32, 512),
-        ({"gated": False}, 2 * 64 * 32, 512),
-        ({"gated": False, "latent": 16}, 2 * 16 * 32, 512 + 2 * 64 * 16),
-        ({"gated": False, "latent": 16, "bias": True}, 2 * 16 * 32 + 32 + 16, 512 + 2 * 64 * 16),
-        ({"gated": False, "shared_inner": 48}, 2 * 64 * 32, 512 + 2 * 64 * 48),
-        ({"zero_experts": 2, "router_bias": True}, 3 * 64 * 32, 10 * 65),
-        ({"router_inner": 4}, 3 * 64 * 32, 64 * 4 + 2 * 4 * 4 + 4 * 8 + 3 * 4 + 4),
-        ({"branch_norms": True, "output_bias": True}, 3 * 64 * 32, 512 + 5 * 64),
-    ],
+    ("fields", "expert", "others"), tables_of("models/configs.yaml")["experts"]
 )
 def test_parameters_products_and_bytes_of_experts(
     fields: dict[str, Any], expert: int, others: int

@@ -158,20 +158,3 @@ def test_a_checkpoint_of_transformers_is_that_of_its_config(data: dict[str, Any]
             from_tensors(
                 model, tensors | {"model.layers.1.x.weight": Tensor("BF16", (2,))}, Path("x")
             )
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (
-            SHARING | {"num_kv_shared_layers": 10},
-            "num_kv_shared_layers: expected an integer from 0",
-        ),
-        (SHARING | {"num_kv_shared_layers": 6}, "expected a layer of full_attention before"),
-        (GEMMA3N | {"intermediate_size": [96]}, "intermediate_size: expected an integer"),
-        (GEMMA4 | {"use_bidirectional_attention": "all"}, "expected vision or null"),
-    ],
-)
-def test_what_is_wrong_is_named(data: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        from_hf_config(data)

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from model_shapes import PUBLISHED, pass_flops
 from shaped import layer, model_of
+from tables import tables_of
 
 from simulator.capacity import memory, weights_bytes
 from simulator.codes import DTYPES, PHASES, ROLES, Kind, Part, Phase
@@ -385,32 +386,7 @@ def test_any_windows_against_a_count_key_by_key(windows: list[int], seq: int, st
         assert w.flops[rows].sum() == 4 * 2 * 4 * expected
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"model": 3}, "model: expected a name, a path or a configuration"),
-        ({"batch": 0}, "batch: expected a whole number from 1"),
-        *(({"batch": batch}, f"got {batch!r}") for batch in (-3, 1.5, True, "8", None)),
-        ({"seq": 0}, "seq: expected a whole number from 1"),
-        (
-            {"batch": 2**30, "seq": 2**30, "phase": "prefill"},
-            "expected at most 2147483647 tokens in a pass",
-        ),
-        ({"batch": 10**30}, "batch: expected"),
-        ({"phase": "prefil"}, "did you mean prefill"),
-        ({"phase": ["prefill"]}, "phase"),
-        ({"dtype": "bf17"}, "dtype 'bf17' is unknown; did you mean"),
-        ({"weight_dtype": "int3"}, "weight_dtype 'int3' is unknown"),
-        ({"kv_dtype": "fp7"}, "kv_dtype 'fp7' is unknown"),
-        ({"engine": "vlm"}, "engine 'vlm' is unknown; did you mean vllm"),
-        (
-            {"phase": "generate", "new_tokens": 0},
-            "new_tokens: expected at least 1 for phase generate, got 0",
-        ),
-        ({"devices": 0}, "devices: expected a whole number from 1"),
-        ({"parallel": "experts"}, "parallel 'experts' is unknown"),
-    ],
-)
+@pytest.mark.parametrize(("options", "reason"), tables_of("models/configs.yaml")["arguments"])
 def test_bad_arguments(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError) as error:
         lower(**{"model": load_model("llama-2-7b"), **options})

@@ -232,53 +232,6 @@ def test_keys_of_modelopt_change_experts() -> None:
     assert shapes(model)[0] == sizes_of(model.usual) == Sizes(8, 4, 0, 8, 4, 64)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (
-            {"attention": {"num_key_value_heads": 3}},
-            r"attention.num_key_value_heads: expected a divisor of num_attention_heads 8",
-        ),
-        (
-            {"attention": {"num_key_value_heads": 2, "n_heads_in_group": 2}},
-            r"attention.n_heads_in_group: expected 4",
-        ),
-        (
-            {"attention": {"n_heads_in_group": 3}},
-            "attention.n_heads_in_group: expected a divisor of .* 8, got 3",
-        ),
-        (
-            {"attention": {}},
-            r"attention.n_heads_in_group: missing; expected an integer, here or in num_key_value",
-        ),
-        (
-            {"attention": {"mamba": {"state_dim": 4}}},
-            r"attention.mamba: expected null: state-space layers",
-        ),
-        ({"ffn": {}}, r"ffn.ffn_mult: missing; expected a number, here or in intermediate_size"),
-        ({"ffn": {"ffn_mult": -1}}, "ffn.ffn_mult: expected a number from 0 to 1000, got -1"),
-        ({"ffn": {"intermediate_size": 0}}, r"ffn.intermediate_size: expected an integer from 1"),
-        (
-            {"ffn": {"moe": {"num_local_experts": 4}}},
-            r"ffn.moe: expected null, as the dense layer has no routed",
-        ),
-        (
-            {"ffn": {"intermediate_size": 4, "sparsify": ["2:4"]}},
-            r"ffn.sparsify: expected null: sparsity per layer",
-        ),
-        (
-            {"parallel_blocks": [{}]},
-            r"parallel_blocks: expected null: parallel blocks are not supported",
-        ),
-    ],
-)
-def test_wrong_layers_are_rejected(change: dict[str, Any], reason: str) -> None:
-    configs = [*MODELOPT[:2], MODELOPT[0] | change, MODELOPT[3]]
-    with pytest.raises(InputError, match=rf"^own.json: block_configs\[2\].{reason}") as error:
-        from_hf_config(LLAMA | {"block_configs": configs}, "own.json")
-    assert "\n" not in str(error.value)
-
-
 def test_a_llama_is_written_as_vllm_loads_it(tmp_path: Path) -> None:
     dense = from_hf_config(LLAMA)
     first, second, third, fourth = from_hf_config(LLAMA | {"block_configs": MODELOPT}).layers

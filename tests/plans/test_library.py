@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -73,20 +74,7 @@ def test_a_distance_needs_no_row_of_the_dense_layer(tmp_path: Path) -> None:
         metric_of(read(tmp_path, "layer,mlp,perplexity\nall,768,30\n"), "perplexity")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "layer,mlp,kl_div\nall,768,0.1\n5,768,0.2\n",
-            "layer 5 has attention dense, mlp 768 twice",
-        ),
-        ("layer,mlp,kl_div\nall,768,much\n", "kl_div: expected a number, got 'much'"),
-        ("layer,mlp,kl_div\n30,768,1\n", "expected numbers from 0 to 29, got 30"),
-        ("layer,mlp,kl_div\n0,4096,1\n", "expected a width up to 1536"),
-        ("layer,attention,kv_heads,kl_div\n0,dense,3,1\n", "state the same"),
-        ("mlp,kl_div\n768,1\n", "column layer is missing"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), tables_of("plans/mistakes.yaml")["rows"])
 def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, text)
@@ -174,13 +162,8 @@ def test_choices_are_all_combinations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("heads: [dense]\n", "heads: .*unknown"),
-        ("mlp: 768\n", "mlp: expected a list of 1 to 4096 variants, got 768$"),
-        ("mlp: [dense, 9999]\n", "mlp.1: .*expected a width up to 1536"),
+        *tables_of("plans/mistakes.yaml")["choices"],
         (f"mlp: {[768] * 50_000}\n", "mlp: expected a list of 1 to 4096 variants, got 50000$"),
-        ("layers:\n  0-1: {mlp: [768]}\n  1: {mlp: [512]}\n", "layer 1 is listed twice"),
-        ("layers: [1]\n", "yaml:1:9: layers: expected lists of variants by layers"),
-        ("- 1\n", "expected the keys"),
         (
             f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n",
             "layer 0: expected at most 4096 variants",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from shaped import Layer, cut, layer, sublayer_of
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
@@ -15,6 +16,7 @@ from simulator.plans.variants import (
     text_of,
     variant,
 )
+from simulator.pruning import prune_model
 
 pytestmark = pytest.mark.quick
 
@@ -43,13 +45,7 @@ def test_texts_are_read_back(sublayer: str, dense: Layer, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sublayer", "text", "message"),
-    [
-        ("attention", "kv=3", "divides the 32 query heads"),
-        ("attention", "kv=16", "at most heads=32 kv=8"),
-        ("attention", "kv=4 kv=2", "expected dense, none, linear"),
-        ("mlp", "20000", "a width up to 14336"),
-    ],
+    ("sublayer", "text", "message"), tables_of("plans/mistakes.yaml")["variants"]
 )
 def test_variants_that_do_not_fit_are_one_line(sublayer: str, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
@@ -81,3 +77,11 @@ def test_generated_widths_are_aligned_and_shared_by_the_devices(devices: int) ->
     dense = latent.layers[1]
     texts = [text_of("attention", one, dense) for one in generated("attention", dense)]
     assert texts == ["dense", "none"]
+
+
+def test_a_fraction_removes_what_the_family_width_removes() -> None:
+    model = load_model("llama-3.1-8b")
+    (dense, *_), pruned = model.layers, prune_model(model, "width mlp=0.3 attention=0.25")
+    assert variant("mlp", "0.3", variant("attention", "25%", dense)) == pruned.layers[0]
+    with pytest.raises(InputError, match="a fraction to remove"):
+        variant("mlp", "1.3", dense)

@@ -80,7 +80,11 @@ def test_conclusions_of_many_and_few() -> None:
     ]
     assert "makes llama-3.2-1b slower: 0.90x (0.85-0.95)" in of_speedups([two])[0]
     assert "gives llama-3.2-1b no certain gain" in of_speedups(results(MAYBE))[0]
-    many = [replace(one, prune=f"depth {i / 10}", sparsity=i / 10) for i in range(1, 6)] + [two]
+    many = [
+        replace(one, prune=f"depth {i / 10}", sparsity=i / 10, realised_sparsity=i / 10)
+        for i in range(1, 6)
+    ]
+    many.append(two)
     first, second = of_speedups(many)
     assert first.startswith(
         "On h100_sxm in vllm (decode, batch 1, seq 2048), the fastest is depth at 10 %: 1.20x"

@@ -141,14 +141,9 @@ def test_a_model_against_itself_is_refused_and_sparsity_zero_is_no_faster() -> N
     assert (s.speedup, s.speedup_lower, s.realised_sparsity) == (1.0, 1.0, 0.0)
 
 
-def test_pruned_models_stand_alone() -> None:
-    for given in (
-        {"family": ["depth"]},
-        {"method": ["shortgpt"]},
-        {"sparsity": [0.5]},
-        {"options": {"align": 8}},
-    ):
-        with pytest.raises(InputError, match="a model sets its own pruning"):
+def test_a_pruned_model_takes_no_sparsity_or_option() -> None:
+    for given in ({"sparsity": [0.5]}, {"options": {"align": 8}}):
+        with pytest.raises(InputError, match="a pruned model state the whole pruning"):
             table(["llama-2-7b"], ["h100"], pruned=[LLM_PRUNER], **given)
     with pytest.raises(InputError, match="expected one dense model"):
         table(["llama-2-7b", "llama-2-13b"], ["h100"], pruned=[LLM_PRUNER])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from program import ROOT, run_python
+from tables import tables_of
 
 import simulator
 from simulator.errors import InputError
@@ -52,18 +53,7 @@ def test_texts_name_the_method_and_the_column_reproduces_it(cli: Any) -> None:
     assert "my-skip at 25 %" in Path("r.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("speedup M --family skip.yaml", "family 'skip.yaml' is unknown"),
-        ("speedup M --method plan.yaml", "plan.yaml:1:1: method: is missing"),
-        ("speedup M --prune layered.yaml", "method skip.yaml selects its own layers"),
-        ("speedup M --prune 'skip.yaml 0.3' --prune 'same.yaml 0.3'", "same.yaml: another method"),
-        ("advise M --target 1.2 --family skip.yaml", "family 'skip.yaml' is unknown"),
-        ("search M --target 1.2 --scores skip.yaml", "skip.yaml:1:1: method: key"),
-        ("pareto M --quality skip.yaml", "skip.yaml"),
-    ],
-)
+@pytest.mark.parametrize(("line", "message"), tables_of("prediction/mistakes.yaml")["places"])
 def test_other_places_refuse_it_in_one_line(cli: Any, line: str, message: str) -> None:
     Path("plan.yaml").write_text("prune: depth 0.25\n")
     Path("layered.yaml").write_text("layers:\n  4-6: skip.yaml 0.3\n")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.errors import InputError
@@ -427,40 +428,7 @@ def test_published_methods_are_an_axis_beside_families_or_in_their_place(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("methods", "[shortgtp]", r"methods\.0: .*did you mean shortgpt"),
-        ("batchs", "[1]", r":13:1: batchs: unknown key; did you mean batches\?"),
-        ("models", "[llama-3.1-9b]", r"models\.0: .*llama-3\.1-8b"),
-        ("families", "[{width: {algin: 1}}]", r"algin: unknown option; did you mean align"),
-        ("families", "[{width: {align: 0}}]", r"0\.width: option align: expected a whole number"),
-        (
-            "sparsities",
-            "[25]",
-            r":4:14: sparsities\.0: sparsity 25: expected a fraction.*write 0\.25",
-        ),
-        ("batches", "[two]", r"batches\.0: expected a whole number, got two"),
-        ("batches", "1:64", r"batches: expected \{from: 1, to: 64, times: 2\}, got 1:64"),
-        (
-            "batches",
-            "[1, 8:64:8]",
-            r"batches\.1: expected \{from: 8, to: 64, step: 8\}, got 8:64:8",
-        ),
-        ("batches", "{from: 8, to: 1, times: 2}", r"batches\.to: expected at least the start"),
-        (
-            "batches",
-            "{from: 1, to: 8, times: 2, step: 1}",
-            r"batches: expected either step or times",
-        ),
-        ("seqs", "{from: 1, to: 1000000, step: 1}", r"seqs\.step: makes more than 100000 values"),
-        ("ideal", "yes", r"ideal: expected true or false"),
-        ("seqs", "[2000000000]", r"seqs: batch 8 x seq 2000000000: expected at most"),
-        (
-            "cached_prefix",
-            "100000",
-            r":13:16: cached_prefix: expected whole tokens below the \d+ of the prompt",
-        ),
-    ],
+    ("name", "value", "message"), tables_of("prediction/mistakes.yaml")["grids"]
 )
 def test_bad_grids_are_refused_with_their_place(
     tmp_path: Path, name: str, value: str, message: str
@@ -526,3 +494,20 @@ def test_texts_of_prunings_need_no_sparsities(tmp_path: Path) -> None:
         )
         with pytest.raises(InputError, match=re.escape(message)):
             read_grid(tmp_path / "bad.yaml")
+
+
+def test_a_grid_may_be_a_mapping() -> None:
+    axes = {
+        "models": ["llama-3.1-8b"],
+        "hardware": ["h100"],
+        "prune": ["depth 0.25"],
+        "phases": ["decode"],
+        "batches": [1, 8],
+        "seqs": [2048],
+    }
+    frame = simulator.sweep(axes)
+    assert frame["batch"].tolist() == [1, 8]
+    with pytest.raises(InputError, match="batchs"):
+        simulator.sweep({**axes, "batchs": [1]})
+    with pytest.raises(InputError, match="grid: expected a mapping of texts"):
+        simulator.sweep({"models": {1, 2}} | {(1, 2): 3})

@@ -239,3 +239,63 @@ def test_fp8_without_its_arithmetic_runs_as_weights_alone(name: str, weight_dtyp
     assert existing[0].pruned_s == alone[0].dense_s
     with pytest.raises(InputError, match="a100_sxm_80gb has no fp8 arithmetic"):
         table(models=[stated], engine="hf", **usual)  # has no such kernels
+
+
+def test_one_table_of_every_kind_of_pruning() -> None:
+    kinds: dict[str, Any] = {
+        "pruned": ["llama-3.2-3b"],
+        "prune": ["depth 0.5"],
+        "method": ["shortgpt"],
+    }
+    found = simulator.table(["llama-3.1-8b"], ["h100"], **kinds)
+    assert [r.pruned or r.prune for r in found][:2] == ["llama-3.2-3b", "depth 0.5"]
+    assert {r.method for r in found} == {"", "shortgpt"}
+    for kind in ("pruned", "prune", "method"):
+        alone = simulator.table(["llama-3.1-8b"], ["h100"], **{kind: kinds[kind]})
+        assert [r for r in found if r in alone.rows] == list(alone)
+
+
+def test_speedups_of_several_formats_are_against_the_first() -> None:
+    formats = ["bf16", "fp8", "int4"]
+    found = simulator.table(
+        ["llama-2-7b"], ["h100"], prune=["depth 0.25"], weight_dtype=formats, devices=[1, 2]
+    )
+    for count in (1, 2):
+        some = [r for r in found if r.devices == count]
+        rows = [
+            "dense with fp8 weights",
+            "dense with int4 weights",
+            "depth at 25 %",
+            "depth at 25 % with fp8 weights",
+            "depth at 25 % with int4 weights",
+        ]
+        assert [r.pruning for r in some] == rows
+        assert len({r.dense_s for r in some}) == 1
+        alone = [
+            simulator.table(
+                ["llama-2-7b"], ["h100"], prune=["depth 0.25"], weight_dtype=one, devices=count
+            )[0]
+            for one in formats
+        ]
+        dense = [some[0].dense_s, some[0].pruned_s, some[1].pruned_s]
+        assert dense == pytest.approx([r.dense_s for r in alone])
+        assert [r.pruned_s for r in some[2:]] == pytest.approx([r.pruned_s for r in alone])
+        assert some[2].speedup_lower == pytest.approx(alone[0].speedup_lower)
+
+
+def test_a_device_without_fp8_computes_a_row_in_fp8_with_narrow_weights() -> None:
+    found = simulator.table(
+        ["llama-2-7b"], ["a100", "h100"], ["depth"], 0.25, dtype=["bf16", "fp8"]
+    )
+    rows = {(r.hardware, r.pruning): r.formats for r in found if r.family == "none"}
+    assert rows == {
+        ("a100_sxm_80gb", "dense with fp8 weights"): "bf16 with fp8 weights against bf16",
+        ("h100_sxm", "dense in fp8"): "fp8 against bf16",
+    }
+    assert any("has no fp8 arithmetic: vllm computes in bf16" in note for note in found.notes)
+
+
+def test_predict_takes_a_list_of_prunings() -> None:
+    prunings = ["depth 0.25", "width mlp=0.3"]
+    found = simulator.predict("llama-3.1-8b", prunings, "h100")
+    assert list(found) == [simulator.predict("llama-3.1-8b", one, "h100") for one in prunings]

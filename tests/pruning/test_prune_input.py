@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tables import tables_of
 from tiny_decoder import FUSED, GQA, MHA, workload
 
 from simulator.codes import PHASES, ROLES
@@ -92,96 +93,7 @@ def test_a_mapping_is_weighed_by_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "sparsity", "options", "message"),
-    [
-        ("dept", 0.5, {}, "pruning family 'dept' is unknown; did you mean depth"),
-        ("depth", 25, {}, r"for 25 % write 0.25"),
-        *(
-            ("depth", s, {}, rf"sparsity {s:g}: expected a fraction in \[0, 1\)")
-            for s in (1.0, -0.1, np.nan, np.inf)
-        ),
-        ("depth", [0.5] * 6, {}, "family depth: expected one fraction, got a sparsity by layer"),
-        ("depth", {"q": 0.5}, {}, r"part \(for family depth\) 'q' is unknown; .*attention, conv"),
-        (
-            "depth",
-            0.5,
-            {"unit": "head"},
-            "option unit: expected layer or both or attention or mlp, got 'head'",
-        ),
-        ("depth", 0.5, {"layers": [1, 2, 6]}, "layers: expected numbers from 0 to 5, got 6"),
-        ("depth", None, {"layers": range(6)}, "layers: expected fewer than all 6 layers"),
-        (
-            "width_cross",
-            0.5,
-            {"layers": [1]},
-            "expected no layers, as it prunes all layers equally",
-        ),
-        ("width", {"hidden": 0.5}, {"layers": [1]}, "sparsity of hidden: expected no layers"),
-        (
-            "width",
-            0.5,
-            {"aline": 8},
-            "option of family width 'aline' is unknown; did you mean align",
-        ),
-        ("width", 0.5, {"align": 0}, "option align: expected a whole number from 1 up, got 0"),
-        (
-            "width",
-            0.5,
-            {"inner": 200},
-            "option inner: expected a width up to the inner width 176, got 200",
-        ),
-        (
-            "width",
-            [0.5] * 5,
-            {},
-            "sparsity by layer: expected 6 fractions, one per layer of this model, got 5",
-        ),
-        (
-            "width",
-            {},
-            {},
-            "sparsity by part: expected some of attention, mlp, heads, kv, hidden, mamba_heads, .*, got none",
-        ),
-        (
-            "semi_structured",
-            0.25,
-            {},
-            "semi_structured at sparsity 0.25: expected 0.5, as 2:4 removes half",
-        ),
-        ("token", 0.5, {"start": 6}, "option start: expected a layer from 0 to 5, got 6"),
-        (
-            "token",
-            [0.5] * 3 + [0.4] * 3,
-            {},
-            "layer 3: expected at least 0.5, as dropped tokens do not",
-        ),
-        (
-            "token",
-            [0.5] * 6,
-            {"start": 2},
-            "option start: expected no start with a sparsity by layer",
-        ),
-        (
-            "dynamic_depth",
-            {"mlp": 0.5},
-            {"unit": "layer"},
-            "expected unit=sublayer with a sparsity by sublayer",
-        ),
-        (
-            "experts",
-            0.5,
-            {"merged": True, "fewer": "active"},
-            "merged: expected fewer=experts with it, got active",
-        ),
-        (
-            "kv_cache",
-            0.5,
-            {"budget": 8},
-            "option budget: the sparsity follows from it; expected no sparsity, got 0.5",
-        ),
-        ("kv_cache", None, {}, "expected a fraction, such as kv_cache 0.25, or a budget of tokens"),
-        ("token", None, {"budget": 8}, "option of family token 'budget' is unknown"),
-    ],
+    ("family", "sparsity", "options", "message"), tables_of("pruning/mistakes.yaml")["arguments"]
 )
 def test_bad_input_is_one_clear_line(
     family: str, sparsity: object, options: dict[str, object], message: str

@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from tables import tables_of
 from tiny_decoder import FUSED, GQA, MHA, Decoder, workload
 
 from simulator.errors import InputError
@@ -49,45 +50,7 @@ def test_texts(text: str, steps: list[PruningStep]) -> None:
     assert read_steps(" + ".join(map(str, found))) == found  # its own text reads back
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "pruning '': expected a family or method"),
-        ("widht 0.3", "column 1: family or method 'widht' is unknown; did you mean width"),
-        (
-            "width mlp=0.3 heds=0.2",
-            "column 15: part or option of width 'heds' is unknown; did you mean heads",
-        ),
-        (
-            "width 30",
-            (
-                "column 7: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 %"
-                " write 0.3"
-            ),
-        ),
-        (
-            "low_rank 30",
-            (
-                "column 10: fraction 30: expected a fraction in [0, 1), such as 0.25; for 30 %"
-                " write 0.3"
-            ),
-        ),
-        ("depth 1", "column 7: fraction 1: expected a fraction"),
-        ("depth", "column 6: expected a fraction, such as depth 0.25"),
-        (
-            "width 0.3 mlp=0.2",
-            "column 1: width: expected one fraction or fractions by part, got both",
-        ),
-        ("width 0.3 0.2", "column 11: expected NAME=VALUE or + after the fraction, got '0.2'"),
-        ("width mlp=0.3 mlp=0.2", "column 15: mlp is given twice"),
-        ("depth 0.2 + ", "column 13: expected a family or method"),
-        ("low_rank 0.4 layers=8-", "column 21: expected layer numbers such as 4-29"),
-        ("slicegpt", "column 9: expected a fraction; the paper of slicegpt has slicegpt 0.2 or"),
-        ("slicegpt 0.25 align=8", "column 15: method slicegpt sets its own parts and options"),
-        ("width_cross 0.2 layers=1", "column 1: family width_cross: expected no layers"),
-        ("nowhere.yaml", "nowhere.yaml:1:1: file: cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), tables_of("pruning/mistakes.yaml")["texts"])
 def test_mistakes_have_their_place(text: str, message: str) -> None:
     with pytest.raises(InputError) as found:
         read_steps(text)
@@ -159,30 +122,7 @@ def test_a_whole_number_is_the_size_that_remains(devices: int) -> None:
     assert prune(w, "width mlp=14336").meta.applied[0].realised == 0.0
 
 
-@pytest.mark.parametrize(
-    ("model", "text", "message"),
-    [
-        (
-            "llama-3.1-8b",
-            "width mlp=20000",
-            r"such as 0.25, or the remaining inner width, at most 14,336",
-        ),
-        ("llama-3.1-8b", "depth 40", r"or the remaining layers, at most 32; for 40 % write 0.4"),
-        ("llama-3.1-8b", "depth 24 layers=4-29", "layers: expected a fraction of them, got 24"),
-        ("llama-3.1-8b", "depth mlp=24 layers=4-29", "layers: expected a fraction of them, got 24"),
-        (
-            "deepseek-v3",
-            "width mlp=1024",
-            "as deepseek-v3 has inner width 2,048, inner width 18,432, expert width",
-        ),
-        ("llama-3.1-8b", "experts 4", "llama-3.1-8b has no experts"),
-        (
-            "qwen3-30b-a3b",
-            "experts 4 fewer=active",
-            "option fewer: expected a fraction with it, got 4",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("model", "text", "message"), tables_of("pruning/mistakes.yaml")["sizes"])
 def test_sizes_that_a_model_does_not_have(model: str, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune(lower(model, phase="decode"), text)

@@ -372,3 +372,18 @@ def test_records_survive_parquet() -> None:
     single = read_records(write_records(records, single=True))
     assert single.seconds == pytest.approx(records.seconds, rel=1e-7)
     assert len(read_records(write_records(records.select(records.m < 0)))) == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("order", [(1.0, 1.1, 1.5), (1.5, 1.1, 1.0), (1.1, 1.0, 1.5)])
+def test_a_time_is_known_within_the_distance_of_its_two_fastest_visits(
+    order: tuple[float, ...],
+) -> None:
+    one = row(0)
+    rows = [
+        {**one, "visit": i, "median_s": s, "lower_s": 0.99 * s, "upper_s": 1.01 * s}
+        for i, s in enumerate(order)
+    ]
+    found = records_of(rows, HEADER)
+    assert (found.seconds[0], found.spread[0]) == pytest.approx((1.0, 0.1))
+    assert records_of(rows[:1], HEADER).spread[0] == pytest.approx(0.01)

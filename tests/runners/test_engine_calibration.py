@@ -22,6 +22,7 @@ from calibration.runners.engine import (
     depths,
     engine_times,
     operator_of,
+    settings_of,
     workload_of,
 )
 from calibration.runners.vllm.worker import steps_of
@@ -35,7 +36,10 @@ from simulator.prediction.table import predict
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 
+OTHER: dict[str, Any] = {"engine": "vllm", "batch": 4, "seq": 128, "dtype": "fp32"}
 MODEL = ModelRun(load_model("smollm2-135m"), "fp32", "vllm")
+VERSIONS = {"vllm": "0.32.0", "hf": "5.24.0"}
+SETTINGS = settings_of(("prefill", "decode"), (), ())
 TOKENS = (1, 4, 16, 128, 512)
 PLANTED = EngineTimes(
     version="0.32.0",
@@ -62,14 +66,16 @@ def _passes(hw: HardwareProfile, model: ModelRun = MODEL) -> list[Pass]:
     """Return passes of the copies on a machine that runs as a profile predicts."""
     out = []
     for layers in depths(len(model.config.layers)):
-        for setting in measuring.SETTINGS:
+        for setting in SETTINGS:
             w = workload_of(model, layers, *setting)
             p, operators = forward_passes(WorkloadBatch.of([w]), hw), dict[str, float]()
             for kind, seconds in zip(w.kind.tolist(), p.row_s.tolist()):
                 name = BY_CODE[kind].name
                 name = "attention" if name.endswith("attention") else name
                 operators[name] = operators.get(name, 0.0) + seconds
-            out.append(Pass(layers, *setting, float(p.total_s[0]), operators, "0.32.0"))
+            out.append(
+                Pass(layers, *setting, float(p.total_s[0]), 0.0, operators, VERSIONS[model.engine])
+            )
     return out
 
 
@@ -212,8 +218,37 @@ def test_an_interrupt_ends_with_the_passes_kept(
     monkeypatch.setattr(measuring, "runner_of", lambda device, model: runner)
     device = ReplayDevice(description=Description("cpu", "some CPU"))
     with pytest.raises(KeyboardInterrupt):
-        measuring.observe(tmp_path / "run", device, MODEL)
+        measuring.observe(tmp_path / "run", device, MODEL, SETTINGS, 60.0)
     assert (tmp_path / "run" / "engine.vllm.jsonl").is_file()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.1])
+def test_a_calibrated_engine_is_never_worse_than_none(noise: float) -> None:
+    """Whatever the planted engine and the drift of its machine are, a calibration that is to be used
+    predicts another model's dense times better than the profile alone."""
+    rng = np.random.default_rng(round(100 * noise))
+    used = 0
+    for seed in range(6):
+        planted = _hw(vllm=PLANTED) if seed % 2 else _hw()
+        passes = [
+            replace(one, seconds=one.seconds * scale, operators=kernels)
+            for one, scale in zip(_passes(planted), np.exp(noise * rng.normal(size=10)))
+            for kernels in ({name: s * scale for name, s in one.operators.items()},)
+        ]
+        found = calibrated(passes, MODEL, _hw())
+        if found.judged("mine.yaml").status:
+            continue
+        used += 1
+        errors = []
+        for hw in (found.profile, _hw()):
+            given = [
+                predict("qwen3-0.6b", "depth 0.25", one, phase=phase, **OTHER).dense_s
+                for phase in ("prefill", "decode")
+                for one in (hw, planted)
+            ]
+            errors.append(np.abs(np.log(np.array(given[::2]) / np.array(given[1::2]))).mean())
+        assert errors[0] < errors[1]
+    assert used >= 3 - (noise > 0.0)
 
 
 def test_copies_of_one_depth_do_not_separate_layers() -> None:
@@ -239,6 +274,10 @@ def test_copies_of_one_depth_do_not_separate_layers() -> None:
         ("aten::mul", "elementwise"),
         ("fused_moe_kernel", "experts"),
         ("aten::_grouped_mm", "experts"),
+        ("Memcpy DtoD (Device -> Device)", "elementwise"),
+        ("Memset (Device)", "elementwise"),
+        ("Memcpy HtoD (Pageable -> Device)", ""),
+        ("Memcpy DtoH (Device -> Pinned)", ""),
         ("vllm::unified_attention_with_output", ""),
         ("aten::linear", ""),
         ("aten::view", ""),

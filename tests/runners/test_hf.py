@@ -19,6 +19,8 @@ if find_spec("transformers") is None:  # not imported, which takes time
     )
 
 from tables import rows_of  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.autograd.profiler_util import EventList, FunctionEvent  # noqa: E402
 
 from calibration.devices.protocol import Description, Unsupported  # noqa: E402
 from calibration.devices.replay import ReplayDevice  # noqa: E402
@@ -66,6 +68,8 @@ def _shapes(built: Any, layer: int) -> dict[str, tuple[int, ...]]:
         for name, m in linear.items()
     }
 
+
+ON_GPU = {"device_type": DeviceType.CUDA}
 
 PRUNED = """
                               | 4 | q 128 64, k 64 64, down 64 96             |
@@ -215,6 +219,33 @@ def test_a_pass_is_taken_apart(phase: str) -> None:
     assert seen.version == version("transformers")
 
 
+def test_a_kernel_of_a_gpu_counts_once() -> None:
+    """Torch's profiler lists kernels, the operators that launch them, and annotations of both."""
+    copy = "Memcpy DtoD (Device -> Device)"
+    linear, product, copying, *kernels = events = [
+        FunctionEvent(number, name, 1, start, end, stack=[], use_device="cuda", **more)
+        for number, (name, start, end, more) in enumerate(
+            [
+                ("aten::linear", 0.0, 10.0, {}),
+                ("aten::mm", 1.0, 9.0, {}),
+                ("aten::copy_", 11.0, 12.0, {}),
+                ("nvjet_tst", 20.0, 50.0, ON_GPU),
+                ("nvjet_tst", 60.0, 90.0, ON_GPU),
+                (copy, 90.0, 92.0, ON_GPU),
+                ("forward", 20.0, 92.0, {**ON_GPU, "is_user_annotation": True}),
+            ]
+        )
+    ]
+    for operator, kernel in ((product, 0), (product, 1), (copying, 2)):
+        launched = kernels[kernel]
+        operator.append_kernel(launched.name, 0, launched.time_range.elapsed_us())
+    listed = EventList(events, use_device="cuda")
+    listed._build_tree()
+    assert linear.device_time_total == 60.0
+    found = hf.kernel_seconds(listed.key_averages(), on_gpu=True)
+    assert found == pytest.approx({"nvjet_tst": 60e-6, copy: 2e-6})
+
+
 def test_the_head_gets_the_last_position_as_an_array_of_its_own() -> None:
     """Else torch copies the head's weight on a CPU."""
     model, strides = _built(LLAMA, "").model, []
@@ -303,7 +334,7 @@ def test_the_command_runs_transformers(tmp_path: Path, cli: Any) -> None:
     )
     texts = "--prune 'depth 0.5' --prune 'width mlp=0.5 layers=1-2'"
     out = cli.out(f"{line} {texts} --phase prefill,decode,generate --budget 6s")
-    assert "measured speedups; a verdict needs 10.\nWorst: " in out
+    assert "; a verdict needs 10.\nWorst: " in out
     assert out.count("generate") >= 2
     files = {p.name for p in folder.iterdir()}
     assert files == {
@@ -366,7 +397,8 @@ def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path,
     config.write_text(config.read_text().replace("12.0", "6.0"))  # the file is another model now
     _, other = cli.json(line)
     assert other["prune"] != model["prune"]
-    assert len(read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows) == 3
+    records = read_store(next((chosen / "run").glob("decoder*.jsonl"))).rows
+    assert len({row["key"] for row in records}) == 3
 
 
 @pytest.mark.parametrize(

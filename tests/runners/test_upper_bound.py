@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import csv
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration.devices import open_device
 from calibration.devices.replay import ReplayDevice, roofline_timings
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, cases_of, profile_of
@@ -136,6 +138,21 @@ def test_too_little_time_leaves_cases_without_a_bound_and_a_rerun_goes_on(tmp_pa
     again = _measure(tmp_path, cases, ReplayDevice(**slow), budget_s=4000.0)
     assert again.outcome.counts.resumed == first.outcome.counts.timed
     assert not any(b.missing for b in bounds(cases, again.records, HW))
+
+
+def test_a_short_budget_on_a_gpu_times_fewer_shapes_with_enough_samples(tmp_path: Path) -> None:
+    """A sample on a GPU is a whole graph, and large GEMMs take milliseconds."""
+    pytest.importorskip("torch")
+    from fakes.gpu import Troubles
+    from fakes.torch_cuda import installed
+
+    cases = _cases("llama-3.1-8b", seq=2048, family=["width", "depth", "token"])
+    with installed("RTX 4090", Troubles(noise=0.01)), closing(open_device("cuda")) as device:
+        found = measure_bounds(tmp_path / "run", device, cases, RunOptions(6.0))
+    rows = read_store(tmp_path / "run" / "records.jsonl").rows
+    assert {row["status"] for row in rows if row["purpose"] != "sustained"} == {"ok"}
+    assert 0 < found.outcome.counts.timed < len(found.plan.items)
+    assert any(not b.missing for b in bounds(cases, found.records, HW))
 
 
 def test_the_profile_is_the_named_one_else_the_folder_s_else_measured_facts(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -302,7 +303,7 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     plant(slower="30")  # else it is faster than the CPU of the profile can be
     line = "calibrate engine --engine vllm -o run --hardware cpu --dtype fp32"
     out, _ = cli(line)
-    assert "Use run/profile.yaml as --hardware: it predicts the measured passes within" in out
+    assert "Use run/profile.yaml as --hardware: it predicts passes that are left out within" in out
     (found,) = load_hardware("run/profile.yaml").engines.values()
     assert (found.version, found.tokens) == (RELEASES[1], (1, 4, 16, 128, 512))
     assert set(found.operators) == {"gemm", "prefill_attention", "decode_attention"}
@@ -321,6 +322,25 @@ def test_an_engine_is_calibrated_on_copies_of_a_model(
     (row,) = cli.json(line)  # nothing runs again
     assert read_store(Path("run/engine.vllm.jsonl")).rows == records
     assert len(row["passes"]) == len(records) == 10
+
+
+def test_a_calibrated_engine_runs_the_settings_that_are_asked_within_its_budget(
+    plant: Callable[..., None], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("calibration.devices.open_device", lambda name, **_: _device(name))
+    plant(slower="30")
+    line = "calibrate engine --engine vllm --hardware cpu --dtype fp32 --batch 2,3 --seq 64"
+    (row,) = cli.json(f"{line} --phase decode -o run")
+    assert {(p["phase"], p["batch"], p["seq"]) for p in row["passes"]} == {
+        ("decode", 2, 64),
+        ("decode", 3, 64),
+    }
+    assert "Known: decode, prefill" in cli.refused(f"{line} --phase serve -o other")
+    monkeypatch.setattr(ReplayDevice, "clock", lambda device: time.monotonic())
+    _, err = cli(f"{line} --budget 0.001s -o short")  # the first setting of every phase
+    assert len(read_store(Path("short/engine.vllm.jsonl")).rows) == 4
+    assert "4 passes left (budget); run the command again to resume" in err
 
 
 def test_vllm_must_be_installed() -> None:
@@ -351,6 +371,15 @@ def test_models_that_vllm_does_not_build_are_refused_before_they_run(
             runner.check(case)
         assert runner.record(case, 10.0)["status"] == "unsupported"
         assert not runner.engines
+
+
+def test_a_step_has_as_many_tokens_as_the_cases_need(plant: Callable[..., None]) -> None:
+    """More tokens per step lengthen the start of a model."""
+    for phases, tokens in ((("prefill", "decode"), 256), (("serve",), 2048)):
+        cases = _cases("depth 0.25", phases=phases, batch=1, seq=128)
+        with closing(_runner(cases)) as runner:
+            settings = runner.record(cases[0], 0.0)["settings"]
+        assert settings["max_num_batched_tokens"] == tokens
 
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.serving import arrivals
@@ -61,19 +62,7 @@ def test_a_trace_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
     assert read.output.tolist() == [7, 9]
 
 
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [
-        ("0,10,x", "3: output: expected a whole number of tokens from 1 to 2147483647, got 'x'"),
-        ("0,10,0", "3: output: expected a whole number of tokens"),
-        ("0,10.5,3", "3: prompt: expected a whole number of tokens"),
-        ("nan,10,3", "3: arrival: expected a time in seconds from 0 up, got 'nan'"),
-        ("-1,10,3", "3: arrival: expected a time in seconds from 0 up"),
-        ("0,10", "3: expected 3 cells, as the header has, got 2"),
-        ("0.5,10,3", "3: arrival: expected at least 1 s, the time of the row before, got 0.5"),
-        ("2,4000,97", "3: prompt and output: expected at most the model's 4,096 tokens, got 4,097"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "reason"), tables_of("serving/mistakes.yaml")["traces"])
 def test_bad_rows_are_refused_with_their_place(tmp_path: Path, rows: str, reason: str) -> None:
     file = write(tmp_path / "trace.csv", f"arrival,prompt,output\n1,10,3\n{rows}\n2,10,3\n")
     with pytest.raises(InputError) as error:

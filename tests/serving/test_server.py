@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tables import tables_of
 
 from simulator import load_hardware
 from simulator.errors import InputError
@@ -44,18 +45,7 @@ def test_a_small_token_budget_limits_the_sequences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "options", "reason"),
-    [
-        ("vllm", "--max-running-requests 4", "did you mean --max-num-seqs"),
-        ("sglang", "--max-num-seqs 4", "option of sglang '--max-num-seqs' is unknown"),
-        ("vllm", "--max-num-seqs", "--max-num-seqs: expected a whole number"),
-        ("vllm", "--max-num-seqs 0", "--max-num-seqs: expected 1 to"),
-        ("vllm", "--gpu-memory-utilization 1.5", "--gpu-memory-utilization: expected 0.01 to 1"),
-        ("vllm", "--enable-prefix-caching=1", "expected no value, got '1'"),
-        ("vllm", "64", "option of vllm '64' is unknown"),
-        ("vllm", "'", "No closing quotation"),
-        ("hf", "", "hf: expected an engine with a scheduler"),
-    ],
+    ("engine", "options", "reason"), tables_of("serving/mistakes.yaml")["options"]
 )
 def test_unknown_options_are_refused(engine: str, options: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):

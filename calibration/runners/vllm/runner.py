@@ -29,7 +29,6 @@ import os
 import re
 import select
 import signal
-import statistics
 import subprocess
 import tempfile
 import time
@@ -49,6 +48,7 @@ from calibration.runners.cases import (
     Observation,
     Runner,
     in_turns,
+    repeated,
 )
 from simulator.capacity import activation_bytes, cache_bytes, weights_bytes
 from simulator.codes import Kind
@@ -67,9 +67,11 @@ STEPS = 32  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
+SHORTEST_START_S = 10.0  # shortest start of a model that was seen, on two cores of an AMD EPYC
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
+_LEAST_BATCHED = 256  # tokens of one step; vLLM expects at least one per sequence
 _MOST_BATCHED = 32768  # tokens of one step in prefill and generate cases
 _BLOCK = 128  # tokens; no attention backend has larger blocks
 _OWN_BYTES = 3e9  # context, libraries, graphs and workspaces of one process on a GPU
@@ -127,8 +129,8 @@ class VllmRunner(Runner):
         self.dtype = model.dtype
         self.patience_s = patience_s
         self.budget = _BATCHED["cpu" if device.name == "cpu" else "cuda"]
-        least = LargestRequest(batched=self.budget)
-        self.sizes = {False: least, True: least}  # key: in serve
+        # key: in serve. More tokens per step than the cases need lengthen the start of a model
+        self.sizes = {False: LargestRequest(batched=_LEAST_BATCHED), True: LargestRequest()}
         self.memory_bytes = float(device.describe().memory_bytes)
         self.engines: dict[Served, EngineProcess] = {}
         self.traced = False  # whether engines start with their profiler
@@ -139,6 +141,17 @@ class VllmRunner(Runner):
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    @property
+    def least_s(self) -> float:
+        return 2.0 * SHORTEST_START_S
+
+    def starts(self, case: Case) -> bool:
+        return not {*self._pair(case)} <= {*self.engines}
+
+    def _pair(self, case: Case) -> list[Served]:
+        serving = case.phase in self.apart
+        return [(self.models.dense, serving), (self.models.pruned(case), serving)]
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -154,6 +167,8 @@ class VllmRunner(Runner):
             )
         serving = case.phase == "serve"
         sizes = self.sizes[serving].with_case(case)
+        if serving:
+            sizes = replace(sizes, batched=self.budget)
         positions = self.models.dense.max_positions
         if sizes.tokens > positions:
             raise InputError(
@@ -177,11 +192,14 @@ class VllmRunner(Runner):
                 "reason": str(error),
             }
 
-    def observe(self, case: Case) -> Observation:
+    def begin(self, case: Case) -> None:
         self.traced = True
+        self._engine((self.models.dense, False))
+
+    def observe(self, case: Case, seconds: float) -> Observation:
         engine = self._engine((self.models.dense, False))
         tokens, output = lengths(case)
-        samples = [self._sample(case, engine)[0][0] for _ in range(1 + ENOUGH)]
+        times = repeated(lambda: self._sample(case, engine)[0][0], seconds)
         steps = engine.ask(
             "profile",
             folder=str(engine.log.with_name(_TRACE)),
@@ -202,14 +220,11 @@ class VllmRunner(Runner):
         kernels = {
             name: sum(step.get(name, 0.0) for step in found) / len(found) for name in found[0]
         }
-        return Observation(statistics.median(samples[1:]), kernels, engine.versions["vllm"])
+        return Observation(*times, kernels, engine.versions["vllm"])
 
     def _timed(self, case: Case, seconds: float) -> dict[str, Any]:
         serving = case.phase == "serve"
-        pair = [
-            (model, case.phase in self.apart)
-            for model in (self.models.dense, self.models.pruned(case))
-        ]
+        pair = self._pair(case)
         limit = min(0.8 * seconds, LONGEST_S)
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
@@ -310,6 +325,7 @@ class VllmRunner(Runner):
                     "torch_profiler_dir": str(trace),
                     "torch_profiler_with_stack": False,
                 }
+            start = time.monotonic()
             self.engines[one] = EngineProcess(
                 {**self._settings(one), **folders},
                 file.with_name("output.txt"),
@@ -318,6 +334,7 @@ class VllmRunner(Runner):
                 patience_s=self.patience_s,
                 interrupted=self.interrupted,
             )
+            self.start_s = time.monotonic() - start
         return self.engines[one]
 
     def _settings(self, one: Served) -> dict[str, Any]:

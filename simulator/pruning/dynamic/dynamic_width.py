@@ -184,8 +184,9 @@ def copies_of(w: Workload, ends: Array, groups: Groups) -> _rows.Inserted:
     place = _rows.before_sublayer(w, at)
     parts = [(place, copied), (at + 0.5, summed)]
     if (many > 1.0).any():
-        index = pairs * SCORE_BYTES
-        found = _rows.overheads(w, at, "select", read_bytes=m * 1.0, write_bytes=index, **columns)
+        found = _rows.overheads(
+            w, at, "select", read_bytes=m * 1.0, write_bytes=pairs * SCORE_BYTES, **columns
+        )
         parts.append((place, found))
     return parts
 

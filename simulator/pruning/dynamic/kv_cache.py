@@ -12,6 +12,7 @@ from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, Kind, Phase
 from simulator.pruning._family import SCORE_BYTES, Choice, Family, removed, whole
 from simulator.pruning.dynamic.rows import (
+    Inserted,
     changed,
     insert,
     overheads,
@@ -55,12 +56,14 @@ def kv_cache(
     at = np.flatnonzero(prefill & pruned & (w.kv_len >= prompt))  # the last chunk of a prompt
     if ideal or not len(at):
         return out, realised
+    return insert(out, _selection(w, at, kept[at], observed)), realised
+
+
+def _selection(w: Workload, at: Array, left: Array, observed: int) -> Inserted:
+    """Return the rows that score, select and copy the positions ``left`` in the cache, after the
+    attention rows ``at``."""
     latent = w.latent[at]  # one vector for all heads, counted half as key and half as value
-    keys, left, heads = (
-        w.kv_len[at],
-        kept[at],
-        w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at]),
-    )
+    keys, heads = w.kv_len[at], w.batch[at] * np.where(latent > 0, 1, w.kv_heads[at])
     features = np.where(latent > 0, latent / 2, w.head_dim[at])
     # bytes of one key, all sequences and heads
     position = heads * features * DTYPE_BYTES[w.weight_dtype[at]]
@@ -71,13 +74,11 @@ def kv_cache(
         "select": (heads, keys, chosen * keys, chosen * left),
         "gather": (heads * left, 2 * features, position * 2.0 * left, position * 2.0 * left),
     }
-    parts = []
-    for role, (m, n, read, write) in traffic.items():
-        if observed or role == "gather":
-            parts.append(
-                (at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write))
-            )
-    return insert(out, parts), realised
+    return [
+        (at + 0.5, overheads(w, at, role, m=m, n=n, read_bytes=read, write_bytes=write))
+        for role, (m, n, read, write) in traffic.items()
+        if observed or role == "gather"
+    ]
 
 
 def evict(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tables import tables_of
 
 import simulator
 from simulator.errors import InputError
@@ -160,81 +161,13 @@ def test_layers_that_a_model_lacks(text: str) -> None:
         LayerRange.parse(text).numbers(8)
 
 
-@pytest.mark.parametrize(
-    ("part", "needs"),
-    [
-        ({"prune": [{"width": "s"}]}, True),
-        ({"prune": [{"width": 0.5}]}, False),
-        ({"prune": [{"kv_cache": None, "budget": 64}]}, False),
-        ({"prune": [{"kv_cache": None, "budget": "s * 64"}]}, True),
-        ({"prune": [{"width": "s"}], "per_layer": "layer / layers / 2"}, False),
-        ({"prune": [{"token": "s"}], "per_layer": "geometric"}, True),
-        ({"dynamic": {"mlp": {"m": "1 - s"}}}, True),
-        ({"adds": [{"time": {"seconds": "1us", "role": "sort", "when": "s > 0.5"}}]}, True),
-        ({"adds": [{"time": {"seconds": "1us", "role": "sort"}}]}, False),
-    ],
-)
+@pytest.mark.parametrize(("part", "needs"), tables_of("pruning/mistakes.yaml")["needs"])
 def test_a_request_states_s_if_an_expression_has_it(part: dict[str, Any], needs: bool) -> None:
     assert Description.of({"method": "m", **part}).needs_sparsity == needs
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("method: router-mlp\n", "", "m.yaml:1:1: method: is missing"),
-        ("router-mlp", "width", "expected a name that is not a family, got width"),
-        ("router-mlp", "a b", "1:9: method: expected letters, digits"),
-        ('"2310.17157"', "2310.17157", "3:8: arxiv: expected text, got 2310.17157; put it in quot"),
-        ("sparsities", "sparsity", "4:1: sparsity: unknown key; did you mean sparsities?"),
-        ("[0.5, 0.75]", "[0.5, 1]", "4:19: sparsities.1: expected a number from 0 to"),
-        ("[prefill, decode]", "[training]", "phases.0: unknown value training"),
-        ('"4:-2"', "4..2", "6:9: layers: expected layers such as 4:-2"),
-        ("per_layer", "stages: [s]\nper_layer", "expected one of per_layer and stages, got both"),
-        ("s * layer / l", "s * layer / lay / l", "per_layer: expression .*: lay is unknown; did"),
-        ("  - width:", "  - widht:", "9:5: prune.0: family 'widht' is unknown; did you mean"),
-        ("mlp: s,", "ffn: s,", "prune.0.width.ffn: unknown key; expected some of attention, mlp"),
-        ("align: 64\n", "algn: 64\n", "11:5: prune.0.algn: unknown key; did you mean align?"),
-        (
-            "align: 64\n",
-            "align: 0.5\n",
-            "prune.0.align: expected a whole number from 0 up, got 0.5",
-        ),
-        ("heads: 0.25", "heads: -0.25", "prune.0.width.heads: expected a fraction in"),
-        ("token: s", "token: 0.5", "token: expected an expression of s, as per_layer or stages"),
-        ("geometric: 4", "linear: 4", "stages.linear: unknown key"),
-        ("gate_up:", "gateup:", "18:3: dynamic.gateup: unknown key; did you mean gate_up?"),
-        ("gate_up: {n: 1 - s,", "gate_up: {heads: 0.5,", "expected one of m, n, k, got heads"),
-        ("{n: 1 - s,", "{n: 1 - s, k: 0.5,", "gate_up: expected one of m, n, k, got n and k"),
-        ("{n: 1 - s,", "{", "gate_up: expected one of m, n, k, got none"),
-        ("{n: 1 - s,", "{n: 1.5,", "18:16: dynamic.gate_up.n: expected a share above 0, up to 1"),
-        ("{n: 1 - s,", "{n: 0,", "gate_up.n: expected a share above 0, up to 1, got 0"),
-        ("{n: 1 - s,", "{n: max(0.1, 1 - s),", "expected a formula .*quotes if it contains commas"),
-        ("shared: true", "shared: true, kernel: gather", "shared: expected kernel: dense with it"),
-        ("{n: 1 - s, per: token, kernel: gather", "{n: 0.4, kernel: 2:4", "expected 0.5, as 2:4"),
-        ("{n: 1 - s,", "{n: [0.5],", "gate_up.n: expected a text or a number, got a list"),
-        ("kernel: gather", "kernel: gahter", "unknown value gahter; did you mean gather?"),
-        ("kernel: gather", "kernel: skipped", "kernel of n: expected dense or gather .*skipped"),
-        ("kernel: gather", "router: 2", "router: expected it only with masked or grouped"),
-        ("kernel: gather", "rolling: true", "rolling: expected it only with cache"),
-        ("kernel: gather", "tokens: exact", "tokens: expected it only with m"),
-        ("per: 16", "per: 0", "dynamic.down.per: expected a whole number from 1"),
-        ("shared: true", "shared: yes", "dynamic.down.shared: expected true or false, got yes"),
-        ("block: 16", "block: 32", "attention.block: .*expected 16 or 64 or 128, got 32"),
-        ("  experts:", "  mlp: {n: 0.5}\n  experts:", "gate_up: expected no part of mlp"),
-        ("  experts:", "  all: {m: 0.5}\n  experts:", "attention: expected no part of all"),
-        ("  - gemm:", "  - product:", "adds.0.product: unknown key"),
-        (", k: hidden", "", "adds.0.gemm.k: is missing"),
-        ("role: router", "role: routing", "unknown value routing; did you mean router?"),
-        ("role: router, ", "", "24:11: adds.0.gemm.role: is missing"),
-        ("role: router", "role: router, fused: true", "fused: expected it only with elementwise"),
-        ("before mlp", "near mlp", "adds.0.gemm.place: unknown value"),
-        ("before mlp", "before sublayer", "place: expected sublayer with every: sublayer only"),
-        ("tokens > 1", "tokens", "adds.1.elementwise.when: expression 'tokens': expected compar"),
-        ("9us", "9 kg", "adds.2.time.seconds: expected a time"),
-        ("kernels: 2", "kernels: 1e9", "kernels: expected a whole number from 1"),
-        ("phases: [decode]", "phases: []", "phases: expected at least one item, got none"),
-        ("- time: {", "- time: &a {", "anchors"),
-    ],
+    ("old", "new", "message"), tables_of("pruning/mistakes.yaml")["description"]
 )
 def test_what_is_not_understood_is_refused_by_name(
     old: str, new: str, message: str, of_text: Any
