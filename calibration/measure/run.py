@@ -314,7 +314,9 @@ class _Run:
         return status
 
     def check_drift(self, op: Operator) -> None:
+        begin = self.device.clock()
         record = self.record(Item(op, DRIFT_CHECK), self.protocol)
+        record["spent_s"] = self.device.clock() - begin
         if self.lost is not None:
             raise self.lost
         self.block += 1
