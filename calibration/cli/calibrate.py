@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,19 +131,25 @@ REQUESTS: options.Run = options.run_options(
 
 
 def in_format(run: options.Run, device: str) -> options.Run:
-    """Return the settings with a number format: bf16 by default, or fp32 on a CPU without bf16
-    instructions, which is stated before anything is measured."""
+    """Return the settings with a number format: bf16 by default, or on a device without bf16
+    arithmetic, which is stated before anything is measured, fp32 (a CPU) or fp16 (a GPU)."""
     asked: str | None = run.text("dtype")
-    slow = ""
+    slow, other = "", "fp32" if device == "cpu" else "fp16"
     if device == "cpu" and asked in (None, DEFAULT_DTYPE):
         from calibration.devices.cpu import lacks_bf16
 
-        slow = lacks_bf16()
+        if slow := lacks_bf16():
+            slow += " has no bf16 instructions that torch uses"
+    elif device.startswith("cuda") and asked is None and find_spec("torch"):
+        from calibration.devices import cuda
+
+        if slow := cuda.lacks_bf16(device):
+            slow += " has no bf16 arithmetic"
     if slow:
-        use = "it is emulated slowly; use --dtype fp32" if asked else "fp32 is used"
-        render.status(f"{slow} has no bf16 instructions that torch uses; {use}")
+        use = f"it is emulated slowly; use --dtype {other}" if asked else f"{other} is used"
+        render.status(f"{slow}; {use}")
     settings: Any = run  # a dataclass, see run_options
-    chosen: options.Run = replace(settings, dtype=asked or ("fp32" if slow else DEFAULT_DTYPE))
+    chosen: options.Run = replace(settings, dtype=asked or (other if slow else DEFAULT_DTYPE))
     return chosen
 
 
@@ -181,7 +188,7 @@ def command(
     of RUN/profile.yaml or of --hardware, and adds the engine's host times and a factor per operator
     to RUN/profile.yaml, in --phase, --batch and --seq (default: a few short ones), within --budget.
 
-    The default of --dtype is bf16, or fp32 on a CPU without bf16 instructions.
+    The default of --dtype is bf16, or fp32 on a CPU and fp16 on a GPU without bf16 arithmetic.
     """
     from calibration.runners.engine import MEASURED
     from calibration.runners.in_engine import default_model, installed_engine
@@ -353,7 +360,7 @@ def _conclude(
         "anchored": as_row(update) if update else None,
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
-        "engine": asdict(check.found.times) if check else None,
+        "engine": asdict(check.found.times) if check and check.found else None,
         "compared": [asdict(r) for r in check.rows] if check else [],
         "trust": last,
     }
@@ -361,8 +368,9 @@ def _conclude(
     def show() -> tuple[str, ...]:
         lines = _show(folder, done, describe(found.outcome))
         if check:
-            print()
-            _show_engine(check.found.compared, f"copies of {check.model} in {check.title}")
+            if check.found:
+                print()
+                _show_engine(check.found.compared, f"copies of {check.model} in {check.title}")
             _show_compared(check)
         print()
         render.say(last)

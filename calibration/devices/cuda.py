@@ -539,6 +539,17 @@ class CudaDevice(TorchDevice):
             self._cuda.empty_cache()
 
 
+def lacks_bf16(name: str) -> str:
+    """Return the name of the GPU that a device name such as cuda:1 opens if it has no bf16
+    arithmetic (before Ampere), else ""."""
+    _, _, index = name.partition(":")
+    number = int(index.partition(":")[0] or 0) if index[:1].isdecimal() else 0
+    if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+        return ""
+    older = torch.cuda.get_device_capability(number) < (8, 0)
+    return torch.cuda.get_device_name(number) if older else ""
+
+
 def open_named(rest: str, **options: Any) -> CudaDevice:
     parts = rest.split(":") if rest else []
     index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from calibration.devices.protocol import Device
 from calibration.fit.solver import FittedPart
@@ -16,6 +17,7 @@ from calibration.runners.compare import ENGINES, ComparedSpeedup, compare, rows_
 from calibration.runners.engine import EXAMPLES, CalibratedEngine, calibrated, observe, settings_of
 from calibration.validation.validate import Judgement
 from simulator.capacity import weights_bytes
+from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.hardware.save import save_hardware
@@ -70,7 +72,7 @@ class EngineCheck:
 
     title: str  # of the engine
     model: str
-    found: CalibratedEngine
+    found: CalibratedEngine | None  # None: no pass could be taken apart
     rows: tuple[ComparedSpeedup, ...]
     notes: tuple[str, ...]
     stopped: str  # reason of an early end, or ""
@@ -94,29 +96,33 @@ def check_engine(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> EngineCheck:
     """Measure an engine's host, write the profile with it to ``file``, and compare one dense and
-    one pruned model with their predictions. Exceptions are those of :func:`observe` and
-    :func:`compare`."""
-    start = device.clock()
-    host_s = HOST_SHARE * budget_s
+    one pruned model with their predictions. Exceptions are those of :func:`compare`."""
+    start, found, notes = device.clock(), None, tuple[str, ...]()
     settings = settings_of(PHASES, (), ())
-    passes = observe(file.parent, device, model, settings, host_s, progress)
-    found = calibrated(passes, model, hw)
-    if not found.judged(str(file)).status:
-        save_hardware(found.profile, file)
+    try:
+        passes = observe(file.parent, device, model, settings, HOST_SHARE * budget_s, progress)
+        found = calibrated(passes, model, hw)
+        if not found.judged(str(file)).status:
+            hw = found.profile
+            save_hardware(hw, file)
+    except InputError as error:  # the two models may run without the profiler
+        notes = (f"host times of {model.engine} are not measured: {error}",)
     left_s = max(budget_s - (device.clock() - start), (1.0 - HOST_SHARE) * budget_s)
     cases = _cases(model)
     compared = compare(file.parent, device, model, cases, left_s, progress)
-    rows = rows_of(
-        cases,
-        compared.records,
-        found.profile,
-        device=device.describe().device,
-        dtype=model.dtype,
-        engine=model.engine,
+    about: dict[str, Any] = {
+        "device": device.describe().device,
+        "dtype": model.dtype,
+        "engine": model.engine,
+    }
+    return EngineCheck(
+        ENGINES[model.engine].title,
+        model.config.name,
+        found,
+        tuple(rows_of(cases, compared.records, hw, **about)),
+        (*notes, *compared.notes),
+        compared.stopped if compared.left else "",
     )
-    title = ENGINES[model.engine].title
-    stopped = compared.stopped if compared.left else ""
-    return EngineCheck(title, model.config.name, found, tuple(rows), compared.notes, stopped)
 
 
 def _cases(model: ModelRun) -> list[Case]:

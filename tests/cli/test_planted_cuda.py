@@ -80,6 +80,7 @@ CASES: Mapping[str, Planted] = {
     **{name: Planted(name, CALIBRATE) for name in CALIBRATED},
     "T4": Planted("T4", ("calibrate cuda -o RUN --measure-only --dtype fp16 --budget 60s",)),
     "laptop": Planted("RTX 4090 laptop", MEASURE * 2),
+    "one command": Planted("H100", ("calibrate cuda -o RUN --budget 60s",)),
     "bound": Planted("H100", BOUND),
     "compare": Planted("H100", (*CALIBRATE, COMPARE)),
     # too short for energies, because each eager pass takes real time
@@ -283,6 +284,20 @@ def test_transformers_runs_on_a_planted_gpu(ended: Callable[[str], Ended]) -> No
     rows = list(csv.DictReader((done.folder / "comparison.hf.csv").read_text().splitlines()))
     assert {row["family"] for row in rows} == {"depth", "width", "low_rank"}
     assert all(float(row["measured"]) > 1.0 for row in rows)
+
+
+def test_one_command_ends_with_a_pruned_model_and_whether_to_trust(
+    ended: Callable[[str], Ended],
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = ended("one command")
+    assert done.statuses == (0,), done.notes
+    out = " ".join(done.out.split())
+    assert "llama-3.1-8b in Transformers, eager, dense and pruned" in out
+    last = out[out.index(f"Trust {done.folder}") :]
+    assert "gained what it predicts" in last
+    assert "experts from h100_sxm for trtllm" in last
+    assert "status: hf: 8 layers of llama-3.1-8b, dense and pruned" in done.notes
 
 
 PLAIN_ATTENTION = ("attention_prefill", "attention_decode")
