@@ -98,6 +98,7 @@ def _print(
     from simulator.prediction.energy_sentences import of_energy
     from simulator.prediction.runnable import runs_clause
     from simulator.prediction.speedup_sentences import break_even, of_speedups
+    from simulator.pruning._titles import method_title
 
     even = break_even(found.rows)
     runs = dict(zip(found.rows, answers))
@@ -119,7 +120,7 @@ def _print(
     if not over or verbose or memory or found[0].new_tokens:
         if over:
             print()
-        _print_tables([replace(r, family=r.name) for r in found], memory)
+        _print_tables([replace(r, family=method_title(r.name)) for r in found], memory)
         level = render.percent(found[0].level)
         print(f"\ntimes and speedups with {level} intervals; bounds exclude work that pruning adds")
     if tariff:

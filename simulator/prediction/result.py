@@ -18,6 +18,7 @@ from simulator.display import Displayed, few
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.tariff import Energy
 from simulator.pruning._family import SUFFIXES
+from simulator.pruning._titles import method_title
 from simulator.request import Request
 from simulator.units import percent, ratio, seconds
 
@@ -255,12 +256,13 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the
-        existing model."""
+        """The pruning in words: ``width at 25 %``, ``SliceGPT at 25 %``, the text of ``--prune``, or
+        the name of the existing model."""
         # a method that sets its own sparsity, or is one of several steps, has none to print
         own = self.prune == self.name or self.prune.endswith(SUFFIXES) or " + " in self.method
         simple = self.name == (self.method or self.family) and not own
-        return f"{self.name} at {percent(self.sparsity)}" if simple else self.name
+        title = method_title(self.name)
+        return f"{title} at {percent(self.sparsity)}" if simple else title
 
     @property
     def request(self) -> str:
