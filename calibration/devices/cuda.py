@@ -445,8 +445,7 @@ class CudaDevice(TorchDevice):
         host = operator.kind in HOST_KINDS
         timer = self._timer
         probed = Probed() if host else self._capturable(operator)
-        library = self.engine if operator.library else self._library
-        launches = build(operator, self._torch_device, self._arena, library)
+        launches = self._launches(operator)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
@@ -459,9 +458,8 @@ class CudaDevice(TorchDevice):
                 graph = timer.capture(launches, flush=few)
             except CaptureFailed as error:
                 raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
-            beyond = "after a flush of " if few else ""
             copies = f"{launches.copies} rotated copies" + (
-                f" ({beyond}{self.rotation:g} x L2)" if operator.cold else ""
+                f" ({'after a flush of ' * few}{self.rotation:g} x L2)" if operator.cold else ""
             )
             method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
             timed: Sampler = partial(timer.replays, graph)
@@ -475,6 +473,10 @@ class CudaDevice(TorchDevice):
             timed = partial(timer.single, launches, flush=flush, hold=timer.hold(launches))
         timer.preheat(timed)
         return method, timed
+
+    def _launches(self, operator: Operator) -> Launches:
+        library = self.engine if operator.library else self._library
+        return build(operator, self._torch_device, self._arena, library)
 
     def _capturable(self, operator: Operator) -> Probed:
         """Return whether operators of this kind and number format can be captured, by a probe of

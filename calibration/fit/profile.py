@@ -141,10 +141,13 @@ def fit_profile(
             notes.append(f"{task[0]} {task[1]}: {error}")
         else:
             # a section begins with dense rows; those of kernels that skip work follow
-            known = profile.sections[task[:2]].stack if task[:2] in parts else None
             section = replace(
                 part.section,
-                stack=stack and _stack_of(task[2]) if known is None else known,
+                stack=(
+                    profile.sections[task[:2]].stack
+                    if task[:2] in parts
+                    else stack and _stack_of(task[2])
+                ),
                 provenance=part.section.provenance or provenance_of(task[2], date),
             )
             profile = replace(profile, sections={**profile.sections, task[:2]: section})

@@ -130,7 +130,7 @@ def _print(
     if not over or verbose or memory or found[0].new_tokens:
         if over:
             print()
-        _print_tables([replace(r, family=r.name) for r in found], memory)
+        _print_tables([replace(r, family=r.printed_name) for r in found], memory)
         level = render.percent(found[0].level)
         print(f"\ntimes and speedups with {level} intervals; bounds exclude work that pruning adds")
     if tariff:

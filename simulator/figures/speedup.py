@@ -42,6 +42,7 @@ from simulator.prediction.requests import batch_name
 from simulator.prediction.result import Result
 from simulator.prediction.service import LIMITS, OperatingPoint, Service
 from simulator.prediction.wording import GAIN
+from simulator.pruning._titles import method_title
 
 # most candidates drawn as curves with bands (more become dots), and with bounds
 MOST_CURVES = 4
@@ -187,7 +188,9 @@ def _sets(groups: Sequence[Any], results: Sequence[Result], axis: str) -> list[s
 
 def _name(r: Result) -> str:
     """Return the title of a pruning without its sparsity."""
-    return r.pruned or r.method or f"{label(r.family)}{r.options and f' ({r.options})'}"
+    return (
+        r.pruned or method_title(r.method) or f"{label(r.family)}{r.options and f' ({r.options})'}"
+    )
 
 
 def _names(results: Sequence[Result], axis: str, removed: bool) -> list[str]:

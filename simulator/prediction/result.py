@@ -19,6 +19,7 @@ from simulator.engines.engine import load_engine
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.tariff import Energy
 from simulator.pruning._family import SUFFIXES
+from simulator.pruning._titles import method_title
 from simulator.request import Request
 from simulator.units import percent, ratio, seconds
 
@@ -261,6 +262,11 @@ class Result(Displayed):
         return self.pruned or self.method or (self.family if family else self.prune)
 
     @property
+    def printed_name(self) -> str:
+        """The name, as the paper writes it if it is that of a published method."""
+        return f"{method_title(self._name)}{self.in_formats}"
+
+    @property
     def in_formats(self) -> str:
         """Number formats other than those of the dense model as the end of its name; "" for an
         existing model."""
@@ -272,13 +278,13 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, the text of ``--prune``, or the name of the
-        existing model."""
+        """The pruning in words: ``width at 25 %``, ``SliceGPT at 25 %``, the text of ``--prune``,
+        or the name of the existing model."""
         # a method that sets its own sparsity, or is one of several steps, has none to print
         own = self.prune == self._name or self.prune.endswith(SUFFIXES) or " + " in self.method
         simple = self._name == (self.method or self.family) and not own
         share = f" at {percent(self.sparsity)}" if simple else ""
-        return f"{self._name}{share}{self.in_formats}"
+        return f"{method_title(self._name)}{share}{self.in_formats}"
 
     @property
     def request(self) -> str:

@@ -335,7 +335,7 @@ def load_method(name: str | Method) -> Method:
         return name
     if not isinstance(name, str):
         expected = "expected a text or a simulator.Method, such as Method.of(mapping)"
-        raise InputError(f"pruning: {expected}, got {shown(name)}")
+        raise InputError(f"prune or method: {expected}, got {shown(name)}")
     if name.endswith(SUFFIXES):
         return Method.read(name)
     if name not in METHODS:

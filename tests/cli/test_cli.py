@@ -304,8 +304,8 @@ def test_methods_are_listed_and_predicted_under_their_names(
         <= available
     )
     # answer, speedups, serving, memory, parts, will it run
-    assert out.count("\nminitron-width ") == 6
-    assert "sheared-llama at 60 % (width_cross+width)" in cli.out(
+    assert out.count("\nMinitron (width) ") == 6
+    assert "Sheared LLaMA at 60 % (width_cross+width)" in cli.out(
         f"explain {line} sheared-llama --sparsity 0.6"
     )
 

@@ -28,7 +28,7 @@ BEGINS = {
         r"up to \d+ sequences fit \(dense: \d+\)\."
     ),
     "speedup llama-3.1-8b --hardware h100 --method snapkv-1024 --phase decode --batch 16 --seq 512:4k": (
-        r"snapkv-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not at"
+        r"SnapKV-1024 on h100_sxm in vllm \(decode, batch 16\) pays from seq 2,048 \(.*\); not at"
         r" 1,024; "
         # which holds for a length beyond the budget, not for the first
         r"stock vllm does not run it\."

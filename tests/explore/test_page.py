@@ -371,7 +371,7 @@ def test_a_pasted_method_stands_next_to_families_and_published_methods(
     good(at.text_area(key="method").set_value(OWN).run())
     assert len(at.error) == 0
     shown = at.dataframe[0].value
-    names = ["depth at 25 %", "shortgpt at 25 %", "shortgpt at 27 %", "half-keys at 50 %"]
+    names = ["depth at 25 %", "ShortGPT at 25 %", "ShortGPT at 27 %", "half-keys at 50 %"]
     assert shown["pruning"].tolist() == names
     own = simulator.Method.of({"method": "k", "dynamic": {"attention": {"keys": "0.5"}}})
     (found,) = simulator.table("llama-3.1-8b", "h100", prune=own, phase="prefill", seq=8192)

@@ -169,7 +169,7 @@ def test_figures_draw_methods_unlike_families() -> None:
     lines = [line for line in speedups_of(found).legends[0].legend_handles if line.get_label()]
     drawn = {line.get_label(): (line.get_color(), line.get_marker()) for line in lines[:3]}
     families = {(style.color, style.marker) for style in looks()}
-    assert [drawn[f"{name}, 30 %"] in families for name in ("my-skip", "flap")] == [False, False]
+    assert [drawn[f"{name}, 30 %"] in families for name in ("my-skip", "FLAP")] == [False, False]
     assert drawn["Width, 30 %"] == (STYLES["width"].color, STYLES["width"].marker)
     served = simulator.serve("llama-3.1-8b", "h100", prune=prune)
     lines = services_of(served.services).axes[0].lines
