@@ -177,7 +177,7 @@ def command(
     Begins with whether to use the profile: its errors on held-out shapes next to those of a
     datasheet roofline. Ends with whether to trust it, and which operators are borrowed. The exit
     status is 1 if its errors are larger than the roofline's, if there are too few held-out shapes,
-    or if the machine was busy. Measures operators for half of the time, then the host of the
+    or if the machine was busy. Measures operators for 60 % of the time, then the host of the
     installed engine, and one dense and one pruned model in this engine (--engine none: operators
     for all of the time). The shipped fit of a known GPU supports the new fit. Writes
     RUN/records.jsonl, RUN/profile.yaml for --hardware of other commands, and RUN/report.md with

@@ -68,7 +68,7 @@ def command(
         str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")
     ] = "",
     run: options.Run = REQUESTS,
-    selection: CaseOptions = CaseOptions(),  # noqa: B008 - frozen
+    selection: CaseOptions = CaseOptions(budget="10min"),  # noqa: B008 - frozen
     runner: Runner = Runner(),
     out: options.Output = options.OUTPUT,
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from calibration.devices import open_device
 from calibration.devices.protocol import Device
 from calibration.fit.solver import FittedPart
 from calibration.runners.cases import Case, ModelRun, cases_of, fewer_layers
@@ -29,7 +31,7 @@ from simulator.units import percent, ratio
 from simulator.workload import WorkloadBatch
 
 MOST_LAYERS = 8  # of the compared models: more take longer to make and show nothing else
-MODEL_SHARE = 0.4  # share of the memory for the weights of the dense and of the pruned model
+MODEL_SHARE = 0.6  # share of the memory for the weights of the dense and of the pruned model
 HOST_SHARE = 0.5  # share of the time for the engine's host; the rest is for the two models
 PHASES = ("prefill", "decode")
 SEQ = 512  # prompt tokens of the compared passes
@@ -46,17 +48,24 @@ def default_model(on_cpu: bool) -> str:
     return "smollm2-135m" if on_cpu else "llama-3.1-8b"
 
 
-def layers_that_fit(model: Model, dtype: str, memory_bytes: float) -> int:
-    """Return the layers, at most :data:`MOST_LAYERS`, of which a dense and a pruned copy fit into a
-    memory."""
+def layers_that_fit(model: Model, dtype: str, memory_bytes: float, most: int = MOST_LAYERS) -> int:
+    """Return the layers, at most ``most``, of which a dense and a pruned copy fit into a memory."""
 
     def fits(layers: int) -> bool:
         w = lower(fewer_layers(model, layers), dtype=dtype)
         stored = float(weights_bytes(WorkloadBatch.of([w]))[0])
         return 2.0 * stored <= MODEL_SHARE * memory_bytes
 
-    most = min(MOST_LAYERS, len(model.layers))
-    return next((layers for layers in range(most, 1, -1) if fits(layers)), 1)
+    numbers = range(min(most, len(model.layers)), 1, -1)
+    return next((layers for layers in numbers if fits(layers)), 1)
+
+
+def layers_on(device: str, model: str, dtype: str) -> int:
+    """Return the layers of a model of which a dense and a pruned copy fit on a device."""
+    config = load_model(model)
+    with closing(open_device(device)) as opened:
+        memory_bytes = opened.describe().memory_bytes or math.inf
+    return layers_that_fit(config, dtype, memory_bytes, len(config.layers))
 
 
 def small_model(name: str, engine: str, dtype: str, device: Device) -> ModelRun:

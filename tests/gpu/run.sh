@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run all measurements on a GPU in 9 minutes, packed after every step; run again to go on. See README.md in this folder.
+# The first step, calibrate, is also a whole run of its own; the others measure more cases of each engine.
 set -euo pipefail
 set -m # a step has a process group of its own: Ctrl-C reaches it through this script, once
 
 device=${DEVICE:-cuda}
 model=${MODEL:-llama-3.1-8b}
-layers=${LAYERS:-}          # bounds and comparisons use the first N layers, for little memory
+layers=${LAYERS:-}          # bounds and comparisons use the first N layers; default: as many as fit twice
 dtypes=${DTYPES:-"bf16 fp8"}
 engines=${ENGINES-"vllm hf compile reference"}
 seq=${SEQ:-2048}
@@ -13,6 +14,7 @@ batch=${BATCH:-1}
 sparsity=${SPARSITY:-0.5}
 total=${BUDGET:-380}        # seconds of measurement, without start-up, fits and figures
 limit=${LIMIT:-540}         # seconds of everything; a step that would exceed it ends early
+start_s=${START_S:-12}      # seconds of a step that are no measurement: imports, a fit, figures
 read -r -a python <<<"${PYTHON:-python}"
 read -r -a prunesim <<<"${PRUNESIM:-${python[*]} -m simulator.cli}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -91,7 +93,7 @@ step() {
     if ((left < 5)); then
         say "   skipped: the time limit of $limit s is reached; run the script again to resume"
         failed=$((failed + 1))
-        return
+        return 0
     fi
     # SIGINT ends a measurement between two samples, with its records on the disk; a second one would end it at once, so
     # timeout must not send it to the group too
@@ -101,6 +103,7 @@ step() {
     child=$!
     wait "$child" || status=$?
     child=""
+    spend $((SECONDS - begin - start_s))
     # a verdict against a new profile has status 1 too; its measurements are what this run is for
     if ((status == 1)) && grep -q '^Do not ' < <(tail -c "+$((size + 1))" "$log"); then
         say "   done in $((SECONDS - begin)) s; the verdict is not to use the profile, see $log"
@@ -110,10 +113,17 @@ step() {
     packed || failing "$?" "$((SECONDS - begin))"
 }
 
-# engines that this machine can run
-missing=$("${python[@]}" -c "
+# packages that this machine lacks, and the layers of which a dense and a pruned model fit into its memory
+{
+    read -r missing
+    read -r fitting || true
+} < <("${python[@]}" -c "
+import sys
 from importlib.util import find_spec
-print(*(name for name in ('torch', 'transformers', 'vllm') if find_spec(name) is None))")
+print(*(name for name in ('torch', 'transformers', 'vllm') if find_spec(name) is None))
+from calibration.runners.in_engine import layers_on
+print(layers_on(*sys.argv[1:]))" "$device" "$model" "$first" 2>>"$log" || echo)
+layers=${layers:-$fitting}
 run=()
 for engine in $engines; do
     case $engine in
@@ -130,43 +140,53 @@ for engine in $engines; do
     fi
 done
 
-# parts of the budget; steps that do not run leave theirs to the others
+# parts of the budget; steps that do not run, or end early, leave theirs to the others
 part() {
     case $1 in
-    "calibrate $first") [[ $dtypes == "$first" ]] && echo 30 || echo 25 ;;
-    calibrate*) echo 4 ;;
-    vllm) echo 33 ;; # each of its three models starts in a minute
+    "calibrate $first") [[ $dtypes == "$first" ]] && echo 36 || echo 31 ;; # with one dense and one pruned model
+    calibrate*) echo $((4 / others > 0 ? 4 / others : 1)) ;;
+    vllm) echo 28 ;; # each of its three models starts in a minute
     hf) echo 9 ;;
     bound) echo 5 ;;
     *) echo 12 ;;
     esac
 }
 others=$(($(wc -w <<<"$dtypes") - 1))
-sum=$(($(part "calibrate $first") + (others > 0 ? 4 : 0) + $(part bound)))
-for engine in ${run[@]+"${run[@]}"}; do sum=$((sum + $(part "$engine"))); done
-share() { awk -v total="$total" -v part="$(part "$1")" -v sum="$sum" -v among="${2:-1}" \
-    'BEGIN { printf "%.1fs", total * part / sum / among }'; }
+names=("calibrate $first" ${run[@]+"${run[@]}"} bound)
+for dtype in $dtypes; do [[ $dtype == "$first" ]] || names+=("calibrate $dtype"); done
+sum=0 # parts of the steps to come
+for name in "${names[@]}"; do sum=$((sum + $(part "$name"))); done
+# share NAME: set the seconds of a step in "seconds": its part of the time that earlier steps have left
+share() {
+    seconds=$(awk -v total="$total" -v part="$(part "$1")" -v sum="$sum" 'BEGIN { printf "%.1fs", total * part / sum }')
+    sum=$((sum - $(part "$1")))
+}
+spend() { total=$((total - ($1 > 0 ? ($1 < total ? $1 : total - 1) : 0))); }
 
 cut=()
 [[ -n $layers ]] && cut=(--layers "$layers")
 shape=(--phase prefill,decode --batch "$batch" --seq "$seq" --sparsity "$sparsity")
 
-# 1. calibrate the first number format: GEMM, 2:4, low-rank pairs, attention, elementwise, launches; fit, validate
-step "calibrate $first" calibrate "$device" -o "$out/$first" --dtype "$first" --budget "$(share "calibrate $first")"
-# 2. the model, dense and pruned, in each engine, next to that profile, and the measured upper bound of every family
+# 1. calibrate the first number format: operators, the installed engine's host, one dense and one pruned model
+share "calibrate $first"
+step "calibrate $first" calibrate "$device" -o "$out/$first" --dtype "$first" --budget "$seconds"
+# 2. more prunings in each engine, next to that profile, and the measured upper bound of every family
 for engine in ${run[@]+"${run[@]}"}; do
     own=(${cut[@]+"${cut[@]}"})
     [[ $engine == vllm ]] && own+=(--family depth,width) # it starts each pruned model for a minute
-    [[ $engine == compile && -z $layers ]] && own=(--layers 8) # torch compiles layer by layer
+    [[ $engine == compile ]] && ((${layers:-99} > 8)) && own=(--layers 8) # torch compiles layer by layer
+    share "$engine"
     step "compare $engine" compare "$model" --device "$device" -o "$out/$first" --dtype "$first" \
-        --engine "$engine" --budget "$(share "$engine")" "${shape[@]}" ${own[@]+"${own[@]}"}
+        --engine "$engine" --budget "$seconds" "${shape[@]}" ${own[@]+"${own[@]}"}
 done
+share bound
 step "upper bound" upper-bound "$model" --device "$device" -o "$out/$first" --dtype "$first" \
-    --budget "$(share bound)" "${shape[@]}" ${cut[@]+"${cut[@]}"}
-# 3. the other number formats
+    --budget "$seconds" "${shape[@]}" ${cut[@]+"${cut[@]}"}
+# 3. the operators of the other number formats
 for dtype in $dtypes; do
-    [[ $dtype == "$first" ]] || step "calibrate $dtype" calibrate "$device" -o "$out/$dtype" --dtype "$dtype" \
-        --budget "$(share "calibrate $dtype" "$others")"
+    [[ $dtype == "$first" ]] && continue
+    share "calibrate $dtype"
+    step "calibrate $dtype" calibrate "$device" -o "$out/$dtype" --dtype "$dtype" --engine none --budget "$seconds"
 done
 
 packed || failed=$((failed + 1))
