@@ -256,8 +256,8 @@ class Result(Displayed):
 
     @property
     def pruning(self) -> str:
-        """The pruning in words: ``width at 25 %``, ``SliceGPT at 25 %``, the text of ``--prune``, or
-        the name of the existing model."""
+        """The pruning in words: ``width at 25 %``, ``SliceGPT at 25 %``, the text of ``--prune``,
+        or the name of the existing model."""
         # a method that sets its own sparsity, or is one of several steps, has none to print
         own = self.prune == self.name or self.prune.endswith(SUFFIXES) or " + " in self.method
         simple = self.name == (self.method or self.family) and not own
