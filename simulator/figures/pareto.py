@@ -154,12 +154,7 @@ def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> N
     steps_y = [1.0, *y[order], y[order[-1]] if order else 1.0]
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
     ax.step(steps_x, steps_y, where="post", color=INK, linewidth=0.9, zorder=2)
-    for family, style in looks.items():
-        own = np.flatnonzero(data["family"] == family)
-        own = own[np.argsort(x[own], kind="stable")]
-        best = np.maximum.accumulate(y[own])
-        steps: Look = {"color": style.color, "linewidth": 0.6, "alpha": 0.6, "zorder": 1.8}
-        ax.step([*x[own], end], [*best, *best[-1:]][: len(own) + 1], where="post", **steps)
+    _draw_families(ax, data, (x, y), looks)
     _draw_points(ax, data, (x, y), optimal, looks)
     _draw_strip(ax, [looks[data["family"][i]] for i in order], [*x[order], end])
     bars = np.linspace(data["lower"], data["upper"], 12)
@@ -174,6 +169,23 @@ def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> N
         these = optimal == on_frontier
         look: dict[str, Any] = {"reach_pt": reach_pt, "color": color}
         layout.write_labels(ax, x[these], y[these], names[these], clear_of, **look)
+
+
+def _draw_families(
+    ax: Axes,
+    data: layout.FigurePoints,
+    at: tuple[FloatArray, FloatArray],
+    looks: Mapping[str, Style],
+) -> None:
+    """Draw the fastest point of each family within each loss: families at equal quality."""
+    x, y = at
+    for family, style in looks.items():
+        own = np.flatnonzero(data["family"] == family)
+        own = own[np.argsort(x[own], kind="stable")]
+        best = np.maximum.accumulate(y[own])
+        steps: Look = {"color": style.color, "linewidth": 0.6, "alpha": 0.6, "zorder": 1.8}
+        losses = [*x[own], *[ax.get_xlim()[1]] * bool(len(own))]
+        ax.step(losses, [*best, *best[-1:]], where="post", **steps)
 
 
 def _point_names(data: layout.FigurePoints) -> NDArray[Any]:

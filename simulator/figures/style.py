@@ -228,25 +228,23 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _pdf(figure: Figure, scale: float) -> bytes:
-    from matplotlib.backends.backend_pdf import Op, PdfFile, PdfPages
+    """Return a file whose page and drawing are scaled, which ``savefig`` has no option for."""
+    from matplotlib.backends import backend_pdf
 
-    class ScaledFile(PdfFile):  # type: ignore[misc]  # matplotlib is not typed here
-        def newPage(self, width: float, height: float) -> None:
-            super().newPage(scale * width, scale * height)
-            if scale != 1.0:
-                self.output(scale, 0, 0, scale, 0, 0, Op.concat_matrix)
-
-    class ScaledPages(PdfPages):  # type: ignore[misc]
-        _file: PdfFile | None
-
-        def _ensure_file(self) -> PdfFile:
-            if self._file is None:
-                self._file = ScaledFile(self._filename, metadata=self._metadata)
-            return self._file
-
-    out = io.BytesIO()
-    with ScaledPages(out, metadata=_METADATA[".pdf"]) as pages:
-        figure.savefig(pages, format="pdf")
+    pdf: Any = backend_pdf
+    out, usual = io.BytesIO(), figure.dpi
+    file = pdf.PdfFile(out, metadata=_METADATA[".pdf"])
+    width, height = figure.get_size_inches()
+    figure.dpi = 72  # points
+    file.newPage(scale * width, scale * height)
+    file.output(scale, 0, 0, scale, 0, 0, pdf.Op.concat_matrix)
+    page, dpi = pdf.RendererPdf(file, DPI, height, width), DPI * scale
+    renderer = pdf.MixedModeRenderer(figure, width, height, dpi, page)
+    figure.draw(renderer)
+    renderer.finalize()
+    file.finalize()
+    file.close()
+    figure.dpi = usual
     return out.getvalue()
 
 

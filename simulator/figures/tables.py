@@ -156,24 +156,30 @@ def efficiency_figure(points: Mapping[str, Any]) -> Figure:
     ``family``, ``batch``, ``efficiency``."""
     data = fitted(arrays(points), 0.19 * len(set(points["batch"])) + 0.6)
     batches = sorted({int(b) for b in data["batch"]})
-    # a family without a gain to reach in a phase has no line there
-    known = np.isfinite(data["efficiency"].astype(float))
-    known |= not known.any()
-    families = {
-        row: list(dict.fromkeys(data["family"][known & (data["row"] == row)]))
-        for row in dict.fromkeys(data["row"][known])
-    }
-    data = {name: values[np.isin(data["row"], list(families))] for name, values in data.items()}
-    lines = [len(names) for names in families.values()]
+    families = _families_with_gain(data)
+    drawn = np.isin(data["row"], list(families))
+    data = {name: values[drawn] for name, values in data.items()}
+    lines = list(map(len, families.values()))
     height = _LINE_IN * sum(lines) / len(lines)
     with paper_style():
         figure, panels = panel_grid(data, height, 0.9, least_in=height, height_ratios=lines)
-        for place, ax in panels.items():
-            _draw_efficiencies(ax, of_panel(data, *place), families[place[0]], batches)
-        names = {row: [label(f) for f in some] for row, some in families.items()}
-        as_table(panels, [str(b) for b in batches], names)
+        for (row, column), ax in panels.items():
+            _draw_efficiencies(ax, of_panel(data, row, column), families[row], batches)
+        names = {row: list(map(label, families[row])) for row in families}
+        as_table(panels, list(map(str, batches)), names)
         _draw_scale(figure, list(panels.values()))
         return laid_out(figure)
+
+
+def _families_with_gain(data: FigurePoints) -> dict[str, list[str]]:
+    """Return the families of each row of panels that have an efficiency there, or all families if
+    none has one."""
+    known = np.isfinite(data["efficiency"].astype(float))
+    known |= not known.any()
+    return {
+        row: list(dict.fromkeys(data["family"][known & (data["row"] == row)]))
+        for row in dict.fromkeys(data["row"][known])
+    }
 
 
 def _draw_efficiencies(

@@ -212,7 +212,7 @@ def test_requests_that_cannot_be_predicted_are_one_line(
 
 def test_another_pruning_is_explained_on_request_and_stays() -> None:
     at = page(sparsity="50%, 70%", batch="1")
-    assert "depth at 70 % (68.8 % realised) of llama-3.1-8b: nominal 3.33x" in texts(at)
+    assert "low_rank at 70 % (69.8 % realised) of llama-3.1-8b: nominal 3.33x" in texts(at)
     good(at.selectbox(key="explained").set_value("width at 50 %").run())
     assert "width at 50 % of llama-3.1-8b: nominal 2.00x" in texts(at)
     good(at.selectbox(key="phase").set_value("prefill").run())

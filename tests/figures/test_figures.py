@@ -24,10 +24,13 @@ from simulator.engines.engine import list_engines
 from simulator.errors import InputError
 from simulator.figures import style
 from simulator.figures.gemms import Roof, roofline_figure
+from simulator.figures.pareto import fronts_of
 from simulator.figures.speedup import speedups_of
 from simulator.figures.waterfall import Steps, waterfall_figure
 from simulator.hardware.library import list_hardware, load_hardware
 from simulator.models.library import list_models, load_model, model_title
+from simulator.prediction.pareto import frontier, fronts
+from simulator.prediction.quality import choose_axis, load_quality
 from simulator.pruning import FAMILIES
 
 if TYPE_CHECKING:
@@ -211,6 +214,28 @@ def test_files_have_the_stated_width_and_the_stated_font(tmp_path: Path) -> None
 )
 def test_a_size_that_cannot_be_drawn_is_refused(options: str, reason: str, cli: Any) -> None:
     assert reason in cli.refused(f"speedup llama-3.1-8b --hardware h100 {options}")
+
+
+def test_of_many_rows_a_frontier_draws_few_states_how_many_and_has_all_of_the_frontier() -> None:
+    model = load_model("llama-2-7b")
+    table = load_quality().of_model(model.name)
+    (front,), _ = fronts(model, [load_hardware("a100")], table, choose_axis(table))
+    noise = np.exp(0.1 * np.random.default_rng(0).normal(size=(20_000, 2)))
+    points = tuple(
+        replace(p, loss=p.loss * a, speedup=b, speedup_lower=0.9 * b, speedup_upper=1.1 * b)
+        for p, (a, b) in zip(front.points * 10_000, noise.tolist())
+    )
+    figure = fronts_of([replace(front, points=points)])
+    assert re.fullmatch(r"5\d\d of 20,000 points drawn, with all on a frontier", title(figure))
+    shown = np.concatenate([line.get_xydata() for line in figure.axes[0].lines])
+    best = frontier([p.loss for p in points], [p.speedup for p in points])
+    for i in np.flatnonzero(best):
+        at = 100.0 * points[i].loss, points[i].speedup
+        assert np.isclose(shown, at, rtol=1e-9).all(axis=1).any()
+
+
+def title(figure: Figure) -> str:
+    return str(figure.get_suptitle())
 
 
 @pytest.mark.quick
