@@ -374,10 +374,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             key = str(row["key"]) if "visit" in row and "key" in row else position
             timings[key] = _faster(timings[key], timing) if key in timings else timing
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-            reason = (
-                str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            )
-            raise InputError(f"{place}record {position}: not a timing: {reason}") from None
+            raise InputError(f"{place}record {position}: not a timing: {_reason(error)}") from None
     if "idle_w" in header.extra:
         watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
@@ -388,6 +385,10 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
     many = 1 + max((timing.get("source", 0) for timing in timings.values()), default=0)
     kinds = [replace(header.source(), kernel=name) for name in ("", *LIBRARIES)[:many]]
     return Records.from_rows(timings.values(), kinds)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
 
 
 def _faster(earlier: Row, timing: Row) -> Row:

@@ -578,22 +578,16 @@ def conclusions(rows: Sequence[ComparedSpeedup]) -> list[str]:
     """Return whether the predicted speedups hold, next to roofline bounds as predictions, and the
     worst case."""
     names = ("measured", "predicted", "predicted_lower", "predicted_upper", "roofline_bound")
-    measured, predicted, lower, upper, roofline = (
-        [getattr(r, name) for r in rows] for name in names
-    )
-    every = verdict_of(
-        "speedups", measured, predicted, lower, upper, roofline, list(map(spread_of, rows))
-    )
+    columns = [[getattr(r, name) for r in rows] for name in names]
+    columns.append([spread_of(r) for r in rows])
+    every = verdict_of("speedups", *columns)
     first = rows[0]
     worst = _in_words(max(rows, key=lambda r: abs(r.error)))
     one = "1 measured speedup" if every.rows == 1 else f"{every.rows} measured speedups"
     if every.clear < DECIDE:
+        few = f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors}"
         rough = f", {every.unclear} of them too rough to tell" if every.unclear else ""
-        few_rows = (
-            f"{first.model} on {first.device}, predicted with {first.hardware}: {every.errors},"
-            f" {one}{rough}"
-        )
-        return [f"{few_rows}; a verdict needs {DECIDE}.", f"Worst: {worst}."]
+        return [f"{few}, {one}{rough}; a verdict needs {DECIDE}.", f"Worst: {worst}."]
     holds = "hold" if every.holds else "do not hold"
     about = f"The predictions of {first.hardware} for {first.model} {holds} on {first.device}"
     return [f"{about}: {every.text}, {one}.", f"Worst: {worst}."]

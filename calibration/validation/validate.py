@@ -393,16 +393,14 @@ def verdict_of(
         [measured, predicted, lower, upper, roofline], dtype=np.float64
     )
     errors = np.abs(np.array([found, bound]) / true - 1.0)
-    (median, roofline_median), (mean, roofline_mean) = (
-        np.median(errors, axis=1).tolist(),
-        errors.mean(axis=1).tolist(),
-    )
+    medians, means = np.median(errors, axis=1).tolist(), errors.mean(axis=1).tolist()
     least, most = true / (1.0 + np.asarray(spread)), true * (1.0 + np.asarray(spread))
     apart = (high < least) | (most < low)
     clear = apart | (most * low <= high * least)
     coverage = 1.0 - float(apart[clear].mean()) if clear.any() else 1.0
     unclear = int((~clear).sum())
-    return Verdict(name, len(true), median, mean, roofline_median, roofline_mean, coverage, unclear)
+    ours, of_roofline = zip(medians, means, strict=True)
+    return Verdict(name, len(true), *ours, *of_roofline, coverage, unclear)
 
 
 def _of_parts(name: str, parts: Sequence[ReportPart]) -> Verdict:

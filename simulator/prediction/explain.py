@@ -222,7 +222,7 @@ def last_waves(p: PredictedPass) -> LastWaves | None:
     explain a role's deviation from the speedup of its roofline at most as far as dense and pruned
     fill them differently."""
     w, (idle, filling) = p.workloads.rows, waves(p)
-    of_model = [(p.workloads.owner == i) & (filling > 0.0) & (p.ideal_s > 0.0) for i in range(2)]
+    of_model = (filling * p.ideal_s > 0.0) & (p.workloads.owner == np.arange(2)[:, None])
 
     def by_role(values: FloatArray) -> FloatArray:
         return np.array([np.bincount(w.role, values * rows, len(ROLES)) for rows in of_model])

@@ -67,7 +67,7 @@ STEPS = 32  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
-SHORTEST_START_S = 10.0  # shortest start of a model that was seen, on two cores of an AMD EPYC
+SHORTEST_START_S = 10.0  # shortest start of a model (assumed)
 PATIENCE_S = 900.0  # longest wait for an answer; the first start of a model compiles it
 
 _BATCHED = {"cpu": 2048, "cuda": 8192}  # tokens of one step, vLLM's own budget for a server
