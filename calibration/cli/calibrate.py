@@ -190,8 +190,7 @@ def command(
 
     The default of --dtype is bf16, or fp32 on a CPU and fp16 on a GPU without bf16 arithmetic.
     """
-    from calibration.runners.engine import MEASURED
-    from calibration.runners.in_engine import default_model, installed_engine
+    from calibration.runners.in_engine import default_model
     from calibration.runners.runs import RunOptions, measure_into, target_workloads
 
     run = in_format(run, "cpu" if device == "engine" and on_cpu(output, measuring) else device)
@@ -207,13 +206,8 @@ def command(
         return
     if measure_only and quick:
         raise InputError("--measure-only: expected no --quick with it")
-    engine, cpu = runner.engine, device == "cpu"
-    if engine:
-        Name((*MEASURED, "none")).check("--engine", engine)
-    # a replayed device runs no models
-    elif not (measure_only or quick) and device.startswith(("cpu", "cuda")):
-        engine = installed_engine(runner.vllm_python)
-    stage = _Stage(engine, target.model or default_model(cpu), runner.vllm_python)
+    cpu = device == "cpu"
+    stage = _stage_of(runner, device, target.model or default_model(cpu), measure_only or quick)
     # no engine fuses projections on a CPU
     settings = {**run.asked().settings, "engine": "" if cpu else DEFAULT_ENGINE}
     targets: TargetModels = ()
@@ -240,6 +234,19 @@ def command(
         return
     calibration = _Calibration(device, output, how, quick, measuring.threads)
     _conclude(stage, calibration, found, out)
+
+
+def _stage_of(runner: EngineRun, device: str, model: str, operators_only: bool) -> _Stage:
+    """Return the models that run after the operators: none on a replayed device."""
+    from calibration.runners.engine import MEASURED
+    from calibration.runners.in_engine import installed_engine
+
+    engine = runner.engine
+    if engine:
+        Name((*MEASURED, "none")).check("--engine", engine)
+    elif not operators_only and device.startswith(("cpu", "cuda")):
+        engine = installed_engine(runner.vllm_python)
+    return _Stage(engine, model, runner.vllm_python)
 
 
 def _engine(
@@ -316,46 +323,55 @@ def _conclude(
     stage: _Stage, calibration: _Calibration, found: MeasuredRun, out: options.Output
 ) -> None:
     """Fit what was measured, run the engine, and print whether to trust the profile."""
-    from calibration.fit.local_update import Updated, as_row
-    from calibration.runners.in_engine import trust
     from calibration.runners.runs import PROFILE, fit_run
-    from calibration.validation.validate import (
-        DO_NOT_USE,
-        IDLE,
-        LONGER,
-        Judgement,
-        of_calibration,
-        summary,
-    )
+    from calibration.validation.validate import DO_NOT_USE, IDLE, LONGER, Judgement
 
     folder = Path(calibration.output)
-    file = folder / PROFILE
-    row: dict[str, Any] = {"measured": outcome_row(found)}
     # a longer run would be as noisy
     noisy = found.outcome.counts.noisy > 0.5 * found.outcome.counts.timed
     remedy = IDLE if noisy else LONGER
-    notes, status = ended(found.outcome)
     try:
         with render.progress("fitting") as report:
             done = fit_run(folder, anchor=calibration.quick, progress=report)
     except InputError as error:  # too few or useless rows
         text = f"There is no fit to use in {folder}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
-        if file.is_file():
-            record_verdict(judged, file)
+        if (folder / PROFILE).is_file():
+            record_verdict(judged, folder / PROFILE)
+        notes, status = ended(found.outcome)
+        row = {"measured": outcome_row(found)}
         conclude(judged, [row], tuple, notes, out, found.outcome.problems, status)
         return
+    _conclude_fit(stage, calibration, found, done, remedy, out)
+
+
+def _conclude_fit(
+    stage: _Stage,
+    calibration: _Calibration,
+    found: MeasuredRun,
+    done: Calibrated,
+    remedy: str,
+    out: options.Output,
+) -> None:
+    from calibration.fit.local_update import Updated, as_row
+    from calibration.runners.in_engine import trust
+    from calibration.runners.runs import PROFILE
+    from calibration.validation.validate import of_calibration, summary
+
+    folder = Path(calibration.output)
+    notes, status = ended(found.outcome)
     update, parts = (done.fit, ()) if isinstance(done.fit, Updated) else (None, done.fit.parts)
     judged = of_calibration(
         done.held_out, update, folder, done.fit.profile.name, done.disturbed, remedy
     )
-    record_verdict(judged, file)
+    record_verdict(judged, folder / PROFILE)
     check = None
     if stage.runs and found.outcome.complete:
-        check, more, status = _in_engine(stage, calibration, file)
+        check, more, status = _in_engine(stage, calibration, folder / PROFILE)
         notes += more
-    last = trust(file, judged, parts, calibration.how.dtype, check)
-    row |= {
+    last = trust(folder / PROFILE, judged, parts, calibration.how.dtype, check)
+    row = {
+        "measured": outcome_row(found),
         "fitted": [part_row(p) for p in parts],
         "anchored": as_row(update) if update else None,
         "held_out": summary(done.held_out) if done.held_out else None,

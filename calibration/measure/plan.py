@@ -287,9 +287,13 @@ def base_plan(
     of the ``earlier`` items, and holds out further rows of their held-out groups."""
     protocol = protocol or Protocol()
     rng = np.random.default_rng((seed, len(earlier)) if earlier else seed)
-    known = {item.operator.key: item for item in earlier}
-    compiled = {compilation(item.operator) for item in earlier}
-    budget = _Budget(rates, protocol, refuses, dict(known), compiled)
+    budget = _Budget(
+        rates,
+        protocol,
+        refuses,
+        {item.operator.key: item for item in earlier},
+        {compilation(item.operator) for item in earlier},
+    )
     omitted = HYBRIDS if budget_s < HYBRIDS_S else ()
     freed = sum(shares.get(name, 0.0) for name in omitted)
     shares = {**shares, "gemm": shares["gemm"] + freed}
@@ -307,7 +311,7 @@ def base_plan(
         raise InputError(
             f"budget: {budget_s:g} s are too short for one GEMM in {dtype}; increase it"
         )
-    items = split_holdout([*budget.taken.values()][len(known) :], rng, earlier)
+    items = split_holdout([*budget.taken.values()][len(earlier) :], rng, earlier)
     return MeasurementPlan(
         _shuffled(items, seed), drift_check_operator(rates, dtype, protocol), seed, budget_s
     )
