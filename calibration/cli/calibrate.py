@@ -135,12 +135,14 @@ def in_format(run: options.Run, device: str) -> options.Run:
     arithmetic, which is stated before anything is measured, fp32 (a CPU) or fp16 (a GPU)."""
     asked: str | None = run.text("dtype")
     slow, other = "", "fp32" if device == "cpu" else "fp16"
-    if device == "cpu" and asked in (None, DEFAULT_DTYPE):
+    if not find_spec("torch"):
+        pass  # opening the device says so, after the options are checked
+    elif device == "cpu" and asked in (None, DEFAULT_DTYPE):
         from calibration.devices.cpu import lacks_bf16
 
         if slow := lacks_bf16():
             slow += " has no bf16 instructions that torch uses"
-    elif device.startswith("cuda") and asked is None and find_spec("torch"):
+    elif device.startswith("cuda") and asked is None:
         from calibration.devices import cuda
 
         if slow := cuda.lacks_bf16(device):
