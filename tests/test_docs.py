@@ -31,6 +31,7 @@ from simulator.operators.collective import COLLECTIVE_CONSTANTS as LINK
 from simulator.operators.elementwise import CLASSES
 from simulator.pruning import FAMILIES
 from simulator.pruning._methods import METHODS
+from simulator.pruning._titles import method_title
 
 PAGES = [
     ROOT / "README.md",
@@ -260,7 +261,7 @@ def test_the_first_sentence_printed_is_the_answer(
     )
     sentence = " ".join(printed.partition("\n\n")[0].split()).partition(". ")[0]
     named = [
-        word.removesuffix(".json")
+        method_title(word.removesuffix(".json"))
         for word in re.split(r"[\s,@]", " ".join(shlex.split(command)[2:]))
         if word
     ]

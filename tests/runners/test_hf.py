@@ -208,9 +208,12 @@ def test_a_pass_is_taken_apart(phase: str) -> None:
     config = load_model(LLAMA)
     w = lower(config, phase=phase, batch=2, seq=16, engine="hf", dtype="fp32")
     device = ReplayDevice(description=Description("cpu", "some CPU"))
-    seen = HfRunner(device, ModelRun(config, "fp32", "hf", LLAMA)).observe(
-        Case(Pruning(()), (), w, w)
+    runner, case = (
+        HfRunner(device, ModelRun(config, "fp32", "hf", LLAMA)),
+        Case(Pruning(()), (), w, w),
     )
+    runner.begin(case)
+    seen = runner.observe(case, 0.1)
     named = {operator_of(kernel) for kernel, seconds in seen.kernels.items() if seconds > 0.0}
     assert {"gemm", "attention", "elementwise"} <= named
     assert (
@@ -406,7 +409,7 @@ def test_the_command_runs_other_choices_in_each_layer(engine: str, chosen: Path,
     [
         ({"vocab_size": 64}, "", "chosen: vocab: expected 128, as the dense model has, got 64"),
         ({}, "--layers 2", "--layers: expected none with --pruned"),
-        ({}, "--sparsity 0.5", "pruned: a model sets its own pruning"),
+        ({}, "--sparsity 0.5", "sparsity, option: expected with a family or a method"),
     ],
 )
 def test_pruned_models_that_cannot_be_compared(
