@@ -16,7 +16,7 @@ from every_kind import every_kind  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.cli.calibrate import REQUESTS, in_format  # noqa: E402
-from calibration.devices import (  # noqa: E402  # noqa: E402
+from calibration.devices import (  # noqa: E402
     Operator,
     OutOfMemory,
     Unsupported,
