@@ -106,6 +106,8 @@ def main(name: str, engine: str, text: str, g: str, many: str, python: str = "")
             if engine == "vllm"
             else []
         )
+        for process in engines:
+            process.wait_ready()
         for number, batch in enumerate(batches):
             which = (drafted + number) % 3
             pairs = list[list[Sample]]()

@@ -338,13 +338,15 @@ ENERGY_S = 2 * LEAST * TURN_S  # time that the energies of two models take
 T = TypeVar("T")
 
 
-def alternate(dense: Sampler, pruned: Sampler, limit_s: float, device: Device) -> Row:
+def alternate(
+    dense: Sampler, pruned: Sampler, limit_s: float, device: Device, untimed: int = UNTIMED
+) -> Row:
     """Return the raw times of a record by :func:`in_turns`, after untimed passes that compile
     kernels and warm caches; "loops": passes per sample. A device with an energy counter adds the
     energy of a pass, if that takes at most half of the time."""
     samplers = (dense, pruned)
     counted = has_counter(device) and 0.5 * limit_s >= ENERGY_S
-    for _ in range(UNTIMED):
+    for _ in range(untimed):
         for sample in samplers:
             sample(1)
     once = [sample(1) for sample in samplers]
@@ -478,6 +480,9 @@ class Runner:
 
     def begin(self, case: Case) -> None:
         """Start the dense model, which :meth:`observe` runs."""
+
+    def wait_ready(self) -> None:
+        """Wait until the models that start are ready."""
 
     def observe(self, case: Case, seconds: float) -> Observation:
         """Run the dense model of a case for some seconds, and take its pass apart with the engine's

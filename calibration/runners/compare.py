@@ -241,8 +241,8 @@ def _time_cases(
         for number, (name, case) in enumerate(todo):
             if runner.interrupted():
                 return len(todo) - number, "interrupted"
-            # where the models run already, the fewest samples cost little
-            if turns.left_s <= 0.0 and runner.starts(case):
+            # a run measures one pruning in all its settings, however short its budget is
+            if turns.left_s <= 0.0 and case.prune != todo[0][1].prune:
                 return len(todo) - number, "budget"
             share_s = turns.share_s([case for _, case in todo[number:]])
             found[name] = turns.time(name, case, share_s)

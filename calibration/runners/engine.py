@@ -217,6 +217,8 @@ def _observe_copies(runners: Mapping[int, Runner], plan: _Plan, kept: Store, lat
             _refuse_interrupt(runners[layers])
             for _, _, case in [one for one in todo if one[0] == layers][:1]:
                 runners[layers].begin(case)
+        for runner in runners.values():
+            runner.wait_ready()
         # what follows takes as long to start, and gets as much time
         started_s = before_s - plan.left_s
         end_s = plan.left_s - (plan.left_s - later * started_s) / (1 + later)

@@ -31,6 +31,7 @@ from calibration.devices.operators import TORCH_DTYPE, sparse_weight
 from calibration.devices.protocol import Device, Sampler, Unsupported
 from calibration.records.timing_table import Row
 from calibration.runners.cases import (
+    UNTIMED,
     Case,
     ModelRun,
     Observation,
@@ -321,17 +322,16 @@ class HfRunner(PairRunner):
             self.start_s = time.perf_counter() - start
         dense = self.kept["dense"]
         pruned = self.kept[case.prune]
-        runtime = "compiled" if self.model.engine == "compile" else "eager"
-        sampler = compiled_sampler if runtime == "compiled" else eager_sampler
+        compiled = self.model.engine == "compile"
+        sampler, untimed = (compiled_sampler, UNTIMED) if compiled else (eager_sampler, 1)
+        samplers = sampler(dense, case), sampler(pruned, case)
         with torch.inference_mode():
-            times = alternate(
-                sampler(dense, case), sampler(pruned, case), self.limit_s(end), self.device
-            )
+            times = alternate(*samplers, self.limit_s(end), self.device, untimed)
         return {
-            "runtime": runtime,
+            "runtime": "compiled" if compiled else "eager",
             "patched": pruned.patched,
             **times,
-            "reason": MASKED if runtime == "compiled" else "",
+            "reason": MASKED if compiled else "",
         }
 
     def begin(self, case: Case) -> None:

@@ -82,6 +82,14 @@ def _output(request_id: str, tokens: int, finished: bool) -> SimpleNamespace:
     )
 
 
+def _fail() -> None:
+    if FAULT == "crash":
+        print("CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True)
+        os._exit(3)
+    if FAULT == "hang":
+        time.sleep(600)
+
+
 class LLMEngine:
     def __init__(self, llm: LLM) -> None:
         self.llm, self.left, self.new = llm, dict[str, int](), list[int]()
@@ -92,7 +100,7 @@ class LLMEngine:
         if params.output_kind is not RequestOutputKind.DELTA:
             raise ValueError("every step would return all tokens so far")
         self.llm.check(prompt, params)
-        self.left[request_id] = params.max_tokens
+        self.left[request_id] = params.max_tokens - (FAULT == "short")
         self.new.append(len(prompt["prompt_token_ids"]))
         if len(self.left) > self.llm.max_num_seqs:
             raise ValueError("more requests in flight than max_num_seqs")
@@ -100,6 +108,7 @@ class LLMEngine:
 
     def step(self) -> list[SimpleNamespace]:
         """Prefill new requests one by one, then give every request a token."""
+        _fail()
         CLOCK[0] += sum(pass_s(self.llm.config, tokens) for tokens in self.new)
         CLOCK[0] += pass_s(self.llm.config, len(self.left))
         self.new.clear()
@@ -173,7 +182,7 @@ class LLM:
     def _pass(self, prompts: int, tokens: int, decodes: int) -> None:
         """Take the time of a pass, which the profiler shows as a step with kernels."""
         seconds, start = pass_s(self.config, tokens + decodes), 1e6 * CLOCK[0]
-        CLOCK[0] += seconds * (-1 if FAULT == "noise" and decodes else 1)
+        CLOCK[0] += seconds
         if self.events is None:
             return
         step = f"execute_context_{prompts}({tokens})_generation_{decodes}({decodes})"
@@ -195,13 +204,7 @@ class LLM:
     def generate(
         self, prompts: list[TokensPrompt], sampling_params: SamplingParams, *, use_tqdm: bool
     ) -> list[SimpleNamespace]:
-        if FAULT == "crash":
-            print(
-                "CUDA error: an illegal memory access was encountered", file=sys.stderr, flush=True
-            )
-            os._exit(3)
-        if FAULT == "hang":
-            time.sleep(600)
+        _fail()
         output = sampling_params.max_tokens - (FAULT == "short")
         for prompt in prompts:
             self.check(prompt, sampling_params)

@@ -231,6 +231,11 @@ def test_the_budget_ends_a_run_and_says_what_is_left(tmp_path: Path, planted: li
     assert found.stopped == "budget"
     assert len(planted) < 20
     assert found.left + len(found.records) == len(_cases())
+    device = Ticking(description=Description("cpu", "some CPU"))
+    (tmp_path / "short").mkdir()
+    short = _compare(tmp_path / "short", _cases(), device, budget_s=0.5)
+    whole = [case for case in _cases() if case.prune == _cases()[0].prune]
+    assert len(short.records) == len(whole) > 1  # one pruning in all its settings
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,8 @@ def test_a_trace_is_read_by_steps_with_the_own_time_of_each_kernel() -> None:
         _event(step, "gpu_user_annotation", 200.0, 40.0),
         {**_event("nvjet_tst", "kernel", 210.0, 15.0), "tid": 7},
         {**_event("flash_fwd", "kernel", 226.0, 5.0), "tid": 7},
+        {**_event("Memcpy DtoD (Device -> Device)", "gpu_memcpy", 232.0, 2.0), "tid": 7},
     ]
     (found,) = steps_of([*cpu, *gpu])
-    assert found["kernels"] == pytest.approx({"nvjet_tst": 15e-6, "flash_fwd": 5e-6})
+    copied = {"Memcpy DtoD (Device -> Device)": 2e-6}
+    assert found["kernels"] == pytest.approx({"nvjet_tst": 15e-6, "flash_fwd": 5e-6, **copied})

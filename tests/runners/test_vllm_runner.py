@@ -149,7 +149,8 @@ def test_rounds_are_steps_in_which_all_sequences_run(plant: Callable[..., None])
             "seed": 1,
             "which": 2,
         }
-        found = runner._engine((runner.models.dense, False)).ask("rounds", **ask)
+        (engine,) = runner._engines([(runner.models.dense, False)])
+        found = engine.ask("rounds", **ask)
     step_s = pass_s(Models(MODEL, content_of(MODEL)).config_of(MODEL), case.batch)
     # without the first and the last
     assert found == {"seconds": pytest.approx([step_s] * 4), "tokens": 1.0}
@@ -242,8 +243,7 @@ def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(
             "failed",
             "the vLLM process ended with status 3: CUDA error: an illegal memory access",
         ),
-        ("short", "failed", "expected 4 requests with 33 new tokens each, got 4 with {32}"),
-        ("noise", "failed", "a decode step of -"),
+        ("short", "failed", "expected 16 steps of 4 sequences, got 15"),
         (
             "argument",
             "unsupported",
@@ -262,8 +262,7 @@ def test_faults_are_recorded_with_their_cause(
         assert reason in record["reason"]
         assert "\n" not in record["reason"]
         plant()
-        if fault != "noise":
-            assert runner.record(case, 10.0)["status"] == "ok"  # the next case starts anew
+        assert runner.record(case, 10.0)["status"] == "ok"  # the next case starts anew
 
 
 def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
@@ -384,7 +383,7 @@ def test_a_step_has_as_many_tokens_as_the_cases_need(plant: Callable[..., None])
 
 def test_other_formats_and_lengths_are_refused(plant: Callable[..., None]) -> None:
     with pytest.raises(
-        InputError, match="expected at most 8192 positions, got 8209 with new tokens"
+        InputError, match="expected at most 8192 positions, got 8202 with new tokens"
     ):
         _runner(_cases("depth 0.25", batch=1, seq=8192))
     with pytest.raises(InputError, match="expected weights, cache and arithmetic in bf16"):

@@ -4,8 +4,8 @@ Samples are those of ``vllm bench latency``: a batch of random prompts is sent a
 sampling, no end of sequence and no prefix cache.
 
 - prefill: one new token per sequence.
-- decode: the difference of 1 and :data:`STEPS` + 1 new tokens, per step; lengths are centred on
-  ``seq``.
+- decode: the mean of :data:`STEPS` steps after the first, by the engine's own loop; lengths are
+  centred on ``seq``.
 - generate: the whole batch; the prefill makes the first token, so ``new_tokens`` steps make
   ``new_tokens`` + 1 tokens.
 - serve: the steady state of a closed loop, without an HTTP server; one sample is the time of one
@@ -39,7 +39,7 @@ from typing import Any
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
-from calibration.measure.timing import OK, InvalidTiming
+from calibration.measure.timing import OK
 from calibration.runners.cases import (
     ENOUGH,
     LEAST,
@@ -63,7 +63,7 @@ from simulator.prediction.runnable import will_run
 from simulator.workload import WorkloadBatch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names in vLLM
-STEPS = 32  # decode steps of a sample
+STEPS = 16  # decode steps of a sample
 WINDOWS = 2  # samples of one steady state; each costs a ramp-up of one request
 LONGEST_S = 60.0  # longest time of the pairs of one case
 MOST = 50  # most pairs of one case
@@ -117,7 +117,7 @@ def lengths(case: Case) -> tuple[int, int]:
     if case.phase == "prefill":
         return case.seq, 1
     if case.phase == "decode":
-        return max(case.seq - STEPS // 2, 1), STEPS + 1
+        return max(case.seq - STEPS // 2, 1), STEPS + 2
     return case.seq, case.dense.meta.new_tokens + 1
 
 
@@ -183,8 +183,6 @@ class VllmRunner(Runner):
             return {"status": OK, **self._timed(case, seconds)}
         except (Unsupported, InputError) as error:
             return {"status": UNSUPPORTED, "reason": str(error)}
-        except InvalidTiming as error:
-            return {"status": FAILED, "reason": str(error)}
         except (OutOfMemory, EngineFailed) as error:
             self._keep(())
             return {
@@ -194,10 +192,10 @@ class VllmRunner(Runner):
 
     def begin(self, case: Case) -> None:
         self.traced = True
-        self._engine((self.models.dense, False))
+        self._start([(self.models.dense, False)])
 
     def observe(self, case: Case, seconds: float) -> Observation:
-        engine = self._engine((self.models.dense, False))
+        (engine,) = self._engines([(self.models.dense, False)])
         tokens, output = lengths(case)
         times = repeated(lambda: self._sample(case, engine)[0][0], seconds)
         steps = engine.ask(
@@ -229,7 +227,7 @@ class VllmRunner(Runner):
         together = sum(map(self._bytes, set(pair))) <= _SHARE * self.memory_bytes
         if together:
             self._keep(pair)
-            engines = [self._engine(one) for one in pair]
+            engines = self._engines(pair)
             # a sample of serve begins with an untimed ramp-up
             for engine in () if serving else engines:
                 self._sample(case, engine)
@@ -267,7 +265,7 @@ class VllmRunner(Runner):
         found: tuple[list[Samples], list[Samples]] = ([], [])
         for one, samples in zip(pair, found):
             self._keep((one,))
-            engine = self._engine(one)
+            (engine,) = self._engines([one])
             self._sample(case, engine)
             start = self.device.clock()
             while len(samples) < LEAST or (
@@ -292,50 +290,62 @@ class VllmRunner(Runner):
             )
             return found["seconds"], found["first_token_s"]
 
-        def latency(output: int) -> float:
-            found = engine.ask("latency", batch=batch, tokens=tokens, output=output, vocab=vocab)
-            return float(found["seconds"])
-
-        seconds = (
-            (latency(output) - latency(1)) / STEPS if case.phase == "decode" else latency(output)
-        )
-        if not seconds > 0.0:
-            raise InvalidTiming(
-                f"a decode step of {seconds:g} s: noise exceeds the time of {STEPS} steps"
-            )
-        return [seconds], []
+        what = "decode" if case.phase == "decode" else "latency"
+        found = engine.ask(what, batch=batch, tokens=tokens, output=output, vocab=vocab)
+        return [float(found["seconds"])], []
 
     def _keep(self, needed: Sequence[Served]) -> None:
         for other in [one for one in self.engines if one not in needed]:
             self.engines.pop(other).close()
 
-    def _engine(self, one: Served) -> EngineProcess:
-        if one not in self.engines:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
-            folder = Path(self._folder.name)
-            file = write_config(
-                folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0])
-            )
-            folders: dict[str, Any] = {"model": str(file.parent)}
-            if self.traced:
-                trace = file.with_name(_TRACE)
-                trace.mkdir()
-                folders["profiler_config"] = {
-                    "profiler": "torch",
-                    "torch_profiler_dir": str(trace),
-                    "torch_profiler_with_stack": False,
-                }
-            start = time.monotonic()
-            self.engines[one] = EngineProcess(
-                {**self._settings(one), **folders},
-                file.with_name("output.txt"),
-                python=self.model.python,
-                env=environment(self.device, self._cache_bytes(one)),
-                patience_s=self.patience_s,
-                interrupted=self.interrupted,
-            )
-            self.start_s = time.monotonic() - start
-        return self.engines[one]
+    def _engines(self, needed: Sequence[Served]) -> list[EngineProcess]:
+        """Return running models. Those of a CPU start together, because a start uses one core."""
+        together = [needed] if self.device.name == "cpu" else [[one] for one in needed]
+        for models in together:
+            self._start(models)
+            self.wait_ready()
+        return [self.engines[one] for one in needed]
+
+    def _start(self, models: Sequence[Served]) -> None:
+        for one in models:
+            if one not in self.engines:
+                self.engines[one] = self._launch(one)
+
+    def wait_ready(self) -> None:
+        starting = {one: process for one, process in self.engines.items() if not process.versions}
+        try:
+            for process in starting.values():
+                process.wait_ready()
+                self.start_s = time.monotonic() - process.launched
+        except BaseException:
+            for one, process in starting.items():
+                self.engines.pop(one)
+                process.close()
+            raise
+
+    def _launch(self, one: Served) -> EngineProcess:
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="prunesim-vllm-")
+        folder = Path(self._folder.name)
+        file = write_config(
+            folder / f"model{len(list(folder.iterdir()))}", self.models.config_of(one[0])
+        )
+        folders: dict[str, Any] = {"model": str(file.parent)}
+        if self.traced:
+            trace = file.with_name(_TRACE)
+            trace.mkdir()
+            folders["profiler_config"] = {
+                "profiler": "torch",
+                "torch_profiler_dir": str(trace),
+                "torch_profiler_with_stack": False,
+            }
+        return EngineProcess(
+            {**self._settings(one), **folders},
+            file.with_name("output.txt"),
+            python=self.model.python,
+            env=environment(self.device, self._cache_bytes(one)),
+            patience_s=self.patience_s,
+            interrupted=self.interrupted,
+        )
 
     def _settings(self, one: Served) -> dict[str, Any]:
         """Return keyword arguments of ``vllm.LLM``, except folders."""
@@ -464,7 +474,7 @@ def check_installed(python: str) -> None:
 
 
 class EngineProcess:
-    """One model in vLLM in a child process, whose crash does not end a comparison; it is ready when
+    """One model in vLLM in a child process, whose crash does not end a comparison; it starts when
     made.
 
     ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not
@@ -485,6 +495,8 @@ class EngineProcess:
         self.log = log
         self.patience_s = patience_s
         self.interrupted = interrupted
+        self.launched = time.monotonic()
+        self.versions: dict[str, str] = {}  # empty until the model is loaded
         self._rest = b""
         self._answers, theirs = os.pipe()
         try:
@@ -500,11 +512,10 @@ class EngineProcess:
                 )
         finally:
             os.close(theirs)
-        try:
-            self.versions: dict[str, str] = self._answer()["versions"]
-        except BaseException:
-            self.close()
-            raise
+
+    def wait_ready(self) -> None:
+        """Wait until the model is loaded; it is then stopped until its first request."""
+        self.versions = self._answer()["versions"]
         self._signal(signal.SIGSTOP)
 
     def ask(self, what: str, **request: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 Answer = dict[str, Any]
 PR_SET_PDEATHSIG = 1  # in linux/prctl.h
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of torch's trace
 
 
 def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
@@ -110,14 +111,31 @@ def serve(
     }
 
 
+def decode(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
+    """Return the mean time of the steps in which all sequences decode, without the first and the
+    last step."""
+    seconds, _ = _decoding(vllm, llm, prompts(vllm, batch, tokens, vocab), output)
+    if len(seconds) != output - 2:
+        raise RuntimeError(f"expected {output - 2} steps of {batch} sequences, got {len(seconds)}")
+    return {"seconds": sum(seconds) / len(seconds)}
+
+
 def rounds(
     vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int
 ) -> Answer:
     """Return the times of steps in which all sequences run, and the mean number of tokens that each
     makes per step. Divided by three, the last token of a prompt leaves ``which``."""
-    engine = llm.llm_engine
-    for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab - 3, seed)):
+    sent = prompts(vllm, batch, tokens, vocab - 3, seed)
+    for prompt in sent:
         prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
+    seconds, made = _decoding(vllm, llm, sent, output)
+    return {"seconds": seconds, "tokens": sum(made) / batch / len(made)}
+
+
+def _decoding(vllm: Any, llm: Any, sent: list[Any], output: int) -> tuple[list[float], list[int]]:
+    """Return the time and the new tokens of each step in which all sequences decode."""
+    engine = llm.llm_engine
+    for number, prompt in enumerate(sent):
         engine.add_request(str(number), prompt, by_step(vllm, output))
     at = list[float]()
     made = list[int]()
@@ -127,13 +145,10 @@ def rounds(
         found = engine.step()
         begun |= {one.request_id for one in found if one.outputs[0].token_ids}
         ended |= any(one.finished for one in found)
-        if len(begun) == batch and not ended:
+        if len(begun) == len(sent) and not ended:
             at.append(time.perf_counter())
             made.append(sum(len(one.outputs[0].token_ids) for one in found))
-    return {
-        "seconds": [late - early for early, late in itertools.pairwise(at)],
-        "tokens": sum(made[1:]) / batch / len(made[1:]),
-    }
+    return [late - early for early, late in itertools.pairwise(at)], made[1:]
 
 
 def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
@@ -158,7 +173,7 @@ def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
 def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
     """Return the steps of a trace. Times of kernels are those of a GPU if there are any, else those
     of the operators of torch, without the operators that they call."""
-    gpu = [event for event in events if event.get("cat") == "kernel"]
+    gpu = [event for event in events if event.get("cat") in ON_GPU]
     spans = [
         e
         for e in events
@@ -186,6 +201,7 @@ def steps_of(events: list[dict[str, Any]]) -> list[Answer]:
 
 
 TIMED: dict[str, Callable[..., Answer]] = {
+    "decode": decode,
     "latency": latency,
     "profile": profile,
     "rounds": rounds,
