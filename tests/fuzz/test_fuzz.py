@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import io
 import json
 import math
@@ -80,6 +81,29 @@ SPEEDUPS = """\
 family,sparsity,speedup,speedup_lower,speedup_upper,model,hardware,phase,batch,seq
 depth,0.1,1.1,1.05,1.15,llama-2-7b,h100_sxm,decode,1,2048
 width_cross,0.25,1.2,,,llama-2-7b,h100_sxm,decode,1,2048
+"""
+METHOD = """\
+method: mine
+what: tokens skip layers
+arxiv: "2606.09080"
+sparsities: [0.25, 0.5]
+phases: [prefill, decode]
+layers: "1:-1"
+per_layer: s * (0.5 + layer / layers)
+prune:
+  - {width: {mlp: s, attention: 0.25}, layers: "4:-2"}
+dynamic:
+  qkv: {n: 1 - s, kernel: gather, layers: "1-3"}
+  attention: {keys: 1 - s}
+adds:
+  - gemm: {m: tokens, n: "min(32, heads / devices)", k: hidden, role: router, place: before mlp}
+  - elementwise: {read: tokens * 32 * bytes, write: 0, role: sort, place: before attention}
+"""
+TRACE = "arrival,prompt,output\n" + "".join(f"{0.3 * i},{100 + 50 * i},{1 + i}\n" for i in range(9))
+CLAIMS = """\
+model,hardware,engine,pruning,phase,batch,seq,speedup
+llama-3.2-1b,h100,hf,width 0.5,decode,1,128,1.4
+llama-3.2-1b,h100,vllm,depth 0.25,prefill,8,512,1.3
 """
 GEMMS = "m,n,k,time_us,dtype,operator,role\n" + "".join(
     f"{m},4096,4096,{20 + m / 10},bf16,gemm,qkv\n" for m in (1, 64, 300, 1024)
@@ -190,6 +214,9 @@ QUANTISED = [
 ]
 OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_value_heads": 2}}
 CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
+_BUILT = (ROOT / "tests/models/transformers_models.json.gz").read_bytes()
+TYPES = [one["content"] for one in json.loads(gzip.decompress(_BUILT)) if "content" in one]
+"""A configuration of every type of decoder that Transformers builds."""
 _STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
 LIBRARY = {f"layer_{i}": {"own": {"stats": _STATS, "metrics": {"kl_div": 0.5}}} for i in range(3)}
 """A library of Puzzle for :data:`SMALL`."""
@@ -416,6 +443,10 @@ READERS: dict[str, tuple[Any, str]] = {
         f"speedup llama-3.2-1b {ON} --family depth --devices 2 --link TEXT",
     ),
     "config.json": (st.sampled_from(CONFIGS).flatmap(trees), "models show {}"),
+    "types.json": (st.sampled_from(TYPES).flatmap(trees), "models show {}"),
+    "method.yaml": (METHOD, f"speedup llama-3.2-1b {ON} --method {{}} --sparsity 0.5"),
+    "trace.csv": (TRACE, f"serve llama-3.2-1b {ON} --trace {{}}"),
+    "claims.csv": (CLAIMS, "claims {} --json"),
     "layered.json": (LAYERED, f"speedup {{}} {ON} --family depth --sparsity 0.5"),
     "quantised.json": (
         st.sampled_from([{**SMALL, "quantization_config": one} for one in QUANTISED]).flatmap(
