@@ -130,11 +130,7 @@ def compare(
         )
     runner = runner_of(device, model)
     names, refused = _named(runner, cases)
-    if budget_s < runner.least_s:
-        raise InputError(
-            f"--budget: expected at least {runner.least_s:.0f}s, as {ENGINES[engine].title} starts"
-            f" the dense and a pruned model, got {budget_s:g}s"
-        )
+    check_budget(runner, budget_s)
     # vLLM states its version in each record
     package = "" if engine == "vllm" else ENGINES[engine].package
     software = {package: metadata.version(package)} if package else {}
@@ -168,6 +164,15 @@ def compare(
         if r["reason"] or r["status"] != OK
     )
     return ComparedCases(tuple(records.values()), left, (*refused, *notes), stopped)
+
+
+def check_budget(runner: Runner, budget_s: float) -> None:
+    """Raise InputError for a budget in which two models cannot start."""
+    if budget_s < runner.least_s:
+        raise InputError(
+            f"--budget: expected at least {runner.least_s:.0f}s, as"
+            f" {ENGINES[runner.model.engine].title} starts two models, got {budget_s:g}s"
+        )
 
 
 def _named(runner: Runner, cases: Sequence[Case]) -> tuple[dict[str, Case], list[str]]:

@@ -26,7 +26,7 @@ from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import Interrupt, Interrupted
 from calibration.records.store import Store
 from calibration.runners.cases import Case, ModelRun, Runner, fewer_layers
-from calibration.runners.compare import ENGINES, runner_of
+from calibration.runners.compare import ENGINES, check_budget, runner_of
 from calibration.runners.runs import begin
 from calibration.validation.validate import DO_NOT_USE, USE, Judgement
 from simulator.arrays import FloatArray
@@ -184,6 +184,8 @@ def observe(
         n: runner_of(device, replace(model, config=fewer_layers(model.config, n)))
         for n in plan.layers
     }
+    for runner in runners.values():
+        check_budget(runner, budget_s)
     file.parent.mkdir(exist_ok=True)
     with Store(file, header) as kept, Interrupt() as interrupt:
 

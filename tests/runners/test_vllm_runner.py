@@ -26,6 +26,8 @@ from calibration.devices.replay import ReplayDevice
 from calibration.measure.run import Interrupted
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, ModelRun
+from calibration.runners.compare import compare
+from calibration.runners.engine import observe, settings_of
 from calibration.runners.vllm import runner as running
 from calibration.runners.vllm.runner import CLASSES, RELEASES, Models, VllmRunner, environment
 from simulator.errors import InputError
@@ -263,6 +265,17 @@ def test_faults_are_recorded_with_their_cause(
         assert "\n" not in record["reason"]
         plant()
         assert runner.record(case, 10.0)["status"] == "ok"  # the next case starts anew
+
+
+def test_a_budget_for_no_start_is_refused(plant: Callable[..., None], tmp_path: Path) -> None:
+    cases = _cases("depth 0.25")
+    model = ModelRun(MODEL, "bf16", "vllm", content_of(MODEL), sys.executable)
+    expected = "--budget: expected at least 20s, as vLLM starts two models, got 5s"
+    with pytest.raises(InputError, match=expected):
+        compare(tmp_path / "run", _device(), model, cases, 5.0)
+    with pytest.raises(InputError, match=expected):
+        observe(tmp_path / "run", _device(), model, settings_of(PHASES[:2], (), ()), 5.0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_silent_child_is_ended(plant: Callable[..., None]) -> None:
