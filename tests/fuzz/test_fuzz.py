@@ -34,6 +34,7 @@ from layouts import LAYOUTS, stored_as, tensors_of
 from calibration.records.store import Header, encode_line
 from calibration.records.timing_table import Records, Source, write_records
 from simulator.cli import run
+from simulator.models.architectures import ARCHITECTURES, NESTED
 from simulator.models.checkpoint import BITS
 from simulator.models.library import load_model
 
@@ -215,8 +216,12 @@ QUANTISED = [
 OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_value_heads": 2}}
 CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
 _BUILT = (ROOT / "tests/models/transformers_models.json.gz").read_bytes()
-TYPES = [one["content"] for one in json.loads(gzip.decompress(_BUILT)) if "content" in one]
-"""A configuration of every type of decoder that Transformers builds."""
+TYPES = {
+    one["content"]["model_type"]: one["content"]
+    for one in json.loads(gzip.decompress(_BUILT))
+    if one.get("content", {}).get("model_type") in {*ARCHITECTURES, *NESTED}
+}
+"""A configuration of every type of decoder that a table reads."""
 _STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
 LIBRARY = {f"layer_{i}": {"own": {"stats": _STATS, "metrics": {"kl_div": 0.5}}} for i in range(3)}
 """A library of Puzzle for :data:`SMALL`."""
@@ -443,7 +448,7 @@ READERS: dict[str, tuple[Any, str]] = {
         f"speedup llama-3.2-1b {ON} --family depth --devices 2 --link TEXT",
     ),
     "config.json": (st.sampled_from(CONFIGS).flatmap(trees), "models show {}"),
-    "types.json": (st.sampled_from(TYPES).flatmap(trees), "models show {}"),
+    "types.json": (st.sampled_from([*TYPES.values()]).flatmap(trees), "models show {}"),
     "method.yaml": (METHOD, f"speedup llama-3.2-1b {ON} --method {{}} --sparsity 0.5"),
     "trace.csv": (TRACE, f"serve llama-3.2-1b {ON} --trace {{}}"),
     "claims.csv": (CLAIMS, "claims {} --json"),
@@ -553,6 +558,10 @@ def test_inputs_near_a_valid_one(file: str) -> None:
     ("file", "raw"),
     [
         ("gpu.yaml", PROFILE.replace("value: 132", "value: \u0661").encode()),
+        *(
+            ("types.json", json.dumps({**TYPES[kind], "layer_types": odd}).encode())
+            for kind, odd in (("qwen4_exp_text", [[0]]), ("dory", 5))
+        ),
         ("quality.csv", QUALITY.replace("7.26", "1e-320").encode()),
         ("speedups.csv", SPEEDUPS.replace("1.1", f'"{"x" * 200_000}"').encode()),
         *(

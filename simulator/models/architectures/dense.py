@@ -90,7 +90,8 @@ def _apertus1p5(read: Reader) -> ConfigFields:
 
 def _dory_layers(read: Reader) -> int:
     """Return the number of layers; published files count attention and MLPs."""
-    return read.layers() // (2 if "mlp" in (read.raw("layer_types") or ()) else 1)
+    types = read.raw("layer_types")
+    return read.layers() // (2 if isinstance(types, list) and "mlp" in types else 1)
 
 
 def _dory(read: Reader) -> ConfigFields:

@@ -368,7 +368,7 @@ def _qwen4(read: Reader) -> ConfigFields:
     topk = read.integer("indexer_budget")
     types = read.raw("layer_types")
     if isinstance(types, list):  # released files write the name of attention to all positions
-        types = [{"indexed_attention": "full_attention"}.get(name, name) for name in types]
+        types = ["full_attention" if name == "indexed_attention" else name for name in types]
     read = replace(read, data={**read.data, "layer_types": types})
     fields = qwen_mixers(read, "qkv") | qwen_layers(read)
     attentions = [
