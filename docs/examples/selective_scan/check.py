@@ -1,4 +1,4 @@
-"""Planted times of selective scans are fitted and covered; a model of scans is timed and explained."""
+"""Planted times of selective scans are fitted and covered; a model of scans is explained."""
 
 import numpy as np
 

@@ -32,8 +32,10 @@ class ScanFit(Fit):
         return self.search(start, CONSTANTS, prior=1.0)
 
     def blank(self) -> ResidualGrid:
-        """Return a grid over log2 of tokens, of heads in all, and of features, nodes two octaves apart."""
+        """Return a grid over log2 of tokens, heads and features, nodes two octaves apart."""
         c = self.calls
         axes = np.log2(c.tokens), np.log2(c.batch * c.heads), np.log2(c.features)
         shape = [int(np.ceil(np.ptp(axis) / 2.0)) + 1 for axis in axes]
-        return ResidualGrid(tuple(float(axis.min()) for axis in axes), (2.0, 2.0, 2.0), np.zeros(shape))
+        return ResidualGrid(
+            tuple(float(axis.min()) for axis in axes), (2.0, 2.0, 2.0), np.zeros(shape)
+        )

@@ -32,7 +32,9 @@ CODE, CHUNK = 100, 64.0  # free, below 127
 CONSTANTS: Mapping[str, Constant] = MappingProxyType(
     {
         "t0_s": Constant("s", 1e-6, 1e-4, "fixed time of the kernel", {"*": 8e-6}, "assumed"),
-        "chunk_s": Constant("s", 1e-8, 1e-4, "time of one chunk of a head on an SM", {"*": 3e-6}, "assumed"),
+        "chunk_s": Constant(
+            "s", 1e-8, 1e-4, "time of one chunk of a head on an SM", {"*": 3e-6}, "assumed"
+        ),
         "e_d": Constant("1", 0.1, 1.0, "share of the datasheet bandwidth", {"*": 0.8}, "assumed"),
     }
 )
@@ -52,13 +54,18 @@ class Scans(Calls):
     def estimate(self, c: Mapping[str, Any]) -> Estimate:
         """Return the cost: chunks and bytes overlap in part, the fixed time adds up."""
         pairs = self.batch * self.heads
-        bytes_ = self.machine.element_bytes * pairs * self.features * (4.0 * self.tokens + self.features)
+        bytes_ = (
+            self.machine.element_bytes * pairs * self.features * (4.0 * self.tokens + self.features)
+        )
         flops = 6.0 * pairs * self.tokens * self.features**2
         chain = c["chunk_s"] * np.ceil(self.tokens / CHUNK) * np.ceil(pairs / self.machine.sm_count)
         memory = bytes_ / (c["e_d"] * self.machine.bandwidth_bytes_per_s)
         work = np.hypot(chain, memory)
         total = c["t0_s"] + work
-        bytes_s, flops_s = bytes_ / self.machine.bandwidth_bytes_per_s, flops / self.machine.peak_flop_per_s
+        bytes_s, flops_s = (
+            bytes_ / self.machine.bandwidth_bytes_per_s,
+            flops / self.machine.peak_flop_per_s,
+        )
         position = np.log2(self.tokens), np.log2(pairs), np.log2(self.features)
         return Estimate(
             operator="selective_scan",
@@ -66,7 +73,9 @@ class Scans(Calls):
             time=total,
             floor=np.maximum(bytes_s, flops_s / self.machine.headroom),
             roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part({"latency": chain, "memory": memory, "launch": c["t0_s"]}, total.shape),
+            bottleneck=largest_part(
+                {"latency": chain, "memory": memory, "launch": c["t0_s"]}, total.shape
+            ),
             loadings={  # derivatives of log time by the log of each part: they add up to 1
                 "launch": c["t0_s"] / total,
                 "latency": chain**2 / (work * total),
@@ -92,7 +101,8 @@ class SelectiveScan(Operator):
     sizes = ("batch", "q_len", "heads", "head_dim")
     constants = MappingProxyType({"selective_scan": CONSTANTS})
     titles = ("selective scans",)
-    # log units: errors that no factor explains; by loading, how far other stacks differ (the fitted stack: a tenth)
+    # log units: errors that no factor explains; by loading, how far other stacks differ (the
+    # fitted stack: a tenth)
     errors = MappingProxyType(
         {
             "selective_scan": ErrorSize(
@@ -112,7 +122,10 @@ class SelectiveScan(Operator):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         sizes = (column.astype(np.float64) for column in (w.batch, w.q_len, w.heads, w.head_dim))
-        yield slice(None), selective_scan(Scans(Machine.of(hw, formats.dtype), *sizes), hw, formats.dtype)
+        yield (
+            slice(None),
+            selective_scan(Scans(Machine.of(hw, formats.dtype), *sizes), hw, formats.dtype),
+        )
 
     def fixed(self, w: Rows, hw: Device, formats: Formats) -> float:
         return hw.section("selective_scan", formats.dtype)["t0_s"]
