@@ -3,7 +3,6 @@ their device."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from calibration.measurements import (
     provenance,
 )
 from calibration.records.screening import too_fast
-from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source, write_records
+from calibration.records.timing_table import LAUNCHES, OPERATORS, Records, Source
 from simulator.codes import ROLES
 from simulator.errors import InputError
 
@@ -99,16 +98,6 @@ def test_a_table_is_what_its_provenance_says(name: str) -> None:
         assert set(np.unique(records.copies)) <= set(range(1, 7))
     elif "gemm" in name:
         assert records.cold.all()  # InferSim overwrites the L2 before each
-
-
-def test_the_files_are_written_the_same_again() -> None:
-    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    if f"pyarrow: {pyarrow.__version__}\n" not in (FOLDER / INDEX).read_text(encoding="utf-8"):
-        pytest.skip("another version of pyarrow made the files")
-    for name in list_measurements():
-        records, path = load_measurements(name), FOLDER / file_name(name)
-        extra = json.loads(pq.read_schema(path).metadata[b"prunesim.records"])["extra"]
-        assert write_records(records, extra=extra, single=True) == path.read_bytes()
 
 
 def test_changed_files_and_unknown_names_are_refused(
