@@ -2,15 +2,14 @@
 measurements: ``python -m calibration.evidence.build_profiles [NAME.STACK ...] [--wheel FILE]``.
 
 Values are rounded, because the same tables must give the same file. Tables that do not ship are
-read from the wheel in which they were published, the tables of the RTX 4090 from a folder
-(``PRUNESIM_SHARED_DATA``, or ``../shared/data``). Without the wheel or folder, their sections are
-kept, and a line reports it.
+read from the wheel in which they were published; without it, their sections are kept, and a line
+reports it. ``rtx_4090.vllm.yaml`` was fitted to tables that may not be committed, by this program
+of commit 98c6d5ac.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +17,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from calibration.evidence.measurements.rtx4090 import RTX_FILES, rtx_tables
 from calibration.evidence.measurements.wheel import (
     CHOICES,
     SOURCES,
@@ -35,24 +32,20 @@ from calibration.measurements import load_measurements
 from calibration.records.timing_table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware, profiles_folder
-from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.hardware.profile import Section
 from simulator.hardware.save import save_stack
 
 DATE = "2026-11-25"  # date of the fits; the tables have no date
-
-_GEMM = ("gemm", "bf16")
 
 
 @dataclass(frozen=True)
 class Recipe:
     hardware: str
     stack: str
-    tables: tuple[str, ...] = ()  # measurements to fit; none: the folder of the RTX 4090
+    tables: tuple[str, ...]  # measurements to fit
     prior: str = ""  # recipe whose GEMM sections are the prior of an incomplete table
 
-    def available(self, wheel: Path | None, shared: Path | None) -> bool:
-        if not self.tables:
-            return shared is not None
+    def available(self, wheel: Path | None) -> bool:
         own = (SOURCES[name] for name in self.tables if SOURCES[name].stack != "nccl")
         return wheel is not None or any(table.ships for table in own)
 
@@ -79,18 +72,11 @@ def _recipes() -> dict[str, Recipe]:
         prior = f"{hardware}.sglang" if stack == "vllm" else ""
         if stack != "nccl":
             recipes[name] = Recipe(hardware, stack, (*own, *common), prior)
-    return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
+    return recipes
 
 
 # name of the file without its extension (h100_sxm.sglang) -> recipe
 RECIPES: Mapping[str, Recipe] = _recipes()
-
-
-def shared_folder() -> Path | None:
-    """Return the folder of the RTX 4090 tables, or None."""
-    checkout = Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = Path(os.environ.get("PRUNESIM_SHARED_DATA") or checkout)
-    return path if all((path / name).is_file() for name in RTX_FILES) else None
 
 
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
@@ -108,51 +94,27 @@ def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
 
 
 @lru_cache(maxsize=4)
-def build(name: str, wheel: Path | None = None, shared: Path | None = None) -> ProfileFit:
+def build(name: str, wheel: Path | None = None) -> ProfileFit:
     """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet
     saved. InputError if no table is available."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
-    if not recipe.available(wheel, shared):
-        where = "name the wheel they are in by --wheel"
-        if not recipe.tables:
-            where = "name their folder by PRUNESIM_SHARED_DATA"
-        raise InputError(f"{name}: its tables do not ship; {where}")
-    base = datasheet(recipe.hardware)
+    if not recipe.available(wheel):
+        raise InputError(f"{name}: its tables do not ship; name the wheel they are in by --wheel")
     prior = None
     if recipe.prior:
-        related = build(recipe.prior, wheel, shared).profile
+        related = build(recipe.prior, wheel).profile
         gemms = {key: s for key, s in related.sections.items() if key[0] == "gemm"}
         prior = related.calibrated(gemms)
-    if recipe.tables or shared is None:
-        fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
-        dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
-        sparse = {key: fit_sparse24(fit.profile, key[1]) for key in dense}
-        profile = fit.profile.calibrated({**fit.profile.sections, **sparse})
-    else:
-        fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
-        # a profiler's kernel times, while the related GPU has graph replays
-        profile = _with_gap(fit.profile, related)
-    sections = {key: rounded(section) for key, section in profile.sections.items()}
-    return replace(fit, profile=profile.calibrated(sections))
-
-
-def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile with the gap between kernels of a graph: the related GPU's t0 less the
-    profile's."""
-    section = profile.sections[_GEMM]
-    gap = related.sections[_GEMM]["t0"] - section["t0"]
-    if gap <= 0.0 or section.provenance is None:
-        return profile
-    constants = {
-        **profile.section("runtime", "*").constants,
-        "graph_gap_s": Fitted(gap, None, "inherited"),
-    }
-    origin = f"{related.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
-    provenance = replace(section.provenance, inherited_from=origin)
-    runtime = Section(constants, provenance=provenance, status="inherited")
-    return profile.calibrated({**profile.sections, ("runtime", "*"): runtime})
+    base = datasheet(recipe.hardware)
+    fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
+    sections = dict(fit.profile.sections)
+    for operator, dtype in fit.profile.sections:
+        if operator == "gemm" and dtype in base.rates:
+            sections[operator, dtype] = fit_sparse24(fit.profile, dtype)
+    sections = {key: rounded(section) for key, section in sections.items()}
+    return replace(fit, profile=fit.profile.calibrated(sections))
 
 
 def rounded(section: Section) -> Section:
@@ -180,41 +142,35 @@ def rounded(section: Section) -> Section:
     )
 
 
-def make(name: str, folder: Path, **tables: Path | None) -> list[str]:
-    """Write a stack file and return one line of text per section; ``tables``: the wheel and the
-    shared folder of :func:`build`. Sections of powers are kept, and those of tables in a wheel that
-    is not given."""
-    recipe = RECIPES[name]
-    fit = build(name, **tables)
-    kept: Mapping[tuple[str, str], Section] = {}
-    lines = []
+def make(name: str, folder: Path, wheel: Path | None = None) -> list[str]:
+    """Write a stack file and return one line of text per section. Sections of powers are kept, and
+    those of tables in a wheel that is not given."""
+    recipe, fit, lines = RECIPES[name], build(name, wheel), []
     for (operator, dtype), section in fit.profile.sections.items():
         error = section.accuracy.get("mape")
         unseen = "" if error is None else f", unseen MAPE {100 * error:.2f} %"
         rows = section.provenance.rows if section.provenance else 0
         lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{unseen}")
     lines += [f"{name}: {note}" for note in fit.notes]
-    if recipe.tables:
-        try:
-            before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
-        except InputError as error:  # the file may have constants that no model has now
-            before = {}
-            why = f"because the earlier file cannot be read: {error}"
-            lines.append(f"{name}: no section kept, {why}")
-        kept = {
-            key: section
-            for key, section in before.items()
-            if key not in fit.profile.sections
-            and (tables.get("wheel") is None or key[0] == "power")
-        }
-        lines += [f"{name} {' '.join(key)}: kept, its rows are not in these tables" for key in kept]
+    before: Mapping[tuple[str, str], Section] = {}
+    try:
+        before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
+    except InputError as error:  # the file may have constants that no model has now
+        why = f"because the earlier file cannot be read: {error}"
+        lines.append(f"{name}: no section kept, {why}")
+    kept = {
+        key: section
+        for key, section in before.items()
+        if key not in fit.profile.sections and (wheel is None or key[0] == "power")
+    }
+    lines += [f"{name} {' '.join(key)}: kept, its rows are not in these tables" for key in kept]
     profile = fit.profile.calibrated({**fit.profile.sections, **kept})
     save_stack(profile, recipe.stack, folder / f"{name}.yaml")
     return lines
 
 
-def _make_all(names: Sequence[str], **how: Any) -> list[str]:
-    return [line for name in names for line in make(name, **how)]
+def _make_all(names: Sequence[str], folder: Path, wheel: Path | None) -> list[str]:
+    return [line for name in names for line in make(name, folder, wheel)]
 
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
@@ -227,8 +183,7 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser.add_argument("--wheel", type=Path, help=wheel)
     parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help="folder")
     given = parser.parse_args(arguments)
-    tables = {"wheel": given.wheel, "shared": shared_folder()}
-    available = [name for name, recipe in RECIPES.items() if recipe.available(**tables)]
+    available = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel)]
     names = given.names or available
     left = [] if given.names else [name for name in RECIPES if name not in available]
     try:
@@ -240,7 +195,7 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
         # a stack and its prior are fitted in the same process, which keeps the prior's fit
         roots = dict.fromkeys(RECIPES[name].prior or name for name in names)
         groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
-        make_all = partial(_make_all, folder=given.output, **tables)
+        make_all = partial(_make_all, folder=given.output, wheel=given.wheel)
         with ProcessPoolExecutor(2) as pool:
             for line in chain.from_iterable(pool.map(make_all, groups)):
                 report(line)

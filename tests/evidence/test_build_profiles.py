@@ -50,15 +50,11 @@ def test_recipes_take_every_measurement_once_and_the_library_of_collectives_with
 
 
 @pytest.mark.quick
-def test_without_the_wheel_vllm_is_left_and_without_its_folder_the_rtx_4090() -> None:
-    left = {name for name, recipe in RECIPES.items() if not recipe.available(None, None)}
+def test_without_the_wheel_vllm_is_left() -> None:
+    left = {name for name, recipe in RECIPES.items() if not recipe.available(None)}
     assert left == {name for name in RECIPES if name.endswith(".vllm")}
     with pytest.raises(InputError, match=r"h100_sxm\.vllm: its tables do not ship; name the wheel"):
         build("h100_sxm.vllm")
-    with pytest.raises(
-        InputError, match=r"rtx_4090\.vllm: its tables do not ship; name their folder"
-    ):
-        build("rtx_4090.vllm")
     with pytest.raises(InputError, match="stack file 'h100_sxm' is unknown"):
         build("h100_sxm")
     rows = tables_of(RECIPES[NAME])
@@ -88,7 +84,7 @@ def test_what_needs_the_wheel_is_kept_as_it_is(
     prefill, decode = ("attention_prefill", "bf16"), ("attention_decode", "bf16")
     before = {key: planted(key[0], 0.9) for key in (prefill, decode)}
     fit = ProfileFit(B200.calibrated({prefill: planted(prefill[0], 1.23)}), (), ("a note",))
-    monkeypatch.setattr(shipped, "build", lambda _: fit)
+    monkeypatch.setattr(shipped, "build", lambda *_: fit)
     monkeypatch.setattr(
         shipped, "load_hardware", lambda _: replace(B200, stacks={"sglang": before})
     )
@@ -113,12 +109,13 @@ def test_an_unknown_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", sorted({recipe.hardware for recipe in RECIPES.values()}))
+@pytest.mark.parametrize(
+    "name", sorted({"rtx_4090", *(recipe.hardware for recipe in RECIPES.values())})
+)
 def test_shipped_profiles_say_what_they_rest_on(name: str) -> None:
     hw = load_hardware(name)
-    assert set(hw.stacks) <= {
-        recipe.stack for recipe in RECIPES.values() if recipe.hardware == name
-    }
+    recipes = {recipe.stack for recipe in RECIPES.values() if recipe.hardware == name}
+    assert set(hw.stacks) <= recipes or name == "rtx_4090"
     for stack, sections in hw.stacks.items():
         for key, section in sections.items():
             about = section.provenance
