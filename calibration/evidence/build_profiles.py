@@ -20,15 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.evidence.measurements.wheel import (
-    CHOICES,
-    SOURCES,
-    datasheet,
-    open_wheel,
-    read_choice,
-)
+from calibration.evidence.measurements.wheel import SOURCES, datasheet, read_source
 from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
-from calibration.measurements import load_measurements
 from calibration.records.timing_table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware, profiles_folder
@@ -82,14 +75,9 @@ RECIPES: Mapping[str, Recipe] = _recipes()
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
     parts = []
     for name in recipe.tables:
-        if wheel is not None and name in CHOICES:
-            with open_wheel(wheel) as archive:
-                records = read_choice(archive, CHOICES[name])
-        elif SOURCES[name].ships:
-            records = load_measurements(name)
-        else:
-            continue
-        parts.append(records.select(records.batch <= 2) if name in STAGED else records)
+        if wheel is not None or SOURCES[name].ships:
+            records = read_source(name, wheel)
+            parts.append(records.select(records.batch <= 2) if name in STAGED else records)
     return Records.concat(parts)
 
 

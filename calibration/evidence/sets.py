@@ -18,13 +18,7 @@ import yaml
 
 from calibration.evidence.build_profiles import STAGED
 from calibration.evidence.measurements import published
-from calibration.evidence.measurements.wheel import (
-    CHOICES,
-    SOURCES,
-    datasheet,
-    open_wheel,
-    read_choice,
-)
+from calibration.evidence.measurements.wheel import SOURCES, datasheet, open_wheel, read_source
 from calibration.evidence.published import (
     compare_dense,
     compare_serving,
@@ -414,12 +408,7 @@ class TableChoice:
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
 
-@lru_cache(maxsize=4)
-def _records(measurement: str, wheel: Path | None) -> Records:
-    if wheel is None or measurement not in CHOICES:
-        return load_measurements(measurement)
-    with open_wheel(wheel) as archive:
-        return read_choice(archive, CHOICES[measurement])
+_records = lru_cache(maxsize=4)(read_source)
 
 
 GEMMS = {name: TableChoice(**choice) for name, choice in DATA["gemms"].items()}

@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from calibration.evidence.measurements import FOLDER
-from calibration.measurements import hardware_of, list_measurements, read_tables
+from calibration.measurements import (
+    hardware_of,
+    list_measurements,
+    load_measurements,
+    read_tables,
+)
 from calibration.records.importers import import_table
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Flag, Records
@@ -93,10 +98,15 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def read_choice(archive: zipfile.ZipFile, choice: SelectedTable) -> Records:
-    """Return a table's rows, sorted by format and size, with times in single precision."""
+def read_source(name: str, wheel: Path | None = None) -> Records:
+    """Return the rows of a table: of the wheel, if it is given and has the table, sorted by format
+    and size, with times in single precision; else of the shipped table."""
+    if wheel is None or name not in CHOICES:
+        return load_measurements(name)
+    choice = CHOICES[name]
     member = f"aiconfigurator_core/systems/data/{choice.path}_perf.parquet"
-    content, hw = archive.read(member), datasheet(choice.hardware)
+    with open_wheel(wheel) as archive:
+        content, hw = archive.read(member), datasheet(choice.hardware)
     records = choose(import_table(member, content=content, hw=hw).records, choice)
     sizes = ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")
     by = (*sizes, "window", "role", "experts", "active", "skew")
