@@ -3,10 +3,11 @@ declaration."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from examples import ROOT, Block, blocks, edit, linked_packages, python
+from examples import ROOT, blocks, edit, linked_packages, python
 
 from calibration.fit.predict import SECTIONS
 from simulator.errors import InputError
@@ -57,30 +58,24 @@ assert abs(np.log(launch(1e-4))) > 2.0 * abs(np.log(launch(1e-6)))
 """
 
 
-def followed(heading: str, following: str, folder: Path) -> list[Block]:
-    """Copy the packages, write and change files as a section of docs/adding.md shows, and return
-    its blocks."""
-    page = ROOT / "docs" / "adding.md"
-    text = page.read_text(encoding="utf-8")
-    first, last = (
-        text[: text.index(f"## {title}\n")].count("\n") for title in (heading, following)
-    )
-    shown = [block for block in blocks(page) if first < block.line < last]
-    linked_packages(folder)
-    for block in shown:
-        if block.file:
-            (folder / block.file).write_text(block.text, encoding="utf-8")
-        elif block.language == "diff":
-            edit(block.text, folder)
-    return shown
+EXAMPLE = ROOT / "docs" / "examples" / "selective_scan"
+ENTRY = """\
++++ simulator/operators/__init__.py
+@@
+ from simulator.operators.gemm import Gemm
++from simulator.operators.selective_scan import SelectiveScan
+@@
+     DeltaNet(),
++    SelectiveScan(),
+"""
 
 
 def test_an_operator_in_one_file_is_predicted_fitted_saved_and_explained(tmp_path: Path) -> None:
-    shown = followed("An operator", "A kind of sublayer", tmp_path)
-    added = [block.file for block in shown if block.file.startswith("simulator")]
-    assert added == ["simulator/operators/selective_scan.py"]
-    fitted, in_a_pass = (b.text for b in shown if b.language == "python" and not b.file)
-    python(["-c", fitted + in_a_pass + AFTERWARDS], tmp_path)
+    linked_packages(tmp_path)
+    for file, package in (("operator", "simulator/operators"), ("fit", "calibration/fit")):
+        shutil.copy(EXAMPLE / f"{file}.py", tmp_path / package / "selective_scan.py")
+    edit(ENTRY, tmp_path)
+    python(["-c", (EXAMPLE / "check.py").read_text(encoding="utf-8") + AFTERWARDS], tmp_path)
 
 
 FIELD = """
@@ -121,7 +116,10 @@ assert field.help.startswith("Most tokens that a layer attends to")
 
 
 def test_a_field_of_the_request_is_declared_in_one_place(tmp_path: Path) -> None:
-    followed("A field of the request", "A device to measure on", tmp_path)
+    linked_packages(tmp_path)
+    for block in blocks(ROOT / "docs" / "adding.md"):
+        if block.language == "diff":
+            edit(block.text, tmp_path)
     python(["-c", FIELD], tmp_path)
 
 

@@ -1,17 +1,15 @@
 """Build the fitted part of the shipped profiles, one file per device and stack, from the
-measurements: ``python -m calibration.evidence.build_profiles [NAME.STACK ...] [--operator LIST]
-[--wheel FILE]``.
+measurements: ``python -m calibration.evidence.build_profiles [NAME.STACK ...] [--wheel FILE]``.
 
 Values are rounded, because the same tables must give the same file. Tables that do not ship are
-read from the wheel in which they were published, the tables of the RTX 4090 from a folder
-(``--shared-data``, or ``PRUNESIM_SHARED_DATA``). Without the wheel or folder, their sections are
-kept, and a line reports it.
+read from the wheel in which they were published; without it, their sections are kept, and a line
+reports it. ``rtx_4090.vllm.yaml`` was fitted to tables that may not be committed, by this program
+of commit 98c6d5ac.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,43 +17,30 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from calibration.evidence.measurements.infersim import SOURCES
-from calibration.evidence.measurements.rtx4090 import RTX_FILES, rtx_tables
-from calibration.evidence.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
+from calibration.evidence.measurements.wheel import SOURCES, datasheet, read_source
 from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
-from calibration.measurements import load_measurements
 from calibration.records.timing_table import Records
 from simulator.errors import InputError, unknown
 from simulator.hardware.library import load_hardware, profiles_folder
-from simulator.hardware.profile import Fitted, HardwareProfile, Section
+from simulator.hardware.profile import Section
 from simulator.hardware.save import save_stack
 
 DATE = "2026-11-25"  # date of the fits; the tables have no date
-
-_GEMM = ("gemm", "bf16")
 
 
 @dataclass(frozen=True)
 class Recipe:
     hardware: str
     stack: str
-    tables: tuple[str, ...] = ()  # measurements to fit; none: the folder of the RTX 4090
+    tables: tuple[str, ...]  # measurements to fit
     prior: str = ""  # recipe whose GEMM sections are the prior of an incomplete table
 
-    @property
-    def operators(self) -> set[str]:
-        return {table.split("/")[1] for table in self.tables}
-
-    def available(self, wheel: Path | None, shared: Path | None) -> bool:
-        if not self.tables:
-            return shared is not None
-        return wheel is not None or any(
-            SOURCES[name].ships and SOURCES[name].stack != "nccl" for name in self.tables
-        )
+    def available(self, wheel: Path | None) -> bool:
+        own = (SOURCES[name] for name in self.tables if SOURCES[name].stack != "nccl")
+        return wheel is not None or any(table.ships for table in own)
 
 
 # Stacks without NCCL's rows. Their all-reduce was timed on a machine with peer access between GPUs
@@ -70,106 +55,54 @@ STAGED = tuple(f"l40s/collective/{stack}" for stack in ("nccl", "trtllm", "vllm"
 def _recipes() -> dict[str, Recipe]:
     """Return a recipe per device and stack; NCCL's collectives belong to every stack. vLLM's tables
     lack the compute-bound GEMMs, so SGLang's section is their prior."""
+    tables: dict[tuple[str, str], list[str]] = {}
+    for source in SOURCES.values():
+        tables.setdefault((source.hardware, source.stack), []).append(source.name)
     recipes: dict[str, Recipe] = {}
-    for hardware, stack in dict.fromkeys(
-        (c.hardware, c.stack) for c in SOURCES.values() if c.stack != "nccl"
-    ):
+    for (hardware, stack), own in tables.items():
         name = f"{hardware}.{stack}"
+        common = [] if name in _OTHER_HOST else tables.get((hardware, "nccl"), [])
         prior = f"{hardware}.sglang" if stack == "vllm" else ""
-        stacks = (stack,) if name in _OTHER_HOST else (stack, "nccl")
-        tables = [
-            n for s in stacks for n, c in SOURCES.items() if (c.hardware, c.stack) == (hardware, s)
-        ]
-        recipes[name] = Recipe(hardware, stack, tuple(tables), prior)
-    return recipes | {"rtx_4090.vllm": Recipe("rtx_4090", "vllm", prior="l40s.trtllm")}
+        if stack != "nccl":
+            recipes[name] = Recipe(hardware, stack, (*own, *common), prior)
+    return recipes
 
 
 # name of the file without its extension (h100_sxm.sglang) -> recipe
 RECIPES: Mapping[str, Recipe] = _recipes()
 
 
-def shared_folder(folder: str | None = None) -> Path | None:
-    """Return the folder of the RTX 4090 tables (else ``PRUNESIM_SHARED_DATA``, or
-    ``../shared/data``), or None."""
-    checkout = Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = Path(folder or os.environ.get("PRUNESIM_SHARED_DATA") or checkout)
-    return path if all((path / name).is_file() for name in RTX_FILES) else None
-
-
 def tables_of(recipe: Recipe, wheel: Path | None = None) -> Records:
     parts = []
     for name in recipe.tables:
-        if wheel is not None and name in CHOICES:
-            with open_wheel(wheel) as archive:
-                records = read_choice(archive, CHOICES[name])[0]
-        elif SOURCES[name].ships:
-            records = load_measurements(name)
-        else:
-            continue
-        parts.append(records.select(records.batch <= 2) if name in STAGED else records)
+        if wheel is not None or SOURCES[name].ships:
+            records = read_source(name, wheel)
+            parts.append(records.select(records.batch <= 2) if name in STAGED else records)
     return Records.concat(parts)
 
 
 @lru_cache(maxsize=4)
-def build(
-    name: str,
-    wheel: Path | None = None,
-    shared: Path | None = None,
-    operators: tuple[str, ...] = (),
-) -> ProfileFit:
+def build(name: str, wheel: Path | None = None) -> ProfileFit:
     """Fit the sections of one stack (a key of :data:`RECIPES`) and return the profile, not yet
-    saved. ``operators`` selects operators whose fit needs no other operator. InputError if no table
-    is available."""
+    saved. InputError if no table is available."""
     if name not in RECIPES:
         raise unknown("stack file", name, RECIPES)
     recipe = RECIPES[name]
-    if operators:
-        tables = tuple(t for t in recipe.tables if t.split("/")[1] in operators)
-        recipe = replace(recipe, tables=tables, prior=recipe.prior if "gemm" in operators else "")
-        if not recipe.tables:
-            raise InputError(f"{name}: no table of {', '.join(operators)}")
-    if not recipe.available(wheel, shared):
-        where = (
-            "name the wheel they are in by --wheel"
-            if recipe.tables
-            else "name their folder by --shared-data"
-        )
-        raise InputError(f"{name}: its tables do not ship; {where}")
-    base = datasheet(recipe.hardware)
+    if not recipe.available(wheel):
+        raise InputError(f"{name}: its tables do not ship; name the wheel they are in by --wheel")
     prior = None
     if recipe.prior:
-        related = build(recipe.prior, wheel, shared, operators).profile
-        prior = related.calibrated(
-            {key: s for key, s in related.sections.items() if key[0] == "gemm"}
-        )
-    if recipe.tables or shared is None:
-        fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
-        dense = [key for key in fit.profile.sections if key[0] == "gemm" and key[1] in base.rates]
-        sparse = {key: fit_sparse24(fit.profile, key[1]) for key in dense}
-        profile = fit.profile.calibrated({**fit.profile.sections, **sparse})
-    else:
-        fit = fit_profile(base, rtx_tables(shared, base), prior=prior, date=DATE)
-        # a profiler's kernel times, while the related GPU has graph replays
-        profile = _with_gap(fit.profile, related)
-    sections = {key: rounded(section) for key, section in profile.sections.items()}
-    return replace(fit, profile=profile.calibrated(sections))
-
-
-def _with_gap(profile: HardwareProfile, related: HardwareProfile) -> HardwareProfile:
-    """Return a profile with the gap between kernels of a graph: the related GPU's t0 less the
-    profile's."""
-    section = profile.sections[_GEMM]
-    gap = related.sections[_GEMM]["t0"] - section["t0"]
-    if gap <= 0.0 or section.provenance is None:
-        return profile
-    constants = {
-        **profile.section("runtime", "*").constants,
-        "graph_gap_s": Fitted(gap, None, "inherited"),
-    }
-    origin = f"{related.name}: its GEMM t0 (graph replays) less this device's (kernel times)"
-    provenance = replace(section.provenance, inherited_from=origin)
-    runtime = Section(constants, provenance=provenance, status="inherited")
-    return profile.calibrated({**profile.sections, ("runtime", "*"): runtime})
+        related = build(recipe.prior, wheel).profile
+        gemms = {key: s for key, s in related.sections.items() if key[0] == "gemm"}
+        prior = related.calibrated(gemms)
+    base = datasheet(recipe.hardware)
+    fit = fit_profile(base, tables_of(recipe, wheel), prior=prior, date=DATE)
+    sections = dict(fit.profile.sections)
+    for operator, dtype in fit.profile.sections:
+        if operator == "gemm" and dtype in base.rates:
+            sections[operator, dtype] = fit_sparse24(fit.profile, dtype)
+    sections = {key: rounded(section) for key, section in sections.items()}
+    return replace(fit, profile=fit.profile.calibrated(sections))
 
 
 def rounded(section: Section) -> Section:
@@ -197,50 +130,35 @@ def rounded(section: Section) -> Section:
     )
 
 
-def make(
-    name: str,
-    folder: Path,
-    wheel: Path | None = None,
-    shared: Path | None = None,
-    operators: tuple[str, ...] = (),
-) -> list[str]:
-    """Write a stack file and return one line of text per section. Sections are kept if their tables
-    are in a wheel that is not given, or if their operator is not selected."""
-    recipe = RECIPES[name]
-    fit = build(name, wheel, shared, operators)
-    kept: Mapping[tuple[str, str], Section] = {}
-    lines = []
+def make(name: str, folder: Path, wheel: Path | None = None) -> list[str]:
+    """Write a stack file and return one line of text per section. Sections of powers are kept, and
+    those of tables in a wheel that is not given."""
+    recipe, fit, lines = RECIPES[name], build(name, wheel), []
     for (operator, dtype), section in fit.profile.sections.items():
-        error = (
-            f", unseen MAPE {100 * section.accuracy['mape']:.2f} %"
-            if "mape" in section.accuracy
-            else ""
-        )
+        error = section.accuracy.get("mape")
+        unseen = "" if error is None else f", unseen MAPE {100 * error:.2f} %"
         rows = section.provenance.rows if section.provenance else 0
-        lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{error}")
+        lines.append(f"{name} {operator} {dtype}: {section.status}, {rows} rows{unseen}")
     lines += [f"{name}: {note}" for note in fit.notes]
-    if recipe.tables:
-        every = wheel is None or bool(operators)
-        try:
-            before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
-            kept = {
-                key: section
-                for key, section in before.items()
-                if key not in fit.profile.sections and (every or key[0] == "power")
-            }
-            why = "not selected" if operators else "its rows are not in these tables"
-            lines += [f"{name} {' '.join(key)}: kept, {why}" for key in kept]
-        except InputError as error:  # the file may have constants that no model has now
-            lines.append(
-                f"{name}: no section kept, because the earlier file cannot be read: {error}"
-            )
+    before: Mapping[tuple[str, str], Section] = {}
+    try:
+        before = load_hardware(recipe.hardware).stacks.get(recipe.stack, {})
+    except InputError as error:  # the file may have constants that no model has now
+        why = f"because the earlier file cannot be read: {error}"
+        lines.append(f"{name}: no section kept, {why}")
+    kept = {
+        key: section
+        for key, section in before.items()
+        if key not in fit.profile.sections and (wheel is None or key[0] == "power")
+    }
+    lines += [f"{name} {' '.join(key)}: kept, its rows are not in these tables" for key in kept]
     profile = fit.profile.calibrated({**fit.profile.sections, **kept})
     save_stack(profile, recipe.stack, folder / f"{name}.yaml")
     return lines
 
 
-def _make_all(names: Sequence[str], **how: Any) -> list[str]:
-    return [line for name in names for line in make(name, **how)]
+def _make_all(names: Sequence[str], folder: Path, wheel: Path | None) -> list[str]:
+    return [line for name in names for line in make(name, folder, wheel)]
 
 
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
@@ -249,46 +167,24 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser = argparse.ArgumentParser(prog=program, description=about)
     every = "files to build (default: all whose tables are available)"
     parser.add_argument("names", nargs="*", metavar="NAME.STACK", help=every)
-    parser.add_argument(
-        "--wheel", type=Path, help="wheel of the measurements, for tables that do not ship"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=profiles_folder(), help="folder for the files"
-    )
-    selected = (
-        "operators whose fit needs no other, comma-separated; the rest is kept (default: all)"
-    )
-    parser.add_argument("--operator", metavar="LIST", default="", help=selected)
-    parser.add_argument("--shared-data", help="folder of the RTX 4090 tables")
-    parser.add_argument("--workers", type=int, default=2, help="number of processes (default: 2)")
+    wheel = "wheel of the measurements, for tables that do not ship"
+    parser.add_argument("--wheel", type=Path, help=wheel)
+    parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help="folder")
     given = parser.parse_args(arguments)
-    shared = shared_folder(given.shared_data)
-    names = given.names
-    if not names:
-        names = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel, shared)]
-        for name in (name for name in RECIPES if name not in names):
-            report(
-                f"{name}: kept; its tables do not ship (use --wheel; for the RTX 4090"
-                " --shared-data)"
-            )
+    available = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel)]
+    names = given.names or available
+    left = [] if given.names else [name for name in RECIPES if name not in available]
     try:
-        if wrong := [name for name in names if name not in RECIPES]:
-            raise unknown("stack file", wrong[0], RECIPES)
-        operators = tuple(filter(None, given.operator.split(",")))
-        known = sorted(set().union(*(recipe.operators for recipe in RECIPES.values())))
-        if wrong := [operator for operator in operators if operator not in known]:
-            raise unknown("operator", wrong[0], known)
-        if operators and not given.names:
-            names = [name for name in names if RECIPES[name].operators & set(operators)]
-        if given.workers < 1:
-            raise InputError(f"--workers: expected 1 or more, got {given.workers}")
+        for name in names:
+            if name not in RECIPES:
+                raise unknown("stack file", name, RECIPES)
+        for name in left:
+            report(f"{name}: kept; its tables do not ship")
         # a stack and its prior are fitted in the same process, which keeps the prior's fit
         roots = dict.fromkeys(RECIPES[name].prior or name for name in names)
         groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
-        make_all = partial(
-            _make_all, folder=given.output, wheel=given.wheel, shared=shared, operators=operators
-        )
-        with ProcessPoolExecutor(given.workers) as pool:
+        make_all = partial(_make_all, folder=given.output, wheel=given.wheel)
+        with ProcessPoolExecutor(2) as pool:
             for line in chain.from_iterable(pool.map(make_all, groups)):
                 report(line)
     except InputError as error:

@@ -48,6 +48,7 @@ RECORD = HERE.parents[1] / "tests" / "models" / "transformers_models.json.gz"
 """What Transformers built of each configuration, with the default configurations themselves."""
 
 DEFAULTS = "defaults"
+RESULTS = ("exact", "different for a known reason", "refused", "not built", "different")
 
 Shape = tuple[int, int]  # outputs and inputs of a product
 Products = Sequence[tuple[str, Product]]  # of a layer, with names
@@ -91,13 +92,12 @@ class Comparison:
         return str(TYPES["different"].get(self.case.name, ""))
 
     @property
-    def exact(self) -> bool:
-        return self.result.startswith("exact")
-
-    @property
-    def different(self) -> bool:
-        """Whether prunesim reads another model than Transformers builds."""
-        return not self.result.startswith(("exact", "refused", "not built")) and not self.known
+    def kind(self) -> str:
+        """One of :data:`RESULTS`."""
+        if self.known:
+            return RESULTS[1]
+        begins = (kind for kind in RESULTS if self.result.startswith(kind))
+        return next(begins, "different")
 
 
 def default_cases() -> list[Case]:
@@ -114,8 +114,7 @@ def released_cases() -> list[Case]:
 
 
 def compare(model_built: Built) -> Comparison:
-    case = model_built.case
-    traced = model_built.traced
+    case, traced = model_built.case, model_built.traced
     if traced is None:
         return Comparison(case, f"not built: {model_built.error}", None)
     if decoder_of(Reader(case.content, case.name)) is None:
@@ -234,12 +233,11 @@ def report(names: Sequence[str]) -> tuple[str, bool]:
     for c in found:
         size = "" if c.parameters is None else f" ({c.parameters:,} parameters)"
         lines += [f"{c.case.name}: {c.result}{size}", *(f"  {line}" for line in c.lines)]
-    exact = sum(c.exact for c in found)
-    different = sum(c.different for c in found)
-    lines.append(f"{exact} of {len(found)} exact, {different} different")
+    kinds = Counter(c.kind for c in found)
+    lines.append(f"{kinds['exact']} of {len(found)} exact, {kinds['different']} different")
     if not names:
         lines.append(f"types that the list lacks: {', '.join(unlisted_types()) or 'none'}")
-    return "\n".join(lines), not different
+    return "\n".join(lines), not kinds["different"]
 
 
 def page_tables(found: Sequence[Comparison]) -> list[str]:
@@ -247,13 +245,13 @@ def page_tables(found: Sequence[Comparison]) -> list[str]:
     models, and types that may be refused."""
     types = [c for c in found if c.case.source == DEFAULTS]
     released = [c for c in found if c.case.source != DEFAULTS]
-    numbers = [
-        [title, str(len(some)), *(str(n) for n in _numbers(some))]
-        for title, some in (("types at default settings", types), ("released", released))
-    ]
+    numbers = []
+    for title, some in (("types at default settings", types), ("released", released)):
+        kinds = Counter(c.kind for c in some)
+        numbers.append([title, str(len(some)), *(str(kinds[kind]) for kind in RESULTS)])
     sizes = {c.case.name: "" if c.parameters is None else f"{c.parameters:,}" for c in found}
     reasons = [[kind, reason] for kind, reason in REFUSED.items()]
-    kinds = [[c.case.name, sizes[c.case.name], _short(c)] for c in types]
+    defaults = [[c.case.name, sizes[c.case.name], _short(c)] for c in types]
     models = [
         [
             f"[{c.case.name}]({c.case.source})",
@@ -266,13 +264,12 @@ def page_tables(found: Sequence[Comparison]) -> list[str]:
     ]
     return [
         table(["configurations", "number", *RESULTS], numbers),
-        table(["type", "parameters", "result"], kinds, left=(0, 2)),
+        table(["type", "parameters", "result"], defaults, left=(0, 2)),
         table(["model", "type", "parameters", "file", "result"], models, left=(0, 1, 3, 4)),
         table(["type", "reason"], reasons, left=(0, 1)),
     ]
 
 
-RESULTS = ("exact", "different for a known reason", "refused", "not built", "different")
 QUANTITIES = (
     ("FLOPs of a prefill of 2,048 tokens", "flops", {"phase": "prefill", "seq": 2048}),
     ("bytes of it", "bytes", {"phase": "prefill", "seq": 2048}),
@@ -286,7 +283,7 @@ def inferred_table(models: Sequence[Built]) -> str:
     """Return how far the models of types whose table is ignored are from those of the tables."""
     differences: dict[str, list[float]] = {}
     for b in models:
-        if b.traced is None or b.case.source != DEFAULTS or not compare(b).exact:
+        if b.traced is None or b.case.source != DEFAULTS or compare(b).kind != "exact":
             continue
         inferred = model_of(b.config.get_text_config(), b.traced, b.case.name)
         known = from_hf_config(b.case.content, b.case.name)
@@ -312,15 +309,6 @@ def _spread(differences: Mapping[str, float]) -> list[str]:
 
 def _total(model: Model, quantity: str, request: Mapping[str, Any]) -> float:
     return float(getattr(lower(model, engine="vllm", **request), quantity).sum())
-
-
-def _numbers(found: Sequence[Comparison]) -> tuple[int, ...]:
-    """Return how many comparisons have each of :data:`RESULTS`."""
-    kinds = Counter(
-        "exact" if c.exact else "explained" if c.known else c.result.split(":")[0] for c in found
-    )
-    known = {name: kinds[name] for name in ("exact", "explained", "refused", "not built")}
-    return (*known.values(), len(found) - sum(known.values()))
 
 
 def _short(c: Comparison) -> str:

@@ -26,7 +26,14 @@ from calibration.evidence.published import (
 )
 from calibration.evidence.sets import SETS, Row, against_targets, means
 from calibration.validation.paper import figure_2
-from calibration.validation.scoring import Comparison, ScoredRows, score, score_of, table
+from calibration.validation.scoring import (
+    Comparison,
+    ScoredRows,
+    percent,
+    score,
+    score_of,
+    table,
+)
 from simulator.engines.engine import FEATURES, Loading, list_engines, load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import list_hardware, load_hardware
@@ -83,56 +90,44 @@ def sections_table() -> str:
 
 
 def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
-    criteria = against_targets(rows)
-    cells = [
-        [c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured]
-        for c in criteria
-    ]
-    lines = (
-        ["## Acceptance targets", "", table(["criterion, %", "target", "measured"], cells), ""]
-        if cells
-        else []
-    )
+    parts = []
+    if criteria := against_targets(rows):
+        cells = [
+            [c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured]
+            for c in criteria
+        ]
+        parts += ["## Acceptance targets", table(["criterion, %", "target", "measured"], cells)]
     for title in dict.fromkeys(r["table"] for r in listed):
         names, columns = zip(*columns_of_table(rows, title), strict=True)
-        lines += [
-            f"## {title.replace('_', ' ')}",
-            "",
-            table(names, list(zip(*columns, strict=True))),
-            "",
-        ]
-    return "\n".join(lines).rstrip() + "\n"
+        lines = zip(*columns, strict=True)
+        parts += [f"## {title.replace('_', ' ')}", table(names, lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
     """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line
     per stack and number of its rows (0: as shipped), and their means at the end."""
     lines = means(rows, title)
-    scores = DATA["columns"]
-    groups = [[r] for r in lines]
-    columns = [
-        ("method", [r["method"] for r in lines]),
-        ("rows", [str(r["rows"] or "all") for r in lines]),
-    ]
-    if held_out := list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"])):
-        scores = DATA["stack_columns"]
+    held_out = list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"]))
+    if held_out:
         sizes = sorted({r["rows"] for r in lines})
         at = {(r["held_out"], r["rows"]): r for r in lines}
         places = [*((name, [name]) for name in held_out), ("mean", held_out)]
-        columns = [("held out", [name for name, _ in places for _ in sizes])]
-        columns.append(("rows", [str(size) for _ in places for size in sizes]))
         groups = [
             [at.get((name, size), {}) for name in names] for _, names in places for size in sizes
         ]
-    for name, key, digits in scores:
+        columns = [("held out", [name for name, _ in places for _ in sizes])]
+        columns.append(("rows", [str(size) for _ in places for size in sizes]))
+    else:
+        groups = [[r] for r in lines]
+        columns = [("method", [r["method"] for r in lines])]
+        columns.append(("rows", [str(r["rows"] or "all") for r in lines]))
+    for name, key, digits in DATA["stack_columns" if held_out else "columns"]:
         if held_out or any(key in r for r in lines):
             unit = 1.0 if key == "speedup spearman" else 100.0
-            values = [
-                float(np.mean([r.get(key, np.nan) for r in group])) * unit for group in groups
-            ]
-            columns.append(
-                (name, ["" if value != value else f"{value:.{digits}f}" for value in values])
-            )
+            values = [np.mean([r.get(key, np.nan) for r in group]) * unit for group in groups]
+            cells = ["" if np.isnan(value) else f"{value:.{digits}f}" for value in values]
+            columns.append((name, cells))
     return columns
 
 
@@ -147,29 +142,27 @@ def engine_tables() -> list[str]:
         "given": given,
         "serve": compare_serving(),
     }
-    throughput = compare_throughput()
-    sparse = compare_gemms("2:4")
-    narrow = compare_gemms("narrower")
-    held_out = held_out_models()
+    throughput, held_out = compare_throughput(), held_out_models()
+    sparse, narrow = compare_gemms("2:4"), compare_gemms("narrower")
     common = {kind: [c for c in rows if not c.own_code] for kind, rows in found.items()}
     judged = {kind: [c for c in rows if c.split == "judge"] for kind, rows in common.items()}
-    calibrated = {
-        c.gpu: load_hardware(c.gpu).section("gemm", "bf16").status != "default"
+    judged["measured"] = [
+        c
         for c in judged["dense"]
-    }
-    judged["measured"] = [c for c in judged["dense"] if calibrated[c.gpu]]
+        if load_hardware(c.gpu).section("gemm", "bf16").status != "default"
+    ]
     by_engine = [
         (kind, c.engine, c.split, c)
         for kind, some in common.items()
         if kind != "serve"
         for c in some
     ]
-    large = [
-        c
-        for c in (*common["dense"], *common["speedup"], *throughput, *sparse, *narrow)
+    compared = (*common["dense"], *common["speedup"], *throughput, *sparse, *narrow)
+    reasons = [
+        [c.what, c.where, percent(c.error, "+.0f"), c.reason or "not known"]
+        for c in compared
         if abs(c.error) > MISS
     ]
-    reasons = [[c.what, c.where, _signed(c.error, 0), c.reason or "not known"] for c in large]
     assumed = dict.fromkeys(
         (c.source, c.assumed)
         for c in (*found["dense"], *found["speedup"], *throughput)
@@ -179,10 +172,9 @@ def engine_tables() -> list[str]:
     excluded = {**Counter(filter(None, left_out)), **NOT_USED}
     parts = []
     for p in figure_2():
-        measured = p["measured_s"]
-        predicted = p["predicted_s"]
-        error = _signed(predicted / measured - 1.0, 0)
-        parts.append([p["phase"], p["part"], _seconds(measured), _seconds(predicted), error])
+        error = percent(p["predicted_s"] / p["measured_s"] - 1.0, "+.0f")
+        times = _seconds(p["measured_s"]), _seconds(p["predicted_s"])
+        parts.append([p["phase"], p["part"], *times, error])
     return [
         _groups(["kind"], [(kind, c) for kind in KINDS for c in judged[kind]]),
         _groups(["kind", "engine", "split"], by_engine),
@@ -205,23 +197,18 @@ def engine_tables() -> list[str]:
 
 
 def _groups(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> str:
+    """Return the scores of comparisons, which are the last of their row, by the rest of the row."""
     groups = by_key(rows, lambda each: each[:-1])
     order = list(KINDS)
     cells = []
-    for key in sorted(
-        groups, key=lambda k: [(order.index(name) if name in order else 0, name) for name in k]
-    ):
+    for key in sorted(groups, key=lambda k: [(order.index(n) if n in order else 0, n) for n in k]):
         s = score_of([each[-1] for each in groups[key]])
-        shares = [f"{100 * s['coverage']:.0f} %", f"{100 * s['half-width']:.0f} %"]
-        errors = [f"{100 * s['median']:.1f} %", _signed(s["median bias"])]
-        cells.append(
-            [*(KINDS.get(name, name) for name in key), str(len(groups[key])), *errors, *shares]
-        )
-    return table(
-        [*names, "rows", "median error", "bias", "coverage", "half-width"],
-        cells,
-        left=range(len(names)),
-    )
+        errors = percent(s["median"]), percent(s["median bias"], "+.1f")
+        shares = percent(s["coverage"], ".0f"), percent(s["half-width"], ".0f")
+        titles = (KINDS.get(name, name) for name in key)
+        cells.append([*titles, str(len(groups[key])), *errors, *shares])
+    header = [*names, "rows", "median error", "bias", "coverage", "half-width"]
+    return table(header, cells, left=range(len(names)))
 
 
 def loads_table() -> str:
@@ -230,51 +217,38 @@ def loads_table() -> str:
     engines = [engine for engine in map(load_engine, list_engines()) if engine.name != "reference"]
 
     def cell(found: Loading) -> str:
-        types = (
-            ", ".join(found.model_types)
-            if len(found.model_types) <= 3
-            else f"{len(found.model_types)} model types"
-        )
+        few, number = ", ".join(found.model_types), len(found.model_types)
+        types = few if number <= 3 else f"{number} model types"
         multiple = f"multiples of {found.multiple}" if found.multiple > 1 else ""
         return "; ".join(filter(None, (types, multiple))) or "yes" if found.value else "no"
 
-    cells = [
-        [text, *(cell(engine.loads[name]) for engine in engines)] for name, text in FEATURES.items()
-    ]
-    return table(
-        ["checkpoint with", *(engine.name for engine in engines)],
-        cells,
-        left=range(len(engines) + 1),
-    )
+    cells = [[text, *(cell(e.loads[name]) for e in engines)] for name, text in FEATURES.items()]
+    header = ["checkpoint with", *(engine.name for engine in engines)]
+    return table(header, cells, left=range(len(header)))
 
 
 def _held_out_table(groups: Sequence[HeldOut]) -> str:
     cells = []
-    for engine in dict.fromkeys(x.engine for x in groups):
-        members = [x for x in groups if x.engine == engine]
+    for engine, members in by_key(groups, lambda x: x.engine).items():
         for x in members:
             error = score(ScoredRows(x.group.request_s, x.request_s))["median"]
-            cells.append(
-                [engine, x.model, x.hardware, x.dtype, *_ratios([x]), f"{100 * error:.1f} %"]
-            )
+            cells.append([engine, x.model, x.hardware, x.dtype, *_ratios([x]), percent(error)])
         dense = _ratios([x for x in members if not x.experts])
         cells.append([engine, "all dense models", "", "", *dense, ""])
     header = ["engine", "held-out model", "GPU", "format", "rows"]
-    return table(
-        [*header, "TPOT: median error", "bias", "request: median error"], cells, left=range(4)
-    )
+    errors = ["TPOT: median error", "bias", "request: median error"]
+    return table([*header, *errors], cells, left=range(4))
 
 
 def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
     s = ratio_scores(groups, rows)
-    return f"{s['runs']:.0f}", f"{100 * s['median']:.1f} %", _signed(s["median bias"])
+    return f"{s['runs']:.0f}", percent(s["median"]), percent(s["median bias"], "+.1f")
 
 
 def _load_table(groups: Sequence[HeldOut]) -> str:
     """Return the errors of the time per token by prompt length and by prompts per decode step."""
     cells = []
-    for engine, experts in dict.fromkeys((x.engine, x.experts) for x in groups):
-        members = [x for x in groups if (x.engine, x.experts) == (engine, experts)]
+    for (engine, experts), members in by_key(groups, lambda x: (x.engine, x.experts)).items():
         prompts = [x.group.seq for x in members]
         loads = [x.group.concurrency / x.group.new_tokens for x in members]
         for (axis, ranges), values in zip(DATA["ranges"].items(), (prompts, loads)):
@@ -283,9 +257,8 @@ def _load_table(groups: Sequence[HeldOut]) -> str:
                 if any(some.any() for some in rows):
                     kind = "experts" if experts else "dense"
                     cells.append([engine, kind, axis, name, *_ratios(members, rows)])
-    return table(
-        ["engine", "models", "group", "range", "rows", "median error", "bias"], cells, left=range(4)
-    )
+    header = ["engine", "models", "group", "range", "rows", "median error", "bias"]
+    return table(header, cells, left=range(4))
 
 
 def _comparisons(
@@ -293,19 +266,11 @@ def _comparisons(
 ) -> str:
     cells = []
     for c in rows:
-        numbers = (
-            text(c.measured),
-            text(c.predicted),
-            f"{text(c.lower)} to {text(c.upper)}",
-            _signed(c.error),
-        )
+        interval = f"{text(c.lower)} to {text(c.upper)}"
+        numbers = text(c.measured), text(c.predicted), interval, percent(c.error, "+.1f")
         cells.append([c.engine or "GEMMs", c.what, c.where, *numbers, c.source])
     header = ["engine", "what", "where", "measured", "predicted", "interval", "error", "source"]
     return table(header, cells, left=(0, 1, 2, 7))
-
-
-def _signed(value: float, digits: int = 1) -> str:
-    return f"{100 * value:+.{digits}f} %"
 
 
 def _seconds(value: float) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from calibration.evidence.measurements import PUBLISHED, published
 from calibration.evidence.schedules import ENDS, PROMPTS, WORST, Row, steady, tokens_per_s
 from calibration.fit.power import fit_power
 from calibration.fit.section import accuracy_of
-from calibration.validation.scoring import Comparison, score_of, table
+from calibration.validation.scoring import Comparison, percent, score_of, table
 from simulator.arrays import Array, BoolArray, FloatArray
 from simulator.hardware.library import load_hardware, profiles_folder
 from simulator.hardware.profile import HardwareProfile, Provenance, Section
@@ -22,6 +23,7 @@ from simulator.hardware.save import save_stack
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.power import Power, Work
+from simulator.prediction.requests import by_key
 from simulator.request import Request
 from simulator.serving.steps import TYPICAL
 from simulator.uncertainty.forward import forward_passes
@@ -125,8 +127,7 @@ def servers() -> Mapping[str, Servers]:
     """Return the runs by GPU. Runs with expert parallelism are left out: their devices wait for
     each other for a time that no row states."""
     rows = [row for row in published("steady") if not row["parallel"]]
-    names = dict.fromkeys(row["hardware"] for row in rows)
-    return {name: Servers.of([r for r in rows if r["hardware"] == name]) for name in names}
+    return {name: Servers.of(some) for name, some in by_key(rows, itemgetter("hardware")).items()}
 
 
 def write_sections() -> list[str]:
@@ -215,35 +216,33 @@ def power_tables() -> list[str]:
         [name, *(f"{c.value:.2f} ({c.std_error:.2f})" for c in runs.fit()[0].constants.values())]
         for name, runs in found.items()
     ]
-    groups: dict[tuple[str, ...], list[Comparison]] = {}
-    for c in rows:
-        task = c.where.partition(",")[0]
-        rest = [] if task == "gpqa" else [("all", "without gpqa")]
-        for key in (("all", ""), *rest, ("all", task), (c.what, task)):
-            groups.setdefault((c.gpu, QUANTITIES[c.source], *key), []).append(c)
-    cells = [[*key, str(len(some)), *_scores(some)] for key, some in sorted(groups.items())]
-    names = ["GPU", "quantity", "model", "task", "runs"]
+    pairs = [(key, c) for c in rows for key in _groups_of(c)]
+    cells = []
+    for key, some in sorted(by_key(pairs, itemgetter(0)).items()):
+        s = score_of([c for _, c in some])
+        scores = s["median"], s["median bias"], s["coverage"], s["half-width"]
+        cells.append([*key, str(len(some)), *map(percent, scores)])
     worst = sorted(rows, key=lambda c: -abs(np.log(c.predicted / c.measured)))[:WORST]
+    largest = [
+        [
+            *(c.gpu, QUANTITIES[c.source], c.what, c.where),
+            f"{c.predicted / c.measured:.2f}",
+            c.reason or "not known",
+        ]
+        for c in worst
+    ]
+    names = ["GPU", "quantity", "model", "task", "runs"]
     header = ["GPU", "quantity", "model", "run", "predicted / measured", "cause"]
     return [
         table(["GPU", *found["h100_sxm"].fit()[0].constants], constants),
         table([*names, "error", "bias", "inside", "half-width"], cells, left=(0, 1, 2, 3)),
-        table(
-            header,
-            [
-                [
-                    *(c.gpu, QUANTITIES[c.source], c.what, c.where),
-                    f"{c.predicted / c.measured:.2f}",
-                    c.reason or "not known",
-                ]
-                for c in worst
-            ],
-            left=(0, 1, 2, 3, 5),
-        ),
+        table(header, largest, left=(0, 1, 2, 3, 5)),
     ]
 
 
-def _scores(rows: Sequence[Comparison]) -> list[str]:
-    scores = score_of(rows)
-    names = ("median", "median bias", "coverage", "half-width")
-    return [f"{100 * scores[name]:.1f} %" for name in names]
+def _groups_of(c: Comparison) -> list[tuple[str, ...]]:
+    """Return the GPU, quantity, model and task of each line that counts a comparison."""
+    task = c.where.partition(",")[0]
+    rest = [] if task == "gpqa" else [("all", "without gpqa")]
+    groups = [("all", ""), *rest, ("all", task), (c.what, task)]
+    return [(c.gpu, QUANTITIES[c.source], *group) for group in groups]

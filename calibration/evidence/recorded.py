@@ -26,7 +26,7 @@ from calibration.records.store import read_store
 from calibration.runners.cases import Case, cases_of, fewer_layers
 from calibration.runners.compare import DTYPES, ENGINES, ComparedSpeedup, rows_of
 from calibration.validation.paper import table_2
-from calibration.validation.scoring import errors, spearman, table
+from calibration.validation.scoring import errors, percent, spearman, table
 from simulator.figures.layout import fixed_ticks
 from simulator.figures.measured import time_text
 from simulator.figures.style import COLORS, paper_style
@@ -134,20 +134,12 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
         for known in known_of(some):
             s = scores(some, known)
             first = known == KNOWN[0]
-            shares = [f"{100 * s[key]:.1f} %" for key in ("median", "inside", "half_width")]
-            dense = "" if known == KNOWN[1] else f"{100 * s['dense_time']:.1f} %"
+            shares = map(percent, (s["median"], s["inside"], s["half_width"]))
+            dense = "" if known == KNOWN[1] else percent(s["dense_time"])
             label = [name, str(len(some))] if first else ["", ""]
             cells.append([*label, known, *shares, f"{s['spearman']:.3f}", dense])
-    header = [
-        "speedups",
-        "knowing",
-        "median error",
-        "in their interval",
-        "half-width",
-        "Spearman",
-        "error of dense times",
-    ]
-    return table([title, *header], cells, left=(0, 2))
+    header = [title, "speedups", "knowing", "median error", "in their interval", "half-width"]
+    return table([*header, "Spearman", "error of dense times"], cells, left=(0, 2))
 
 
 def scores(rows: Sequence[RecordedRow], known: str = KNOWN[0]) -> dict[str, float]:
@@ -167,7 +159,6 @@ def scores(rows: Sequence[RecordedRow], known: str = KNOWN[0]) -> dict[str, floa
         "half_width": float(np.median(np.sqrt(upper / lower))) - 1.0,
         "spearman": spearman(value, measured),
         "dense_time": errors(dense_s, dense)["median"],
-        "bias": float(np.median(value / measured)) - 1.0,
     }
 
 

@@ -8,19 +8,19 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from calibration.evidence.measurements import published
 from calibration.evidence.published import serving_workload
-from calibration.validation.scoring import Comparison, score_of, table
+from calibration.validation.scoring import Comparison, percent, score_of, table
 from simulator.arrays import FloatArray
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
+from simulator.prediction.requests import by_key
 from simulator.prediction.table import speedups
 from simulator.request import MAX_TOKENS, Request
 from simulator.serving.arrivals import Lengths, Requests, Traffic
@@ -142,11 +142,8 @@ def compare_steady() -> list[Comparison]:
 def cases(rows: Iterable[Row]) -> list[list[Row]]:
     """Return runs of equal commands and lengths together."""
 
-    def key(row: Row) -> tuple[str, ...]:
-        names = ("engine", "model", "hardware", "weight_dtype", "command", "requests", "seq")
-        return tuple(row[name] for name in names)
-
-    return [list(case) for _, case in groupby(sorted(rows, key=key), key)]
+    key = itemgetter("engine", "model", "hardware", "weight_dtype", "command", "requests", "seq")
+    return list(by_key(sorted(rows, key=key), key).values())
 
 
 def _at_once(run: Served) -> Quantities:
@@ -267,99 +264,71 @@ def sampler_line() -> str:
 
 def schedule_tables() -> list[str]:
     """Return the tables of ``docs/generated/serving.md`` in their order."""
-    counted, excluded, steadily = compare_at_once(), compare_at_once(True), compare_steady()
+    counted, excluded = compare_at_once(), compare_at_once(True)
     names = [(), ("engine",), ("engine", "gpu"), ("gpu",)]
     lines = [line for name in names for line in _at_once_lines(counted, name)]
-    worst = sorted(counted, key=lambda c: -abs(np.log(c.predicted / c.measured)))
+    worst = sorted(counted, key=lambda c: abs(np.log(c.predicted / c.measured)))
     cells = [
         [
             *(c.engine, c.gpu, c.what, c.where, QUANTITIES[c.source]),
             f"{c.predicted / c.measured:.2f}",
             c.reason or "not known",
         ]
-        for c in {(c.engine, c.gpu, c.what, c.where): c for c in reversed(worst)}.values()
+        for c in {(c.engine, c.gpu, c.what, c.where): c for c in worst}.values()
     ]
     apart = [
         [reason, *line]
-        for reason in dict.fromkeys(c.reason for c in excluded)
-        for line in _at_once_lines([c for c in excluded if c.reason == reason], ("engine",))
+        for reason, some in by_key(excluded, lambda c: c.reason).items()
+        for line in _at_once_lines(some, ("engine",))
     ]
     headers = [f"{text}: {part}" for text in QUANTITIES.values() for part in ("error", "inside")]
-    where = ["engine", "GPU", "model", "requests"]
+    where = ["engine", "GPU", "model", "requests", "what", "predicted / measured", "cause"]
     return [
         table(["rows", "cases", *headers], lines),
-        table(
-            [*where, "what", "predicted / measured", "cause"],
-            cells[::-1][:WORST],
-            (0, 1, 2, 3, 4, 6),
-        ),
+        table(where, cells[::-1][:WORST], (0, 1, 2, 3, 4, 6)),
         table(["why", "engine", "cases", *headers], apart, left=(0, 1)),
-        _steady_table(steadily),
+        _steady_table(compare_steady()),
         _closed_table(compare_closed()),
     ]
 
 
 def _at_once_lines(rows: Sequence[Comparison], names: Sequence[str]) -> list[list[str]]:
     """Return a line per group: its cases, median errors and coverage of each quantity."""
-    groups: dict[str, list[Comparison]] = {}
-    for c in rows:
-        groups.setdefault(", ".join(getattr(c, name) for name in names) or "all", []).append(c)
+    groups = by_key(rows, lambda c: ", ".join(getattr(c, name) for name in names) or "all")
     out = []
     for name, some in groups.items():
         scores = [score_of([c for c in some if c.source == quantity]) for quantity in QUANTITIES]
         cells = [
-            _percent(s[key] + 0 * s["median"]) for s in scores for key in ("median", "coverage")
+            percent(s[key] + 0 * s["median"]) for s in scores for key in ("median", "coverage")
         ]
         out.append([name, str(len(some) // len(QUANTITIES)), *cells])
     return out
 
 
 def _steady_table(rows: Sequence[Comparison]) -> str:
-    doubled = [_steady(steady(row, 2.0).run())["between_tokens_s"] for row in published("steady")]
-    longer = [replace(c, predicted=value) for c, value in zip(rows, doubled, strict=True)]
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, (c, row) in enumerate(zip(rows, published("steady"), strict=True)):
-        for task in ("all", row["task"]):
-            groups.setdefault((c.gpu, row["parallel"] or "one or tensor", task), []).append(i)
-    cells = []
-    for key, members in sorted(groups.items()):
-        s, twice = (score_of([some[i] for i in members]) for some in (rows, longer))
-        errors = [s["median"], s["median bias"], s["coverage"], twice["median"]]
-        cells.append([*key, str(len(members)), *map(_percent, errors)])
-    header = [
-        "GPU",
-        "parallel",
-        "task",
-        "runs",
-        "error",
-        "bias",
-        "inside",
-        "error, prompts doubled",
+    runs = published("steady")
+    doubled = [_steady(steady(row, 2.0).run())["between_tokens_s"] for row in runs]
+    pairs: list[tuple[Any, ...]] = [
+        ((c.gpu, row["parallel"] or "one or tensor", task), c, replace(c, predicted=value))
+        for c, row, value in zip(rows, runs, doubled, strict=True)
+        for task in ("all", row["task"])
     ]
-    return table(header, cells, left=(0, 1, 2))
+    cells = []
+    for key, members in sorted(by_key(pairs, itemgetter(0)).items()):
+        s, twice = (score_of([member[i] for member in members]) for i in (1, 2))
+        errors = [s["median"], s["median bias"], s["coverage"], twice["median"]]
+        cells.append([*key, str(len(members)), *map(percent, errors)])
+    header = ["GPU", "parallel", "task", "runs", "error", "bias", "inside"]
+    return table([*header, "error, prompts doubled"], cells, left=(0, 1, 2))
 
 
 def _closed_table(rows: Sequence[Closed]) -> str:
     cells = []
-    for names in (("engine",), ("engine", "model")):
-        groups: dict[tuple[str, ...], list[Closed]] = {}
-        for r in rows:
-            groups.setdefault(tuple(getattr(r, name) for name in names), []).append(r)
+    engines = by_key(rows, lambda r: (r.engine, ""))
+    for groups in (engines, by_key(rows, lambda r: (r.engine, r.model))):
         for key, some in sorted(groups.items()):
-            errors = [
-                _percent(float(np.median(np.abs(_ratios(some, what)[:, i] - 1.0))))
-                for what in ("tpot", "ttft")
-                for i in (1, 2)
-            ]
-            cells.append([*key, *[""] * (2 - len(key)), str(len(some)), *errors])
+            times = np.array([(r.tpot, r.ttft) for r in some])
+            errors = np.median(np.abs(times[..., 1:] / times[..., :1] - 1.0), axis=0)
+            cells.append([*key, str(len(some)), *map(percent, errors.ravel())])
     per, first = ("per token: law", "simulation"), ("first token: law", "simulation")
     return table(["engine", "model", "runs", *per, *first], cells, left=(0, 1))
-
-
-def _ratios(rows: Sequence[Closed], what: str) -> FloatArray:
-    times = np.array([getattr(row, what) for row in rows])
-    return np.asarray(times / times[:, :1])
-
-
-def _percent(value: float) -> str:
-    return "" if math.isnan(value) else f"{100 * value:.1f} %"

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,7 @@ import yaml
 
 from calibration.evidence.build_profiles import STAGED
 from calibration.evidence.measurements import published
-from calibration.evidence.measurements.infersim import SOURCES
-from calibration.evidence.measurements.wheel import CHOICES, datasheet, open_wheel, read_choice
+from calibration.evidence.measurements.wheel import SOURCES, datasheet, open_wheel, read_source
 from calibration.evidence.published import (
     compare_dense,
     compare_serving,
@@ -114,29 +115,21 @@ class MeasuredRows:
     def records(self) -> Records:
         c, columns = self.data.calls, dict[str, Any]()
         dtype, weight = formats_of(self.dtype, self.hw.rates)
-        if isinstance(c, Products):
-            cold = np.isinf(c.copies)
-            columns = {name: getattr(c, name) for name in ("m", "n", "k")}
-            columns |= {
-                "weight_dtype": weight,
-                "cold": cold,
-                "copies": np.where(cold, 0.0, c.copies),
-            }
-        elif isinstance(c, Layers):
-            columns = {
-                name: getattr(c, name) for name in ("m", "n", "k", "experts", "active", "skew")
-            }
-            columns |= {
-                "weight_dtype": weight,
-                "cold": ~c.warm,
-                "copies": c.warm,
-                "role": PART_ROLES[c.part],
-            }
-        elif isinstance(c, AttentionCalls):
+        if isinstance(c, AttentionCalls):
             g = c.geometry
             columns = {name: getattr(g, name) for name in SHAPE}
-            columns |= {"cold": np.broadcast_to(g.warm, len(self.data)) == 0.0}
+            columns["cold"] = np.broadcast_to(g.warm, len(self.data)) == 0.0
             columns["n"] = 0.0 if g.value_dim is None else g.value_dim
+        elif isinstance(c, Products):
+            cold = np.isinf(c.copies)
+            columns = {name: getattr(c, name) for name in ("m", "n", "k")}
+            columns |= {"cold": cold, "copies": np.where(cold, 0.0, c.copies)}
+        elif isinstance(c, Layers):
+            names = ("m", "n", "k", "experts", "active", "skew")
+            columns = {name: getattr(c, name) for name in names}
+            columns |= {"cold": ~c.warm, "copies": c.warm, "role": PART_ROLES[c.part]}
+        if not isinstance(c, AttentionCalls):
+            columns["weight_dtype"] = weight
         columns |= {"operator": c.operator, "dtype": dtype, "seconds": self.data.seconds}
         return Records.from_columns([Source("")], **columns)
 
@@ -262,6 +255,22 @@ class EvidenceSet:
     whole: bool = False
 
 
+class Criterion(NamedTuple):
+    criterion: str
+    target: str  # range, %
+    measured: str  # %
+    met: bool | None  # None: there is no target
+
+
+# how several rows become one value, "ends": their range
+OF: Mapping[str, Callable[[Sequence[float]], Any]] = {
+    "mean": np.mean,
+    "median": np.median,
+    "worst": np.max,
+    "ends": np.min,
+}
+
+
 @dataclass(frozen=True)
 class AccuracyTarget:
     """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only
@@ -272,14 +281,28 @@ class AccuracyTarget:
     score: str
     high: float | Mapping[str, float] | None = None  # mapping: by the beginning of the name
     low: float | None = None
-    of: str = "mean"  # how several rows become one value: "mean", "median", "worst" or the "ends"
+    of: str = "mean"  # a key of OF
 
-
-class Criterion(NamedTuple):
-    criterion: str
-    target: str  # range, %
-    measured: str  # %
-    met: bool | None  # None: there is no target
+    def criterion(self, name: str, values: Sequence[float]) -> Criterion:
+        one, high, several = float(OF[self.of](values)), self.high, len(values) > 1
+        last = max(values) if self.of == "ends" else one
+        if isinstance(high, Mapping):
+            high = next((v for key, v in high.items() if name.startswith(key)), None)
+        measured = f"{one:.{2 if self.low is None else 1}f}"
+        if several and self.low is None:
+            name += f", {self.of} of {len(values)}"
+            if self.of == "worst":
+                name += f" (mean {np.mean(values):.2f})"
+            elif self.of == "median":
+                name += f" (worst {max(values):.1f})"
+        if several and self.of == "ends":
+            measured += f" to {last:.1f}"
+        if high is None:
+            return Criterion(name, "-", measured, None)
+        if self.low is None:
+            return Criterion(name, f"<= {high:g}", measured, last <= high)
+        wanted = f"{self.low:g} to {high:g}" if high < 100 else f">= {self.low:g}"
+        return Criterion(name, wanted, measured, self.low <= one and last <= high)
 
 
 def evaluate_sets(
@@ -319,60 +342,31 @@ def _evaluate(name: str, seed: int, wheel: Path | None) -> list[Row]:
 
 def means(rows: Sequence[Row], table: str = "") -> list[Row]:
     """Return the rows of one table (default: of each table in turn), averaged over seeds."""
-    if not table:
-        return [r for title in dict.fromkeys(r["table"] for r in rows) for r in means(rows, title)]
-    own = [r for r in rows if r["table"] == table]
+    titles = list(dict.fromkeys(r["table"] for r in rows if table in ("", r["table"])))
+    own = [r for r in rows if r["table"] in titles]
     out = []
-    for group in by_key(own, lambda r: (r["held_out"], r["method"], r["rows"])).values():
-        names = [
-            n for n, v in group[0].items() if isinstance(v, float) and all(n in r for r in group)
-        ]
-        out.append(
-            {
-                **group[0],
-                "seeds": len(group),
-                **{n: float(np.mean([r[n] for r in group])) for n in names},
-            }
-        )
-    return sorted(
-        out, key=lambda r: (r["held_out"], 0 if r["method"] == "as shipped" else r["rows"] or 10**9)
-    )
+    for group in by_key(own, itemgetter("table", "held_out", "method", "rows")).values():
+        shared = [name for name, v in group[0].items() if isinstance(v, float)]
+        scores = {
+            name: float(np.mean([r[name] for r in group]))
+            for name in shared
+            if all(name in r for r in group)
+        }
+        out.append({**group[0], "seeds": len(group), **scores})
+
+    def order(r: Row) -> tuple[int, str, int]:
+        size = 0 if r["method"] == "as shipped" else r["rows"] or 10**9
+        return titles.index(r["table"]), r["held_out"], size
+
+    return sorted(out, key=order)
 
 
 def against_targets(rows: Sequence[Row]) -> list[Criterion]:
     lines, out = means(rows), []
     for t in TARGETS:
-        groups: dict[str, list[float]] = {}
-        for r in lines:
-            if r["kind"].startswith(t.kind) and t.score in r:
-                groups.setdefault(t.name.format(**r), []).append(100.0 * abs(r[t.score]))
-        for name, values in groups.items():
-            of: Mapping[str, Any] = {
-                "mean": np.mean,
-                "median": np.median,
-                "worst": np.max,
-                "ends": np.min,
-            }
-            one, high = float(of[t.of](values)), t.high
-            last = max(values) if t.of == "ends" else one
-            if isinstance(high, Mapping):
-                high = next((v for key, v in high.items() if name.startswith(key)), None)
-            measured = f"{one:.{2 if t.low is None else 1}f}"
-            if len(values) > 1 and t.low is None:
-                others = {
-                    "worst": f" (mean {np.mean(values):.2f})",
-                    "median": f" (worst {max(values):.1f})",
-                }
-                name += f", {t.of} of {len(values)}{others.get(t.of, '')}"
-            if len(values) > 1 and t.of == "ends":
-                measured += f" to {last:.1f}"
-            if high is None:
-                out.append(Criterion(name, "-", measured, None))
-            elif t.low is None:
-                out.append(Criterion(name, f"<= {high:g}", measured, last <= high))
-            else:
-                wanted = f"{t.low:g} to {high:g}" if high < 100 else f">= {t.low:g}"
-                out.append(Criterion(name, wanted, measured, t.low <= one and last <= high))
+        found = [r for r in lines if r["kind"].startswith(t.kind) and t.score in r]
+        for name, group in by_key(found, lambda r: t.name.format(**r)).items():  # noqa: B023
+            out.append(t.criterion(name, [100.0 * abs(r[t.score]) for r in group]))
     return out
 
 
@@ -414,12 +408,7 @@ class TableChoice:
         return found if self.wheel else found & set(provenance(self.measurement)["rows"])
 
 
-@lru_cache(maxsize=4)
-def _records(measurement: str, wheel: Path | None) -> Records:
-    if wheel is None or measurement not in CHOICES:
-        return load_measurements(measurement)
-    with open_wheel(wheel) as archive:
-        return read_choice(archive, CHOICES[measurement])[0]
+_records = lru_cache(maxsize=4)(read_source)
 
 
 GEMMS = {name: TableChoice(**choice) for name, choice in DATA["gemms"].items()}
@@ -438,8 +427,7 @@ def _tables(operator: str, wheel: Path | None = None) -> list[TableChoice]:
         for name in (shipped if wheel is None else SOURCES)
     ]
     own = [t for t in every if t.parts[1] == operator and t.parts[2] in STACKS]
-    tables = by_key(own, lambda table: table.parts[0]).values()
-    return [table for some in tables for table in some]
+    return list(chain.from_iterable(by_key(own, lambda table: table.parts[0]).values()))
 
 
 def stack_pairs(
@@ -450,12 +438,8 @@ def stack_pairs(
     which lack large GEMMs, predict no stack."""
     tables, out = {t.parts: t for operator in operators for t in _tables(operator, wheel)}, []
     for (device, operator, stack), table in tables.items():
-        others = [
-            tables.get((device, operator, other))
-            for other in STACKS
-            if other not in (stack, "vllm")
-        ]
-        out += [(table, other) for other in others if other is not None][:1]
+        keys = [(device, operator, s) for s in STACKS if s not in (stack, "vllm")]
+        out += [(table, tables[key]) for key in keys if key in tables][:1]
     return out
 
 
@@ -477,9 +461,8 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iter
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
         names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "update"}
         hw = table.load().profile(source.fitted(), same_stack=False)
-        yield from (
-            {**r, **names} for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed)
-        )
+        for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed):
+            yield {**r, **names}
 
 
 def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Iterator[Row]:
@@ -488,10 +471,8 @@ def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Itera
     ):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
-        data, names = (
-            table.load(),
-            {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind},
-        )
+        names = {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
+        data = table.load()
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
             yield {**evaluate_table(data, None, seed, by), **names}
 
@@ -504,12 +485,9 @@ def _mla(seed: int, wheel: Path | None) -> Iterator[Row]:
 def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
     for table in _tables("experts", wheel):
         device, _, stack = table.parts
+        title = f"experts {device}, held-out models"
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
-            names = {
-                "table": f"experts {device}, held-out models",
-                "method": f"{stack} {dtype}",
-                "kind": "models",
-            }
+            names = {"table": title, "method": f"{stack} {dtype}", "kind": "models"}
             yield {**evaluate_table(replace(table, dtype=dtype).load(), None, seed), **names}
     pairs = stack_pairs(wheel, EXPERTS)
     both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
@@ -521,35 +499,30 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
     and by the fits of the first other GPU of its architecture that has this operator and format,
     else by defaults. Defaults of an architecture come from its tables: they show the error of
     constants without a residual."""
-    known = [
-        load_hardware(name)
-        for name in dict.fromkeys(choice.hardware for choice in SOURCES.values())
-    ]
-    for every in (
-        t for operator in ("gemm", *ATTENTION, *LATENT, *EXPERTS) for t in _tables(operator)
-    ):
+    known = [load_hardware(name) for name in dict.fromkeys(c.hardware for c in SOURCES.values())]
+    operators = ("gemm", *ATTENTION, *LATENT, *EXPERTS)
+    for every in chain.from_iterable(map(_tables, operators)):
+        device, operator, stack = every.parts
         # narrow caches have the section of their arithmetic
         for dtype in sorted(every.formats() - {"fp8_wo"}):
-            (device, operator, stack), table = every.parts, replace(every, dtype=dtype).load()
+            table = replace(every, dtype=dtype).load()
             if table.data.groups().max() < 2:
                 continue
-            alike = [
-                hw
-                for hw in known
-                if hw.architecture == table.hw.architecture and hw.name != table.hw.name
-            ]
-            origin = next((hw for hw in alike if (operator, dtype) in hw.sections), None)
+            origin = next(
+                (
+                    hw
+                    for hw in known
+                    if hw.architecture == table.hw.architecture
+                    and hw.name != table.hw.name
+                    and (operator, dtype) in hw.sections
+                ),
+                None,
+            )
             hw = inheriting(table.hw, origin) if origin else table.hw
             held_out = f"{device} {stack} {dtype}: {origin.name if origin else 'defaults'}"
-            names = {
-                "table": f"{operator}, GPU without a calibration",
-                "held_out": held_out,
-                "kind": "gpus",
-            }
-            yield from (
-                {**r, **names}
-                for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed)
-            )
+            title = f"{operator}, GPU without a calibration"
+            for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed):
+                yield {**r, "table": title, "held_out": held_out, "kind": "gpus"}
 
 
 # collectives, and published measurements of whole models
@@ -565,18 +538,16 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
     staged = []
     for system, (name, *others) in DATA["links"].items():
         hw, rows = load_hardware(name), []
-        for table in (
-            f"{system}/collective/{stack}" for stack in ("sglang", "trtllm", "vllm", "nccl")
-        ):
-            if table in list_measurements():
-                r = load_measurements(table)
-                # engines run an all-reduce of their own instead of NCCL's
-                if table.endswith("nccl"):
-                    r = r.select(r.role != ROLES.index("all_reduce"))
-                if table in STAGED:
-                    staged.append(r.select(r.batch > 2))
-                    r = r.select(r.batch <= 2)
-                rows.append(r)
+        tables = [f"{system}/collective/{s}" for s in ("sglang", "trtllm", "vllm", "nccl")]
+        for table in (table for table in tables if table in list_measurements()):
+            r = load_measurements(table)
+            # engines run an all-reduce of their own instead of NCCL's
+            if table.endswith("nccl"):
+                r = r.select(r.role != ROLES.index("all_reduce"))
+            if table in STAGED:
+                staged.append(r.select(r.batch > 2))
+                r = r.select(r.batch <= 2)
+            rows.append(r)
         hw = hw.over(hw.link.name if hw.link else "")
         yield _link(system, hw, rows, {("collective", "*"): _mean_section(others)})
     yield _link("l40s, host memory", load_hardware("l40s").over("pcie-host"), staged, {})
@@ -586,17 +557,12 @@ def _links(seed: int, wheel: Path | None) -> Iterator[Row]:
             for r in published("collectives")
             if r["system"] == system and float(r["bytes"]) >= LEAST_BYTES
         ]
-        n, devices, seconds = np.array(
-            [(float(r["bytes"]), float(r["devices"]), float(r["seconds"])) for r in some]
-        ).T
-        records = Records.from_columns(
-            [Source("")],
-            operator="collective",
-            n=n,
-            batch=devices,
-            seconds=seconds,
-            role=ROLES.index("all_reduce"),
-        )
+        columns = {"n": "bytes", "batch": "devices", "seconds": "seconds"}
+        values: dict[str, Any] = {
+            ours: np.array([float(r[name]) for r in some]) for ours, name in columns.items()
+        }
+        values |= {"operator": "collective", "role": ROLES.index("all_reduce")}
+        records = Records.from_columns([Source("")], **values)
         yield _link(system, load_hardware(some[0]["hardware"]).over(some[0]["link"]), [records], {})
 
 
@@ -638,30 +604,17 @@ def _published(
     rows = [c for c in compare() if c.split == "judge" and not c.own_code]
     for engine in ("", *sorted({c.engine for c in rows})):
         some = [c for c in rows if engine in ("", c.engine)]
-        yield row(
-            engine or "all",
-            0,
-            score_of(some),
-            len(some),
-            table=title,
-            kind="engine" if engine else "all",
-        )
+        names = {"table": title, "kind": "engine" if engine else "all"}
+        yield row(engine or "all", 0, score_of(some), len(some), **names)
 
 
 def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
+    names = {"table": "serving runs of held-out models", "kind": "serving"}
     for engine in ("vllm", "sglang", "trtllm"):
-        scores = ratio_scores(
-            [x for x in held_out_models() if x.engine == engine and not x.experts]
-        )
+        dense = [x for x in held_out_models() if x.engine == engine and not x.experts]
+        scores = ratio_scores(dense)
         scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
-        yield row(
-            engine,
-            0,
-            scores,
-            int(scores["runs"]),
-            table="serving runs of held-out models",
-            kind="serving",
-        )
+        yield row(engine, 0, scores, int(scores["runs"]), **names)
 
 
 _USUAL = dict(zip(("low", "high"), COVERAGE))

@@ -1,7 +1,7 @@
 """Measured tables (``device/operator/stack``), each with its provenance, and published values that
 commands read: ``fit`` and ``figures --measured`` read the tables, ``fit`` also the ratios of GEMMs,
-and ``paper`` the taxonomy paper's numbers. ``calibration.evidence.measurements`` makes the tables
-from published packages; NOTICE names their authors."""
+and ``paper`` the taxonomy paper's numbers. PROVENANCE.yaml states how the tables were made from
+published packages; NOTICE names their authors."""
 
 from __future__ import annotations
 

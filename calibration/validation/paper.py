@@ -39,7 +39,7 @@ from simulator.prediction.compare import SMALL_SHARE, against
 from simulator.prediction.notes import uncalibrated_of
 from simulator.prediction.pareto import Front, Point, fronts, independent, margins
 from simulator.prediction.quality import choose_axis, load_quality
-from simulator.prediction.requests import profiles
+from simulator.prediction.requests import by_key, profiles
 from simulator.prediction.result import Result
 from simulator.prediction.table import table
 from simulator.pruning import general_families
@@ -93,20 +93,14 @@ def table_2(hardware: Sequence[str] = (HARDWARE,), engine: Sequence[str] = (ENGI
     device and engine."""
     known = _known()
     families = list(dict.fromkeys(family for family, _, _ in known))
-    cells: dict[tuple[str, str, str, float, str], list[Result]] = {}
-    for r in table(
-        [MODEL],
-        hardware,
-        families,
-        sorted({s for _, s, _ in known}),
-        phase=PHASES,
-        batch=BATCHES,
-        seq=[SEQ],
-        engine=engine,
-    ):
-        cells.setdefault((r.hardware, r.engine, r.family, r.sparsity, r.phase), []).append(r)
+    sparsities = sorted({s for _, s, _ in known})
+    asked: Row = {"phase": PHASES, "batch": BATCHES, "seq": [SEQ], "engine": engine}
+    results_of = by_key(
+        table([MODEL], hardware, families, sparsities, **asked),
+        lambda r: (r.hardware, r.engine, r.family, r.sparsity, r.phase),
+    )
     there, out = (load_hardware(HARDWARE).label, ENGINE), []
-    for key, results in cells.items():
+    for key, results in results_of.items():
         printed = known[key[2:]] if key[:2] == there else float("nan")
         out.append(Cell(*key, printed, *_means(results)))
     return out
@@ -140,10 +134,8 @@ def figure_2() -> list[Row]:
     for phase in dict.fromkeys(r["phase"] for r in rows):
         parts = [r for r in rows if r["phase"] == phase]
         (total,) = (float(r["value"]) for r in parts if r["metric"] == "seconds")
-        shares, first = (
-            {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"},
-            parts[0],
-        )
+        shares = {r["part"]: float(r["value"]) for r in parts if r["metric"] == "share"}
+        first = parts[0]
         batch, seq = int(first["batch"]), int(first["seq"])
         w = lower(load_model(first["model"]), phase=phase, batch=batch, seq=seq, engine="reference")
         p = forward_passes(WorkloadBatch.of([w]), load_hardware(first["hardware"]))
@@ -154,9 +146,8 @@ def figure_2() -> list[Row]:
         predicted["elementwise"] = float(p.row_s[w.kind == Kind.ELEMENTWISE].sum())
         predicted["graph execution"] = float(p.gap_s[0])
         for times in (shares, predicted) if phase == "prefill" else ():
-            times["graph execution and lm_head"] = times.pop("graph execution") + times.pop(
-                "lm_head"
-            )
+            both_s = times.pop("graph execution") + times.pop("lm_head")
+            times["graph execution and lm_head"] = both_s
         both = {name: (share * total, predicted[name]) for name, share in shares.items()}
         both["all"] = total, float(p.total_s[0])
         out += [
@@ -250,15 +241,10 @@ def claim_outcomes(
 ) -> list[ClaimOutcome]:
     """Test both claims on every device in every engine: (a) in prefill and decode, then (b)."""
     devices, quality = profiles(hardware), load_quality(QUALITY).of_model(MODEL)
-    axis, places, out = (
-        choose_axis(quality),
-        list(itertools.product(engine, ("prefill", "decode"))),
-        [],
-    )
+    axis, out = choose_axis(quality), list[ClaimOutcome]()
+    places = list(itertools.product(engine, PHASES))
     for done, (name, phase) in enumerate(places, start=1):
-        dense = simulator.lower(
-            simulator.load_model(MODEL), phase=phase, batch=BATCH, seq=CLAIM_SEQ, engine=name
-        )
+        dense = lower(load_model(MODEL), phase=phase, batch=BATCH, seq=CLAIM_SEQ, engine=name)
         pruned = []
         for family, sparsity in itertools.product(general_families(), SPARSITIES):
             try:
@@ -267,12 +253,7 @@ def claim_outcomes(
                 continue
         out += [bound_outcome(dense, pruned, hw) for hw in devices]
         progress(done, len(places) + 1)
-    shape: Row = {
-        "phase": ["prefill"],
-        "batch": [BATCH],
-        "seq": [CLAIM_SEQ],
-        "engine": engine,
-    }
+    shape: Row = {"phase": ["prefill"], "batch": [BATCH], "seq": [CLAIM_SEQ], "engine": engine}
     out += [order_outcome(front) for front in fronts(MODEL, devices, quality, axis, **shape)[0]]
     progress(len(places) + 1, len(places) + 1)
     return out
@@ -330,11 +311,8 @@ def order_outcome(front: Front) -> ClaimOutcome:
         _below(front, ordered),
     )
     names, verdict = ["the dense model", *map(_named, points)], decided(margin)
-    others = [
-        p
-        for p in (front.points[i] for i in reached)
-        if p.optimal and GROUPS.get(p.family) != _claimed(p.loss)
-    ]
+    optimal = [front.points[i] for i in reached if front.points[i].optimal]
+    others = [p for p in optimal if GROUPS.get(p.family) != _claimed(p.loss)]
     return ClaimOutcome(
         *("order", front.hardware, front.engine, front.phase, front.batch, front.seq),
         verdict=verdict,
@@ -479,11 +457,7 @@ def in_order(
     :func:`simulator.prediction.pareto.margins`. A point is on the frontier if it is faster than all
     points with no more loss. If two points are in the wrong order, one of them must not be on it.
     """
-    x, g, log = (
-        np.asarray(loss, dtype=float),
-        np.asarray(group),
-        np.log(np.asarray(speedup, dtype=float)),
-    )
+    x, g, log = np.asarray(loss), np.asarray(group), np.log(np.asarray(speedup))
     no_more = (x <= x[:, None]) & ~np.eye(len(x), dtype=bool)
     over_each = np.where(no_more, margins(speedup, below), np.inf)
     competitor, on = over_each.argmin(axis=1), over_each.min(axis=1)
@@ -493,15 +467,12 @@ def in_order(
         [(on[i], i) for i in best]
         + [(-min(on[i], on[j]), i if on[i] <= on[j] else j) for i, j in wrong]
     )
-    j, width, difference = (
-        competitor[i],
-        np.asarray(below, dtype=float),
-        float(log[i] - log[competitor[i]]),
-    )
+    j, width = competitor[i], np.asarray(below)
+    difference = float(log[i] - log[j])
     return (
         float(margin),
         int(i),
         int(j),
         difference,
-        float(width[i, j] if difference >= 0.0 else width[j, i]),
+        float(width[(i, j) if difference >= 0 else (j, i)]),
     )

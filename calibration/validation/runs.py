@@ -78,21 +78,15 @@ class RunResult:
     def as_row(self) -> dict[str, object]:
         """Return the fields of ``--json``; times are in s, energies in J per output token, and None
         for a skipped result."""
-        names, c = (
-            ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens", "time"),
-            self.compared,
-        )
+        names = ("source", "reason", "tool", "model", "phase", "batch", "seq", "new_tokens", "time")
+        c = self.compared
         found = (c.measured, c.predicted, c.lower, c.upper, c.error, c.inside) if c else (None,) * 6
         unit = "j_per_token" if self.energy else "s"
         values = (f"{name}_{unit}" for name in ("measured", "predicted", "lower", "upper"))
         times = zip((*values, "error", "inside"), found)
         where = {"hardware": c.gpu if c else "", "engine": c.engine if c else ""}
-        return {
-            **{name: getattr(self, name) for name in names},
-            **where,
-            **dict(times),
-            "notes": list(self.notes),
-        }
+        fields = {name: getattr(self, name) for name in names}
+        return {**fields, **where, **dict(times), "notes": list(self.notes)}
 
 
 def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
@@ -108,10 +102,8 @@ def evaluate(folder: str | Path, given: Mapping[str, Any]) -> list[RunResult]:
         raise InputError(f"{folder}: expected a folder with result files of serving benchmarks")
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not 0 < len(files) <= MOST_FILES:
-        raise InputError(
-            f"{folder}: expected 1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}, got"
-            f" {len(files):,}"
-        )
+        expected = f"1 to {MOST_FILES:,} files {' or '.join(SUFFIXES)}"
+        raise InputError(f"{folder}: expected {expected}, got {len(files):,}")
 
     def skipped(
         source: str, error: InputError, place: object, run: BenchRun | None = None
@@ -152,9 +144,8 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> list[RunResult]:
     }
     for name, value in names.items():
         if not value:
-            raise InputError(
-                f"{run.source}: {name}: expected --{name}, as the file does not state a known one"
-            )
+            why = "as the file does not state a known one"
+            raise InputError(f"{run.source}: {name}: expected --{name}, {why}")
     request = Request(
         model=load_model(names["model"]), **_shape(run, given), **settings, level=LEVEL
     )
@@ -164,26 +155,14 @@ def evaluated(run: BenchRun, given: Mapping[str, Any]) -> list[RunResult]:
     energy, more = _energy(run, request, batch, hw)
     times, notes = {**times, **energy}, (*notes, *more)
     name, prefill = request.model.name, request.phase == "prefill"
-    about: dict[str, Any] = {
-        "engine": load_engine(request.engine).name,
-        "gpu": hw.label,
-        "split": "judge",
-    }
-    where = f"{hw.label}, {request.phase}"
+    engine, where = load_engine(request.engine).name, f"{hw.label}, {request.phase}"
     shape = request.phase, request.batch, request.seq, 0 if prefill else request.new_tokens
-    return [
-        RunResult(
-            run.source,
-            "",
-            Comparison(name, where, *values, f"{run.source} {time}".strip(), **about),
-            run.tool,
-            name,
-            *shape,
-            notes,
-            time,
-        )
-        for time, values in times.items()
-    ]
+    out = []
+    for time, values in times.items():
+        source = f"{run.source} {time}".strip()
+        one = Comparison(name, where, *values, source, engine=engine, gpu=hw.label, split="judge")
+        out.append(RunResult(run.source, "", one, run.tool, name, *shape, notes, time))
+    return out
 
 
 def _shape(run: BenchRun, given: Mapping[str, Any]) -> dict[str, Any]:

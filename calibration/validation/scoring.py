@@ -125,3 +125,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Iterable[i
     """Return a Markdown table; the columns ``left`` align left, the others right."""
     rule = ["---" if i in left else "---:" for i in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def percent(value: float, digits: str = ".1f") -> str:
+    """Return a share as a cell; NaN is an empty cell."""
+    return "" if np.isnan(value) else f"{100 * value:{digits}} %"

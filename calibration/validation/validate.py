@@ -102,10 +102,8 @@ def validate(hw: HardwareProfile, records: Records, *, dtype: str | None = None)
     ]
     if not parts:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.items())
-        raise InputError(
-            "nothing to"
-            f" validate{f': {reasons}' if reasons else ''}{f' in {dtype}' if dtype else ''}"
-        )
+        why = f": {reasons}" if reasons else ""
+        raise InputError(f"nothing to validate{why}{f' in {dtype}' if dtype else ''}")
     held_out = {f"{o} {d}": dict(s.accuracy) for (o, d), s in hw.sections.items() if s.accuracy}
     return Report(
         hardware=hw.name,
@@ -125,10 +123,8 @@ def _part(operator: str, label: str, r: Records, hw: HardwareProfile) -> ReportP
     dtype, predicted = DTYPES[int(r.dtype[0])], predict(r, hw)
     time = predicted.time
     flops, weights, others = work(r)
-    compute, moved = (
-        flops / hw.peak_flop_per_s(dtype),
-        (weights + others) / hw.bandwidth_bytes_per_s,
-    )
+    compute = flops / hw.peak_flop_per_s(dtype)
+    moved = (weights + others) / hw.bandwidth_bytes_per_s
     if operator == "collective":
         moved = time.roofline_s
     # weights narrower than the arithmetic, or with scales
@@ -221,20 +217,13 @@ def _accuracy_table(parts: Sequence[Mapping[str, Any]]) -> str:
     for p in parts:
         e, s = p["errors"], p["speedup"]
         status = "" if p["status"] == "calibrated" else f" ({p['status']})"
-        rank = s.get("spearman")
-        line = [
-            f"{p['operator']} {p['dtype']}{status}" + (" *" if p["fitted_on_these_rows"] else ""),
-            f"{p['rows']:,}",
-        ]
-        line += [
-            number(e["mape"], 2),
-            number(e["median"], 2),
-            number(e["p95"]),
-            number(e["bias"], 2),
-        ]
+        rank = s.get("spearman", math.nan)
+        mark = " *" if p["fitted_on_these_rows"] else ""
+        line = [f"{p['operator']} {p['dtype']}{status}{mark}", f"{p['rows']:,}"]
+        line += [number(e[name], 1 if name == "p95" else 2) for name in ERRORS]
         line += [number(p["roofline"]["mape"]), number(p["simple"]["mape"])]
         line.append(f"{number(s.get('median'), 2)} / {number(s.get('p95'))}")
-        line.append("-" if rank is None or rank != rank else f"{rank:.3f}")
+        line.append("-" if math.isnan(rank) else f"{rank:.3f}")
         rows.append([*line, f"{number(p['coverage'][0]['coverage'])} %"])
     return table(header, rows)
 
@@ -253,12 +242,9 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
     lines += [_accuracy_table(data["parts"]), ""]
     if any(p["fitted_on_these_rows"] for p in data["parts"]):
         lines += ["\\* fitted on these rows; the errors on held-out shapes are below.", ""]
-    if data["skipped"]:
-        lines += [
-            f"- {count} rows excluded: {markdown_text(reason)}"
-            for reason, count in data["skipped"].items()
-        ]
-        lines.append("")
+    for reason, count in data["skipped"].items():
+        lines.append(f"- {count} rows excluded: {markdown_text(reason)}")
+    lines += [""] * bool(data["skipped"])
     if held_out := data["held_out_when_fitted"]:
         rows = [[name, *errors(values)] for name, values in held_out.items()]
         lines += ["## Held-out shapes of the fit", "", table(["section", *ERROR_TITLES], rows), ""]
@@ -275,12 +261,8 @@ def markdown(report: Report, figures: Mapping[str, str] | None = None, title: st
         ]
         lines += [table(["bottleneck", "rows", covered, "half-width %"], rows), ""]
         if address := (figures or {}).get(name):
-            lines += [
-                f"![{name}: predicted]({address})",
-                "",
-                "Predicted against measured time, and their ratio.",
-                "",
-            ]
+            lines += [f"![{name}: predicted]({address})", ""]
+            lines += ["Predicted against measured time, and their ratio.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -293,15 +275,12 @@ def write_markdown(report: Report, path: str | Path, title: str = "") -> tuple[P
     target, written = check_target(path), dict[str, Path]()
     for part in report.parts:
         if len(part) >= ENOUGH_TO_DRAW:
-            written[part.name] = target.with_name(
-                f"{target.stem}_{part.name.replace(' ', '_')}_predicted.png"
-            )
+            file = f"{target.stem}_{part.name.replace(' ', '_')}_predicted.png"
+            written[part.name] = target.with_name(file)
             cloud = Cloud(part.name, part.measured_s, part.predicted_s, what="rows")
             save_figure(scatter_figure([cloud]), written[part.name])
-    write_whole(
-        target,
-        markdown(report, {name: file.name for name, file in written.items()}, title).encode(),
-    )
+    figures = {name: path.name for name, path in written.items()}
+    write_whole(target, markdown(report, figures, title).encode())
     return (*written.values(), target)
 
 
@@ -356,15 +335,10 @@ class Verdict:
     def errors(self) -> str:
         """The median error in words, or the mean error if only the mean exceeds that of a
         roofline."""
-        if self.median < self.roofline_median and not self.better:
-            return (
-                f"mean error {percent(self.mean)} (datasheet roofline"
-                f" {percent(self.roofline_mean)})"
-            )
-        return (
-            f"median error {percent(self.median)} (datasheet roofline"
-            f" {percent(self.roofline_median)})"
-        )
+        name, error, roofline = "median", self.median, self.roofline_median
+        if error < roofline and not self.better:
+            name, error, roofline = "mean", self.mean, self.roofline_mean
+        return f"{name} error {percent(error)} (datasheet roofline {percent(roofline)})"
 
     @property
     def text(self) -> str:
@@ -519,20 +493,16 @@ def of_calibration(
         text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {remedy}."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
     found, every = verdicts(report), _whole(report)
-    worse, fact = (
-        [v.name for v in found if not v.better],
-        f"on {every.rows} held-out shapes, {every.text}",
-    )
+    worse = [v.name for v in found if not v.better]
+    fact = f"on {every.rows} held-out shapes, {every.text}"
     useless = not every.better or len(worse) == len(found)
     if every.rows < LEAST_ROWS and not useless:
         text = f"Do not rely on {profile} yet: {fact}; at least {LEAST_ROWS} are needed, {remedy}."
         return Judgement(DO_NOT_USE, (text,), (f"few held-out shapes: {every.rows}",))
     if every.clear < LEAST_ROWS and not useless:
         text = f"Do not rely on {profile} yet: {fact}; {IDLE}."
-        rough = (
-            f"machine busy: {every.unclear} of {every.rows} held-out shapes measured too roughly"
-        )
-        return Judgement(DO_NOT_USE, (text,), (rough,))
+        rough = f"{every.unclear} of {every.rows} held-out shapes measured too roughly"
+        return Judgement(DO_NOT_USE, (text,), (f"machine busy: {rough}",))
     narrow = [v.name for v in found if not v.covered and v.clear >= TELLING_ROWS]
     narrow = narrow or ["all operators"] * (not every.covered)
     judged = _judged(profile, fact, worse, remedy, useless, narrow)

@@ -3,20 +3,16 @@ published."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from calibration.evidence.claims import AS_PUBLISHED, NOTABLE, claim_tables, judged_claims
-from calibration.evidence.pages import filled
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "generated" / "claims.md"
+from calibration.evidence.pages import DOCS, filled
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_page_of_claims_is_current() -> None:
-    assert filled("claims", claim_tables()) == PAGE.read_text("utf-8")
+    assert filled("claims", claim_tables()) == (DOCS / "claims.md").read_text("utf-8")
 
 
 def test_sources_that_did_not_choose_the_threshold_have_few_false_alarms() -> None:

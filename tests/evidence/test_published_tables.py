@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
 from collections import Counter
 
 import pytest
 import yaml
 
 from calibration.evidence.measurements import PUBLISHED, published
-from calibration.evidence.measurements import build as made
 from calibration.measurements import FOLDER, INDEX
 from simulator.engines.engine import split
 from simulator.errors import InputError
@@ -103,62 +101,16 @@ def test_serving_rows_are_what_the_provenance_says() -> None:
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
     assert content == csv_text(SERVING).encode()
     assert len(SERVING) == entry["rows"] == 1237
-    assert (
-        made.why_left_out(SERVING)
-        == entry["left_out"]
-        == {
-            made.CACHED: 74,
-            made.QUEUED: 6,
-            made.SEVERAL: 1,
-        }
-    )
+    assert Counter(r["left_out"] for r in SERVING if r["left_out"]) == entry["left_out"]
+    assert sorted(entry["left_out"].values()) == [1, 6, 74]
+    assert {r["hardware"] for r in SERVING} == {"h100_sxm", "h200_sxm", "b200_sxm"}
     for r in SERVING:
-        assert r["engine"] in made.ENGINES
-        assert r["hardware"] in made.HARDWARE
         assert r["weight_dtype"] in ("bf16", "fp8", "fp8_block", "nvfp4")
         assert load_model(r["model"]).name == r["model"]
         assert whole(r, "devices", "concurrency", "seq", "new_tokens")
         assert 0 < float(r["tpot_s"]) < 0.3
         assert float(r["tpot_s"]) < float(r["ttft_s"])
     assert Counter(r["engine"] for r in SERVING) == {"trtllm": 699, "vllm": 384, "sglang": 154}
-
-
-def test_a_serving_row_is_read_from_the_packages_list(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    header = "silicon_data_source,backend,backend_version,model_path,system,precision,mode,isl,osl,gemm_quant_mode,"
-    header += "batch_size,tp_size,pp_size,silicon_ttft_ms,silicon_tpot_ms"
-    dense = "Qwen/Qwen3-32B,h100_sxm"
-    lines = [
-        *[
-            "source_file=/a/data/h100/v.csv;"
-            f" silicon_concurrency=8,vllm,0.1,{dense},,agg,9,5,,8,2.0,1,9.5,2"
-        ]
-        * 2,
-        (
-            "source_file=x.csv;"
-            f" measured=2025-01-02T00,sglang,,{dense},fp8,agg,9,5,fp8_block,4,1,1,9,2"
-        ),
-        f"source_file=x.csv,sglang,,{dense},fp8,disagg,9,5,fp8_block,4,1,1,9,2",
-        "source_file=x.csv,sglang,,Some/MoE,h100_sxm,fp8,agg,9,5,fp8_block,4,1,1,9,2",
-    ]
-    path = tmp_path_factory.mktemp("wheel") / "wheel.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(made.MEMBER, "\n".join([header, *lines]))
-    with zipfile.ZipFile(path) as archive:
-        first, second = made.serving_table(archive)
-    names = ("weight_dtype", "concurrency", "devices", "ttft_s", "tpot_s", "source")
-    expected = (
-        "fp8_block",
-        "4",
-        "1",
-        "0.009",
-        "0.002",
-        "silicon_sample.csv: x.csv, measured 2025-01-02",
-    )
-    assert tuple(first[name] for name in names) == expected
-    expected = ("bf16", "8", "2", "0.0095", "0.002", "silicon_sample.csv: h100/v.csv")
-    assert tuple(second[name] for name in names) == expected
 
 
 def test_the_papers_figure_adds_up_and_its_table_is_whole() -> None:

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 from operator_times import elementwise_time
 
-from calibration.evidence.measurements.rtx4090 import rtx_tables
-from calibration.evidence.sets import MeasuredRows
 from calibration.fit.operators import ElementwiseFit
 from calibration.fit.section import fit_section
-from calibration.validation.scoring import ScoredRows, score
 from simulator.codes import ROLES, role_code
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -109,35 +106,3 @@ def test_fit_refuses_too_few_and_skips_unusable_rows() -> None:
         fit_section(measured.take(slice(0, 10)))
     measured.seconds[:3] = [np.nan, -1.0, 0.0]
     assert fit_section(measured).rows == 397
-
-
-def test_accuracy_on_the_rtx_4090(shared_data) -> None:  # type: ignore[no-untyped-def]
-    hw = load_hardware("rtx_4090")
-    r = rtx_tables(shared_data, hw)
-    r = r.select(r.is_operator("elementwise"))
-    moves = Moves(
-        r.read_bytes + r.write_bytes,
-        class_code(r.role),
-        hw.l2_bytes,
-        hw.bandwidth_bytes_per_s,
-        "ada",
-    )
-    scores = []
-    for seed in (0, 1, 2):
-        train, test = (
-            part.data
-            for part in MeasuredRows(ElementwiseFit(moves, r.seconds), hw).train_test(400, seed)
-        )
-        own = hw.calibrated({("elementwise", "bf16"): fit_section(train, seed=seed).section})
-        t = elementwise_time(test.calls.bytes_, 0.0, own, role=np.array(CLASSES)[test.calls.code])
-        long = test.seconds > 1e-5
-        over_10us = score(ScoredRows(test.seconds[long], t.seconds[long]))["mape"]
-        scores.append(
-            score(ScoredRows(test.seconds, t.seconds, t.lower, t.upper))
-            | {"mape over 10us": over_10us}
-        )
-    # measured: 5.1 %, and 6.7 % over 10 us, where rotary alternates between 10 and 22 us from one
-    # size to the next
-    assert np.mean([s["mape"] for s in scores]) < 0.06
-    assert np.mean([s["mape over 10us"] for s in scores]) < 0.075
-    assert 0.87 <= np.mean([s["coverage"] for s in scores]) <= 0.95

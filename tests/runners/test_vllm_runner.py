@@ -140,24 +140,6 @@ def test_planted_times_come_back_in_every_phase(
             json.dumps(record, allow_nan=False)
 
 
-def test_rounds_are_steps_in_which_all_sequences_run(plant: Callable[..., None]) -> None:
-    (case,) = _cases("depth 0.5", phases=("decode",))
-    with closing(_runner([case])) as runner:
-        ask = {
-            "batch": case.batch,
-            "tokens": 8,
-            "output": 6,
-            "vocab": MODEL.vocab,
-            "seed": 1,
-            "which": 2,
-        }
-        (engine,) = runner._engines([(runner.models.dense, False)])
-        found = engine.ask("rounds", **ask)
-    step_s = pass_s(Models(MODEL, content_of(MODEL)).config_of(MODEL), case.batch)
-    # without the first and the last
-    assert found == {"seconds": pytest.approx([step_s] * 4), "tokens": 1.0}
-
-
 def test_waits_for_first_tokens_are_part_of_a_steady_state(plant: Callable[..., None]) -> None:
     (case,) = _cases("depth 0.5", phases=("serve",))
     with closing(_runner([case])) as runner:

@@ -80,47 +80,20 @@ def test_every_operator_is_compared_with_its_own_model() -> None:
     role = ROLES.index("activation")
     moved = elementwise_time(2e6, 1e6, HW, role=role).seconds
     sparse = gemm_time(512, 4096, 4096, HW, kernel="sparse24").seconds
+    decode = {"operator": "attention_decode", "q_len": 1, "kv_len": 1024, **shape}
+    lengths = {"q_len": 1024, "kv_len": 1024}
+    moves = {"role": role, "read_bytes": 2e6, "write_bytes": 1e6}
     rows: list[dict[str, Any]] = [
-        {
-            "operator": "attention_prefill",
-            "q_len": 1024,
-            "kv_len": 1024,
-            "seconds": float(prefill),
-            **shape,
-        },
-        {
-            "operator": "attention_decode",
-            "q_len": 1,
-            "kv_len": 1024,
-            "seconds": float(cold),
-            **shape,
-        },
-        {
-            "operator": "attention_decode",
-            "q_len": 1,
-            "kv_len": 1024,
-            "seconds": float(warm),
-            "cold": False,
-            **shape,
-        },
-        {
-            "operator": "elementwise",
-            "role": role,
-            "read_bytes": 2e6,
-            "write_bytes": 1e6,
-            "seconds": float(moved),
-        },
+        {"operator": "attention_prefill", **lengths, "seconds": float(prefill), **shape},
+        {**decode, "seconds": float(cold)},
+        {**decode, "seconds": float(warm), "cold": False},
+        {"operator": "elementwise", **moves, "seconds": float(moved)},
         {"operator": "gemm_2to4", "m": 512, "n": 4096, "k": 4096, "seconds": float(sparse)},
         {"operator": "launch_graph", "seconds": 1e-5},
     ]
-    records = Records.from_rows(rows, [SOURCE])
-    report = validate(HW, records)
-    assert [p.operator for p in report.parts] == [
-        "gemm_2to4",
-        "attention_prefill",
-        "attention_decode",
-        "elementwise",
-    ]
+    report = validate(HW, Records.from_rows(rows, [SOURCE]))
+    operators = ["gemm_2to4", "attention_prefill", "attention_decode", "elementwise"]
+    assert [p.operator for p in report.parts] == operators
     for part in report.parts:
         assert np.abs(part.error).max() < 1e-6, part.operator
     assert dict(report.skipped) == {"launch_graph is not a single operator of the model": 1}
@@ -171,18 +144,11 @@ def part(
     """Measurements of 1 s, predicted with a positive error, next to a roofline with a negative
     error."""
     one = np.ones(rows)
-    times = {
-        "measured_s": one,
-        "predicted_s": one * (1.0 + error),
-        "roofline_s": one * (1.0 - roofline),
-    }
-    ends = {
-        "lower_s": times["predicted_s"] * (1.0 - half),
-        "upper_s": times["predicted_s"] * (1.0 + half),
-    }
-    return ReportPart(
-        operator, "bf16", {}, **times, **ends, simple_s=one, bottleneck=np.full(rows, "memory")
-    )
+    found = one * (1.0 + error)
+    ends = found * (1.0 - half), found * (1.0 + half)
+    rooflines = one * (1.0 - roofline), one
+    names = np.full(rows, "memory")
+    return ReportPart(operator, "bf16", {}, one, found, *ends, *rooflines, names)
 
 
 def report(*parts: ReportPart) -> Report:
@@ -264,28 +230,19 @@ def test_a_few_large_errors_count_too() -> None:
 
 
 def test_a_run_without_held_out_shapes_is_not_for_use_and_an_update_is_if_it_helps() -> None:
-    (text,) = verdict.of_calibration(None, None, Path("run"), "planted").sentences
-    assert text.startswith("Do not rely on run/profile.yaml yet: no shapes were held out")
-    helps, own = (
-        verdict.of_calibration(None, update(0.3, 0.05), Path("run"), "h100_sxm"),
-        report(part("gemm", 0.05, 0.4)),
-    )
-    (text,), useless = (
-        helps.sentences,
-        verdict.of_calibration(own, update(0.1, 0.2), Path("run"), "h100_sxm"),
-    )
-    assert text.startswith(
-        "Use run/profile.yaml as --hardware: mean error 5 %, before 30 % of 30 rows"
-    )
-    (text,) = useless.sentences
-    assert text.startswith("Do not use run/profile.yaml: the rows do not improve h100_sxm")
-    assert (helps.status, useless.status) == (0, 1)
-    (text,) = verdict.of_calibration(
-        None, None, Path("run"), "planted", remedy=verdict.IDLE
-    ).sentences
-    assert text.endswith(
-        "no shapes were held out to validate it; measure again on an idle machine."
-    )
+    def judged(own: Any, fit: Any, **more: str) -> tuple[int, str]:
+        found = verdict.of_calibration(own, fit, Path("run"), "h100_sxm", **more)
+        return found.status, found.sentences[0]
+
+    begins = "Do not rely on run/profile.yaml yet: no shapes were held out"
+    assert judged(None, None)[1].startswith(begins)
+    rest = " to validate it; measure again on an idle machine."
+    assert judged(None, None, remedy=verdict.IDLE)[1] == f"{begins}{rest}"
+    status, text = judged(None, update(0.3, 0.05))
+    assert (status, text.startswith(f"{AS}: mean error 5 %, before 30 % of 30 rows")) == (0, True)
+    status, text = judged(report(part("gemm", 0.05, 0.4)), update(0.1, 0.2))
+    assert status == 1
+    assert text.startswith(f"Do not use {PROFILE}: the rows do not improve h100_sxm")
 
 
 @pytest.mark.parametrize(

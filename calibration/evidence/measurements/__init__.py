@@ -1,5 +1,6 @@
-"""Published measurements of whole models and collectives, which evidence alone reads, and modules
-that make the installed tables from published packages."""
+"""Published measurements of whole models and collectives, which evidence alone reads, and readers
+of tables that do not ship. The rows of ``serving.csv`` were selected as PROVENANCE.yaml of
+``calibration/measurements`` states."""
 
 from __future__ import annotations
 

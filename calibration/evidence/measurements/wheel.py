@@ -1,5 +1,5 @@
-"""Read the tables of the wheel aiconfigurator-core that ``selection.yaml`` selects
-(:data:`CHOICES`).
+"""Tables that profiles are fitted on: those that ship, and those of the wheel aiconfigurator-core
+that ``selection.yaml`` selects (:data:`CHOICES`).
 
     pip download --no-deps --only-binary :all: --python-version 3.11 --platform
     manylinux_2_28_x86_64 \\
@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from calibration.evidence.measurements import FOLDER
-from calibration.measurements import hardware_of, read_tables
+from calibration.measurements import (
+    hardware_of,
+    list_measurements,
+    load_measurements,
+    read_tables,
+)
 from calibration.records.importers import import_table
-from calibration.records.screening import LATENT, Refusals
+from calibration.records.screening import LATENT
 from calibration.records.timing_table import Flag, Records
 from simulator.arrays import Array
 from simulator.errors import InputError
@@ -38,31 +43,36 @@ STALL = 5.0
 
 @dataclass(frozen=True)
 class SelectedTable:
-    hardware: str  # profile with the datasheet that limits its times
-    stack: str  # nccl: for every stack
-    path: str  # in the folder of data: system/operator/backend/version/file
+    name: str  # device/operator/stack
+    path: str = ""  # in the wheel's folder of data: system/operator/backend/version/file
     formats: tuple[str, ...] = ()  # as Records.labels names them; empty: all
-    ships: tuple[str, ...] = ()  # formats of the shipped table; empty: in the wheel only
     kernel: str = ""  # selected kernels, separated by blanks; empty: all
 
     @property
-    def member(self) -> str:
-        return f"aiconfigurator_core/systems/data/{self.path}_perf.parquet"
+    def hardware(self) -> str:
+        """Return the profile with the datasheet that limits the table's times."""
+        return hardware_of(self.name)
+
+    @property
+    def stack(self) -> str:
+        """Return the stack (nccl: for every stack); a second table of a stack has its version in
+        its name."""
+        return self.name.split("/")[2].split("-")[0]
+
+    @property
+    def ships(self) -> bool:
+        return self.name in list_measurements()
 
 
-def _choices() -> dict[str, SelectedTable]:
-    out = {}
-    for name, entry in read_tables(FOLDER / "selection.yaml").items():
-        # a second table of a stack has its version in its name
-        stack = name.split("/")[2].split("-")[0]
-        formats, ships = (tuple(entry.get(key, ())) for key in ("formats", "ships"))
-        out[name] = SelectedTable(
-            hardware_of(name), stack, entry["path"], formats, ships, entry.get("kernel", "")
-        )
-    return out
-
-
-CHOICES: Mapping[str, SelectedTable] = _choices()
+CHOICES: Mapping[str, SelectedTable] = {
+    name: SelectedTable(name, **{**entry, "formats": tuple(entry.get("formats", ()))})
+    for name, entry in read_tables(FOLDER / "selection.yaml").items()
+}
+SOURCES: Mapping[str, SelectedTable] = {
+    **CHOICES,
+    **{name: SelectedTable(name) for name in list_measurements() if name not in CHOICES},
+}
+"""Every table that profiles are fitted on; those of other packages have no place in the wheel."""
 
 
 def datasheet(name: str) -> HardwareProfile:
@@ -88,45 +98,34 @@ def open_wheel(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def read_choice(
-    archive: zipfile.ZipFile, choice: SelectedTable
-) -> tuple[Records, dict[str, int], Refusals]:
-    """Return a table's rows, sorted, with times in single precision; excluded and refused rows by
-    reason."""
-    hw = datasheet(choice.hardware)
-    content = archive.read(choice.member)
-    result = import_table(choice.member, content=content, hw=hw)
-    records, left = choose(result.records, choice)
-    by = ("heads", "kv_heads", "head_dim", "window", "role", "experts", "active", "skew")
-    return in_order(records, by), left, result.refusals
-
-
-def in_order(records: Records, columns: Sequence[str]) -> Records:
-    """Return the rows with times in single precision, sorted by format, ``columns`` (the last
-    first) and size."""
-    by = ("m", "kv_len", "q_len", "batch", "k", "n", *columns)
+def read_source(name: str, wheel: Path | None = None) -> Records:
+    """Return the rows of a table: of the wheel, if it is given and has the table, sorted by format
+    and size, with times in single precision; else of the shipped table."""
+    if wheel is None or name not in CHOICES:
+        return load_measurements(name)
+    choice = CHOICES[name]
+    member = f"aiconfigurator_core/systems/data/{choice.path}_perf.parquet"
+    with open_wheel(wheel) as archive:
+        content, hw = archive.read(member), datasheet(choice.hardware)
+    records = choose(import_table(member, content=content, hw=hw).records, choice)
+    sizes = ("m", "kv_len", "q_len", "batch", "k", "n", "heads", "kv_heads", "head_dim")
+    by = (*sizes, "window", "role", "experts", "active", "skew")
     records = records.select(np.lexsort([getattr(records, name) for name in by]))
     records = records.select(np.argsort(records.labels().astype(str), kind="stable")).tidy()
     return records.replace(seconds=records.seconds.astype(np.float32).astype(np.float64))
 
 
-def choose(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
+def choose(records: Records, choice: SelectedTable) -> Records:
+    """Return the rows of the selected kernels and formats, without delayed rows."""
     kernels = np.array([s.kernel for s in records.sources])[records.source]
     labels = records.labels().astype(str)
     attention = records.is_operator("attention_prefill", "attention_decode")
-    widths = ", ".join(map(str, HEAD_DIMS))
-    reasons = {
-        f"kernel other than {choice.kernel}": ~np.isin(kernels, choice.kernel.split())
-        & bool(choice.kernel),
-        f"number format not among {', '.join(choice.formats)}": ~np.isin(
-            labels, choice.formats or labels
-        ),
-        f"features per head not among {widths}": attention & ~np.isin(records.head_dim, HEAD_DIMS),
-        f"over {STALL:g} times the time of a call of more work": stalled(records),
-        "timed twice, over 10 % apart": records.is_operator(*LATENT)
-        & (records.flags & Flag.CONFLICT > 0),
-    }
-    return exclude(records, reasons)
+    conflict = records.is_operator(*LATENT) & (records.flags & Flag.CONFLICT > 0)
+    kept = np.isin(labels, choice.formats or labels) & ~stalled(records) & ~conflict
+    kept &= np.isin(records.head_dim, HEAD_DIMS) | ~attention
+    if choice.kernel:
+        kept &= np.isin(kernels, choice.kernel.split())
+    return records.select(kept).tidy()
 
 
 def stalled(records: Records) -> Array:
@@ -137,36 +136,7 @@ def stalled(records: Records) -> Array:
     for label in np.unique(labels):
         rows = np.flatnonzero(records.is_operator(*LATENT) & (labels == label))
         sizes = [getattr(records, name)[rows] for name in ("batch", "heads", "kv_len")]
-        out[rows] = beaten(sizes, records.seconds[rows], STALL)
+        for row in range(len(rows)):
+            more = np.logical_and.reduce([size >= size[row] for size in sizes])
+            out[rows[row]] = STALL * records.seconds[rows][more].min() < records.seconds[rows[row]]
     return out
-
-
-def beaten(sizes: Sequence[Array], seconds: Array, factor: float) -> Array:
-    """Return a mask of the rows that took over ``factor`` times the time of a row of no smaller
-    size."""
-    out = np.zeros(len(seconds), dtype=np.bool_)
-    for row, time in enumerate(seconds):
-        more = np.logical_and.reduce([size >= size[row] for size in sizes])
-        out[row] = factor * seconds[more].min() < time
-    return out
-
-
-def shipped_part(records: Records, choice: SelectedTable) -> tuple[Records, dict[str, int]]:
-    other = ~np.isin(records.labels().astype(str), choice.ships)
-    reasons = {
-        f"number format other than {', '.join(choice.ships)}": other,
-        "sliding window": records.window > 0,
-    }
-    return exclude(
-        records, {f"in the wheel only: {reason}": mask for reason, mask in reasons.items()}
-    )
-
-
-def exclude(records: Records, reasons: Mapping[str, Array]) -> tuple[Records, dict[str, int]]:
-    kept = np.ones(len(records), dtype=np.bool_)
-    left = {}
-    for reason, mask in reasons.items():
-        if count := int((mask & kept).sum()):
-            left[reason] = count
-        kept &= ~mask
-    return records.select(kept).tidy(), left

@@ -29,8 +29,8 @@ PR_SET_PDEATHSIG = 1  # in linux/prctl.h
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of torch's trace
 
 
-def prompts(vllm: Any, batch: int, tokens: int, vocab: int, seed: int = 0) -> list[Any]:
-    choose = random.Random(seed)
+def prompts(vllm: Any, batch: int, tokens: int, vocab: int) -> list[Any]:
+    choose = random.Random(0)
     return [
         vllm.TokensPrompt(prompt_token_ids=choose.choices(range(vocab), k=tokens))
         for _ in range(batch)
@@ -114,41 +114,22 @@ def serve(
 def decode(vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int) -> Answer:
     """Return the mean time of the steps in which all sequences decode, without the first and the
     last step."""
-    seconds, _ = _decoding(vllm, llm, prompts(vllm, batch, tokens, vocab), output)
-    if len(seconds) != output - 2:
-        raise RuntimeError(f"expected {output - 2} steps of {batch} sequences, got {len(seconds)}")
-    return {"seconds": sum(seconds) / len(seconds)}
-
-
-def rounds(
-    vllm: Any, llm: Any, *, batch: int, tokens: int, output: int, vocab: int, seed: int, which: int
-) -> Answer:
-    """Return the times of steps in which all sequences run, and the mean number of tokens that each
-    makes per step. Divided by three, the last token of a prompt leaves ``which``."""
-    sent = prompts(vllm, batch, tokens, vocab - 3, seed)
-    for prompt in sent:
-        prompt["prompt_token_ids"][-1] += which - prompt["prompt_token_ids"][-1] % 3
-    seconds, made = _decoding(vllm, llm, sent, output)
-    return {"seconds": seconds, "tokens": sum(made) / batch / len(made)}
-
-
-def _decoding(vllm: Any, llm: Any, sent: list[Any], output: int) -> tuple[list[float], list[int]]:
-    """Return the time and the new tokens of each step in which all sequences decode."""
     engine = llm.llm_engine
-    for number, prompt in enumerate(sent):
+    for number, prompt in enumerate(prompts(vllm, batch, tokens, vocab)):
         engine.add_request(str(number), prompt, by_step(vllm, output))
     at = list[float]()
-    made = list[int]()
     begun = set[str]()
     ended = False
     while engine.has_unfinished_requests():
         found = engine.step()
         begun |= {one.request_id for one in found if one.outputs[0].token_ids}
         ended |= any(one.finished for one in found)
-        if len(begun) == len(sent) and not ended:
+        if len(begun) == batch and not ended:
             at.append(time.perf_counter())
-            made.append(sum(len(one.outputs[0].token_ids) for one in found))
-    return [late - early for early, late in itertools.pairwise(at)], made[1:]
+    steps = len(at) - 1
+    if steps != output - 2:
+        raise RuntimeError(f"expected {output - 2} steps of {batch} sequences, got {steps}")
+    return {"seconds": (at[-1] - at[0]) / steps}
 
 
 def profile(vllm: Any, llm: Any, *, folder: str, **request: int) -> Answer:
@@ -204,7 +185,6 @@ TIMED: dict[str, Callable[..., Answer]] = {
     "decode": decode,
     "latency": latency,
     "profile": profile,
-    "rounds": rounds,
     "serve": serve,
 }
 

@@ -115,9 +115,10 @@ def test_the_page_explains_the_language() -> None:
     assert not words - explained
 
 
-def test_the_page_shows_these_files() -> None:
+def test_the_page_shows_one_of_these_files_and_names_the_others() -> None:
     shown = {block.file: block.text for block in blocks(PAGE) if block.file}
-    assert shown == {path.name: path.read_text() for path in EXAMPLES.glob("*.yaml")}
+    assert shown == {name: (EXAMPLES / name).read_text() for name in ("router-mlp.yaml",)}
+    assert all(f"(methods/{path.name})" in PAGE.read_text() for path in EXAMPLES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
