@@ -6,17 +6,12 @@ every layer is the dense one.
 
 - CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention`` and ``mlp`` (texts of
   :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any
-  columns of numbers: scores and times. ``kv_heads`` and ``ffn_intermediate_size`` are accepted
-  instead of ``attention`` and ``mlp``; 0 is none. Without columns of variants, a row is the removal
-  of its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names results
+  columns of numbers: scores, times and sizes. Without columns of variants, a row is the removal of
+  its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names results
   files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are ignored.
-- YAML with lists of choices, of all layers (``mlp: [dense, 7168, none]``) and of some
-  (``layers: {0-1: {mlp: [dense]}}``).
-- What NVIDIA's architecture searches measured: Puzzle's ``block_library.json`` (arXiv 2411.19146),
-  an object ``layer_0``, ``layer_1``, ... of variants with ``stats`` and ``metrics``; and the folder
-  of ModelOpt's Puzzletron with its validations of single replacements, ``*solution*.json``, and
-  ``teacher.json``, the scores of the dense model. Lower scores are better: an accuracy ``x``
-  becomes ``one_minus_x``.
+- The folder of ModelOpt's Puzzletron with its validations of single replacements,
+  ``*solution*.json``, and ``teacher.json``, the scores of the dense model. Lower scores are better:
+  an accuracy ``x`` becomes ``one_minus_x``.
 """
 
 from __future__ import annotations
@@ -38,23 +33,19 @@ from simulator.display import runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import parse_bounded, read_bounded
-from simulator.files.yaml import Node, Problems, first_of, parse_yaml
 from simulator.models.architectures import Reader, read_block
 from simulator.models.library import load_model
 from simulator.models.model import Layer, Model
-from simulator.models.sublayers import DeltaNet, Experts, LatentAttention
+from simulator.models.sublayers import DeltaNet, LatentAttention
 from simulator.models.sublayers.base import Sublayer
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant
-from simulator.units import percent
+from simulator.pruning import listed_layers
+from simulator.pruning._steps import layer_numbers
 
 MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
 # a folder has a file per variant, with all layers and the scores of all samples
 MOST_FILES = 10_000
 MOST_FOLDER_BYTES = 2_000_000_000
-# the only cost of Puzzle that is read: a search compares its plan with one by these times
-RUNTIME = "runtime_ms"
-
-_LAYER = re.compile(r"layer_(\d{1,5})", re.ASCII)
 _TEACHER = "teacher.json"
 _DERIVED = "one_minus_"
 
@@ -70,55 +61,8 @@ class Entry:
     values: Mapping[str, float]
 
 
-def read_puzzle(content: bytes, label: str, model: Model) -> Iterator[Entry]:
-    """Yield the variants in Puzzle's library with scores and times; names round widths, so the
-    sizes count."""
-    root = parse_bounded(content, label, MOST_BYTES)
-    names = {} if not isinstance(root, Mapping) else {name: _LAYER.fullmatch(name) for name in root}
-    if not names or None in names.values():
-        wanted = (
-            "Puzzle's block_library.json (layer_0, layer_1, ...), or the folder of Puzzletron's"
-            " validations"
-        )
-        raise InputError(f"{label}: expected {wanted}")
-    _check(model, label)
-    for name, found in names.items():
-        own, layer = _object(root[name], label, f"{name}."), int(found[1]) if found else 0
-        if layer >= len(model.layers):
-            raise InputError(f"{label}: {name}: expected layer_0 to layer_{len(model.layers) - 1}")
-        dense = model.layers[layer]
-        attention, mlp = dense.of("attention"), dense.of("mlp")
-        if isinstance(mlp, Experts):
-            raise InputError(
-                f"{label}: {name}: expected a layer with an MLP, but {model.name} has experts in it"
-            )
-        for key in own.data:
-            of = _object(own.data[key], label, f"{name}.{one_line(key, 120)}.")
-            stats, metrics = of.part("stats"), of.part("metrics")
-            groups = stats.integer("num_kv_heads", low=0, high=_size(attention, "kv_heads"))
-            inner = stats.integer("ffn_intermediate_size", low=0, high=_size(mlp, "inner"))
-            if groups and _size(attention, "heads") % groups:
-                heads = _size(attention, "heads")
-                raise stats.fail(
-                    "num_kv_heads", f"expected a divisor of {heads} query heads, got {groups}"
-                )
-            changed = dense.with_part("attention", _sized(attention, kv_heads=groups))
-            changed = changed.with_part("mlp", _sized(mlp, inner=inner))
-            times = {} if stats.data.get(RUNTIME) is None else {RUNTIME: _reading(stats, RUNTIME)}
-            scores = _scores((name, _reading(metrics, name)) for name in metrics.data)
-            yield Entry(_place(of), layer, changed, times | scores)
-
-
 def _size(sublayer: Sublayer | None, name: str) -> int:
     return int(getattr(sublayer, name, 0))
-
-
-def _sized(sublayer: Sublayer | None, **sizes: int) -> Sublayer | None:
-    """Return a sublayer with other sizes; None for a size of 0, or without a sublayer."""
-    if sublayer is None or not all(sizes.values()):
-        return None
-    changes: dict[str, Any] = dict(sizes)
-    return replace(sublayer, **changes)
 
 
 def read_validations(folder: Path, model: Model) -> list[Entry]:
@@ -275,9 +219,7 @@ _SIZES = (
 SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.IGNORECASE)
 """Names of columns that hold times; sizes, memory or counts."""
 
-_ALIASES: Mapping[str, str] = {"kv_heads": "attention", "ffn_intermediate_size": "mlp"}
-_VARIANTS = {*SUBLAYERS, *_ALIASES}  # columns of variants
-_NAMES = ("layer", *_VARIANTS, "results", "protocol", "source")
+_NAMES = ("layer", *SUBLAYERS, "results", "protocol", "source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,14 +250,6 @@ class Library:
         }
         return replace(self, layers=layers, values=values)
 
-    @property
-    def times(self) -> tuple[FloatArray, ...] | None:
-        """The sum of the library's own times by layer and variant, if it has times."""
-        columns = [column for name, column in self.values.items() if TIME.search(name)]
-        if not columns or not all(np.isfinite(own).all() for column in columns for own in column):
-            return None
-        return tuple(np.sum(own, axis=0) for own in zip(*columns))
-
 
 def read_library(source: str | Path, model: Model) -> Library:
     """Return the library of a file, of a folder of Puzzletron's validations, or of a name that
@@ -327,69 +261,21 @@ def read_library(source: str | Path, model: Model) -> Library:
             raise InputError(f"scores: expected those of {model.name}, got those of {source}")
     if os.path.isdir(path):  # Path.is_dir raises OSError for names that are too long
         return library_of(read_validations(path, model), model, str(path))
-    content = read_bounded(path, MOST_BYTES)
-    if content[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"[", b"{"):
-        return library_of(read_puzzle(content, str(path), model), model, str(path))
-    if path.suffix in (".yaml", ".yml"):
-        return _choices(content, str(path), model)
-    table = read_csv(content, str(path), ("layer",))
+    table = read_csv(read_bounded(path, MOST_BYTES), str(path), ("layer",))
     found = library_of(_rows(table, model, path.parent), model, str(path))
     note = f"{path}: without a column attention or mlp, a row is the removal of its layer"
-    return found if _VARIANTS & {*table.header} else replace(found, notes=(note, *found.notes))
+    if {*SUBLAYERS}.intersection(table.header):
+        return found
+    return replace(found, notes=(note, *found.notes))
 
 
 def generated_library(model: Model, devices: int = 1) -> Library:
-    return Library(model, tuple(_product(dense, {}, devices) for dense in model.layers))
-
-
-def without_layer(dense: Layer) -> Layer:
-    return dense.without("attention").without("mlp")
-
-
-def importance(model: Model) -> Library:
-    """Return the library of whole layers of a model, with published losses of depth pruning as
-    score. The shipped tables have the loss of a model by the fraction of its layers that was
-    removed (ShortGPT, SLEB, LaCo), not by layer. So these scores decide how many layers go. These
-    papers remove deep layers first, except the last."""
-    from simulator.prediction.quality import QualityRow, load_quality
-
-    found: dict[tuple[str, str, str], dict[float, QualityRow]] = {}
-    for row in load_quality("published").rows:
-        own = row.family == "depth" and row.model.lower() == model.name.lower()
-        if own and row.sparsity > 0.0 and not row.options:
-            found.setdefault((row.method, row.metric, row.protocol), {})[row.sparsity] = row
-    if not found:
-        way = "give a file of scores, or measure them with prunesim quality --per-layer"
-        raise InputError(f"scores: no published loss of depth pruning for {model.name}; {way}")
-    best = max(
-        found.values(), key=lambda rows: (len(rows), "accuracy" in next(iter(rows.values())).metric)
-    )
-    rows, many = [best[sparsity] for sparsity in sorted(best)], len(model.layers)
-    removed = [0.0, *(row.sparsity * many for row in rows)]
-    losses = [0.0, *(row.relative_loss for row in rows)]
-    slope = np.diff(losses) / np.diff(removed)
-    at = np.clip(np.searchsorted(removed[1:], np.arange(many) + 0.5), 0, len(slope) - 1)
-    each = np.maximum.accumulate(np.maximum(slope[at], 0.0))  # the next layer never costs less
-    each *= 1.0 + 1e-6 * np.arange(many)  # so that the order decides between equal ones
-    values = {layer: float(each[i]) for i, layer in enumerate([*range(many - 2, -1, -1), many - 1])}
-    layers = tuple((dense, without_layer(dense)) for dense in model.layers)
-    scores = tuple(np.array([0.0, values[i]]) for i in range(many))
-    first = rows[0]
-    note = (
-        f"scores: published losses of {first.method} on {first.model} ({first.metric},"
-        f" {first.source}) by number of removed layers, extrapolated beyond"
-        f" {percent(rows[-1].sparsity)}; deep layers go first, except the last"
-    )
-    return Library(model, layers, {"relative loss": scores}, (note,))
-
-
-def _product(
-    dense: Layer, given: Mapping[str, Sequence[Layer]], devices: int = 1
-) -> tuple[Layer, ...]:
-    """Return all combinations of the given, else the usual, variants of both sublayers; the dense
-    one first."""
-    variants = [given.get(name) or tuple(generated(name, dense, devices)) for name in SUBLAYERS]
-    return tuple(dict.fromkeys([dense, *(joined(a, m) for a, m in itertools.product(*variants))]))
+    """Return all combinations of the usual variants of both sublayers; the dense layer is first."""
+    layers = []
+    for dense in model.layers:
+        attentions, mlps = (generated(name, dense, devices) for name in SUBLAYERS)
+        layers.append(tuple(dict.fromkeys(itertools.starmap(joined, itertools.product(attentions, mlps)))))
+    return Library(model, tuple(layers))
 
 
 def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...]]:
@@ -489,12 +375,6 @@ def library_of(entries: Iterable[Entry], model: Model, label: str) -> Library:
 
 
 def _rows(table: CsvTable, model: Model, folder: Path) -> Iterator[Entry]:
-    header = set(table.header)
-    for alias, name in _ALIASES.items():
-        if alias in header and name in header:
-            raise InputError(
-                f"{table.label}:1: columns {name} and {alias} state the same; keep one"
-            )
     # pandas writes row numbers without a name
     numbers = [name for name in table.header if name and name not in _NAMES]
     for place, cells in table.records():
@@ -510,19 +390,16 @@ def _rows(table: CsvTable, model: Model, folder: Path) -> Iterator[Entry]:
                 }
             for layer in _layers(cells["layer"], len(model.layers)):
                 dense = model.layers[layer]
-                stated = _variant(cells, dense) if _VARIANTS & header else without_layer(dense)
-                yield Entry(place, layer, stated, values)
+                yield Entry(place, layer, joined(*_variants(cells, dense)), values)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
 
 
-def _variant(cells: Mapping[str, str], dense: Layer) -> Layer:
-    texts = {name: cells.get(name, "") for name in SUBLAYERS}
-    if "kv_heads" in cells:
-        texts["attention"] = f"kv={cells['kv_heads']}" if cells["kv_heads"] else ""
-    if "ffn_intermediate_size" in cells:
-        texts["mlp"] = cells["ffn_intermediate_size"]
-    return joined(*(variant(name, texts[name], dense) for name in SUBLAYERS))
+def _variants(cells: Mapping[str, str], dense: Layer) -> Iterator[Layer]:
+    """Yield the variants of attention and MLP of a row."""
+    default = "dense" if {*SUBLAYERS}.intersection(cells) else "none"
+    for name in SUBLAYERS:
+        yield variant(name, cells.get(name, default), dense)
 
 
 def _number(name: str, text: str) -> float:
@@ -535,111 +412,11 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _layers(text: str, many: int) -> range:
-    first, _, last = text.partition("-")
-    if text.strip().lower() == "all":
-        return range(many)
-    ends = [part.strip() for part in (first, last or first)]
-    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in ends) or int(
-        ends[0]
-    ) > int(ends[1]):
-        raise InputError(
-            f"layer: expected a number, a range such as 0-7, or all, got {one_line(text, 40)!r}"
-        )
-    if int(ends[1]) >= many:
-        raise InputError(f"layer: expected numbers from 0 to {many - 1}, got {ends[1]}")
-    return range(int(ends[0]), int(ends[1]) + 1)
-
-
-def _choices(content: bytes, label: str, model: Model) -> Library:
-    """Return the library of a YAML file of choices, without values."""
-    problems = Problems(label)
-    try:
-        root = parse_yaml(content.decode("utf-8-sig"), problems)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{label}: is not UTF-8 text (byte {error.start}); expected YAML"
-        ) from None
-    if root is None or root.kind != "mapping":
-        if not len(problems):
-            problems.add(root, "file", "expected the keys attention, mlp or layers")
-        raise InputError(problems.lines[0])
-    common = {dense: _lists(root, dense, problems, "") for dense in dict.fromkeys(model.layers)}
-    own = [dict(common[dense]) for dense in model.layers]
-    layers = root.entries.get("layers")
-    taken: set[int] = set()
-    if layers is not None and layers[1].kind != "mapping":
-        problems.add(
-            layers[1],
-            "layers",
-            f"expected lists of variants by layers such as 0-1, got {layers[1]}",
-        )
-    for text, (key, value) in layers[1].entries.items() if layers is not None else ():
-        try:
-            some = [i for part in text.split(",") for i in _layers(part.strip(), len(model.layers))]
-            if again := taken.intersection(some):
-                raise InputError(f"layer {min(again)} is listed twice")
-        except InputError as error:
-            problems.add(key, f"layers.{text}", str(error))
-            continue
-        taken.update(some)
-        for i in some:
-            own[i] |= _lists(value, model.layers[i], problems, f"layers.{text}.")
-    if len(problems):
-        raise first_of(problems.lines)
-    every = (
-        Entry(label, i, one, {})
-        for i, given in enumerate(own)
-        for one in _product(model.layers[i], given)
-    )
-    return library_of(every, model, label)
-
-
-def _lists(
-    node: Node, dense: Layer, problems: Problems, where: str
-) -> dict[str, tuple[Layer, ...]]:
-    """Return the variants of a layer by sublayer that a mapping lists."""
-    keys, found = (*SUBLAYERS, "layers") if not where else SUBLAYERS, {}
-    if node.kind != "mapping":
-        problems.add(node, where.rstrip("."), f"expected lists of variants by sublayer, got {node}")
-        return {}
-    for name, (key, value) in node.entries.items():
-        if name not in keys:
-            problems.add(key, where + name, str(unknown("key", name, keys)))
-        elif name in SUBLAYERS:
-            if value.kind != "list" or not 0 < len(value.items) <= MOST_VARIANTS:
-                expected = f"expected a list of 1 to {MOST_VARIANTS} variants"
-                problems.add(value, where + name, f"{expected}, got {len(value.items) or value}")
-                continue
-            found[name] = tuple(
-                dict.fromkeys(_listed(value.items, name, dense, problems, where + name))
-            )
-    return found
-
-
-def _listed(
-    items: Iterable[Node], name: str, dense: Layer, problems: Problems, where: str
-) -> Iterator[Layer]:
-    for i, item in enumerate(items):
-        try:
-            if item.kind != "scalar":
-                raise InputError(f"expected a text such as none, got {item}")
-            yield variant(name, item.text, dense)
-        except InputError as error:
-            problems.add(item, f"{where}.{i}", str(error))
-
-
 def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...]:
     """Return groups of layers that share one variant: of a number of consecutive layers, or as
     listed; others alone."""
-    if text is None:
-        return tuple((i,) for i in range(layers))
-    if isinstance(text, bool) or not isinstance(text, int | str):
-        raise InputError(
-            f"groups: expected a number of layers, or ranges such as 0-3,4-7, got {shown(text)}"
-        )
-    words = str(text).strip()
-    if isinstance(text, int) or (words.isascii() and words.isdigit()):
+    words = "1" if text is None else str(text).strip()
+    if words.isascii() and words.isdigit():
         # Python refuses to read numbers of thousands of digits
         size = int(words) if len(words) < 10 else 0
         if not 1 <= size <= layers:
@@ -650,13 +427,20 @@ def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...
     found: dict[int, tuple[int, ...]] = {}
     for part in words.split(","):
         try:
-            group = tuple(_layers(part.strip(), layers))
+            group = _layers(part, layers)
         except InputError as error:
             raise InputError(f"groups: {error}") from None
         for i in group:
             if found.setdefault(i, group) is not group:
                 raise InputError(f"groups: layer {i} is in two groups; expected one")
     return tuple(dict.fromkeys(found.get(i, (i,)) for i in range(layers)))
+
+
+def _layers(text: str, many: int) -> tuple[int, ...]:
+    """Return the layers of a text such as ``3``, ``0-7`` or ``all`` of a model of ``many``."""
+    if text.lower() == "all":
+        return tuple(range(many))
+    return tuple(listed_layers(layer_numbers(text), many).tolist())
 
 
 def combined(library: Library) -> Library:

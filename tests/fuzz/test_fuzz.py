@@ -59,10 +59,6 @@ PLAN = (
     "prune: kv_cache 0.25\nlayers:\n  0-3: width mlp=0.3 attention=0.25\n  8: depth unit=attention"
     " + low_rank 0.3\n"
 )
-CHOICES = (
-    "attention: [dense, kv=4, none]\nmlp: [dense, 4096, linear, none]\nlayers:\n  0-1,15: {mlp:"
-    " [dense]}\n"
-)
 PRUNE = (
     "width mlp=0.3 attention=0.25 align=64 layers=0-7 + depth 25% + low_rank 0.4 layers=8,9 +"
     " kv_cache .5"
@@ -190,9 +186,6 @@ QUANTISED = [
 ]
 OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_value_heads": 2}}
 CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
-_STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
-LIBRARY = {f"layer_{i}": {"own": {"stats": _STATS, "metrics": {"kl_div": 0.5}}} for i in range(3)}
-"""A library of Puzzle for :data:`SMALL`."""
 
 
 def validation(layer: int) -> dict[str, Any]:
@@ -440,10 +433,8 @@ READERS: dict[str, tuple[Any, str]] = {
         name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
         for name, bench in RESULTS.items()
     },
-    "library.json": (LIBRARY, f"costs DIR/config.json {ON} --choices {{}}"),
     "solution_0.json": (validation(0), f"search DIR/config.json {ON} --target 1.05 --scores DIR"),
     "scores.csv": (SCORES, f"search llama-3.2-1b {ON} --target 1.05 --scores {{}}"),
-    "choices.yaml": (CHOICES, f"costs llama-3.2-1b {ON} --choices {{}}"),
     "quality.csv": (QUALITY, f"pareto llama-2-7b {ON} --quality {{}}"),
     "results.json": (HARNESS, f"pareto llama-2-7b {ON} --quality DIR/listed.csv"),
     "speedups.csv": (SPEEDUPS, f"pareto llama-2-7b {ON} --phase decode --measured {{}}"),
@@ -452,7 +443,7 @@ READERS: dict[str, tuple[Any, str]] = {
 path, TEXT: content)."""
 CONFIG = {"config.json": json.dumps(SMALL)}
 BESIDE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("model.safetensors", "library.json", "hf_quant_config.json"), CONFIG),
+    **dict.fromkeys(("model.safetensors", "hf_quant_config.json"), CONFIG),
     "model.safetensors.index.json": {**CONFIG, "a": safetensors(CHECKPOINTS[0])},
     "solution_0.json": CONFIG | {f"solution_{i}.json": json.dumps(validation(i)) for i in (1, 2)},
     "results.json": {"dense.json": json.dumps(HARNESS), "listed.csv": LISTED},

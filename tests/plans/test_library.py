@@ -30,10 +30,6 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
     library = read(tmp_path, ROWS)
     assert library.texts(0) == [("dense", "dense"), ("none", "dense"), ("dense", "768")]
     assert library.values["kl_div"][29].tolist() == [0.0, 0.5, 0.125]
-    sizes = read(
-        tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\nall,3,1536,0\nall,0,768,0.5\n"
-    )
-    assert sizes.texts(7) == [("dense", "dense"), ("none", "768")]
     # row numbers without a name
     pandas = read(tmp_path, ",layer,mlp,kl_div\n0,all,dense,0\n1,all,none,0.5\n")
     assert list(pandas.values) == ["kl_div"]
@@ -151,30 +147,10 @@ def test_times_sizes_memory_and_counts_are_no_metrics(tmp_path: Path, other: str
         assert (name, column[0].tolist()) == (score, [0.0, 0.5])
 
 
-def test_choices_are_all_combinations(tmp_path: Path) -> None:
-    text = "attention: [dense, none]\nmlp: [dense, 768, none]\nlayers:\n  0-1,29: {mlp: [dense]}\n"
-    library = read(tmp_path, text, "choices.yaml")
-    assert [len(own) for own in library.layers] == [2, 2, *[6] * 27, 2]
-    many = f"attention: [{'none, ' * 4096}]\nmlp: [{'768, ' * 4096}]\n"  # 16 million pairs
-    assert [len(own) for own in read(tmp_path, many, "choices.yaml").layers] == [2] * 30
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *tables_of("plans/mistakes.yaml")["choices"],
-        (f"mlp: {[768] * 50_000}\n", "mlp: expected a list of 1 to 4096 variants, got 50000$"),
-        (
-            f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n",
-            "layer 0: expected at most 4096 variants",
-        ),
-    ],
-)
-def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        read(tmp_path, text, "choices.yaml")
-    assert "choices.yaml:" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_more_variants_of_a_layer_than_a_search_takes_are_refused(tmp_path: Path) -> None:
+    rows = [f"0,{a},{m}" for a in ("dense", "kv=1", "none") for m in range(1, 1400)]
+    with pytest.raises(InputError, match="layer 0: expected at most 4096 variants"):
+        read(tmp_path, "\n".join(["layer,attention,mlp", *rows]))
 
 
 def test_results_of_the_harness_are_losses(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Puzzle's library and Puzzletron's validations are read as their programs write them; other
-content is one line."""
+"""Puzzletron's validations are read as its program writes them; other content is one line."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from shaped import Layer, cut, layer
 from simulator.errors import InputError
 from simulator.models.library import from_hf_config, load_model
 from simulator.plans import library
-from simulator.plans.library import Entry, read_library, read_puzzle, read_validations
+from simulator.plans.library import Entry, read_library, read_validations
 
 pytestmark = pytest.mark.quick
 
@@ -32,10 +31,6 @@ ROUTED = from_hf_config({"model_type": "mixtral", "vocab_size": 100, **EXPERTS, 
 DENSE = MODEL.usual
 
 
-def read(content: Any, model: Any = MODEL) -> list[Entry]:
-    return list(read_puzzle(json.dumps(content).encode(), "own.json", model))
-
-
 def plain(entries: list[Entry]) -> list[tuple[int, Layer, dict[str, float]]]:
     return [(e.layer, e.variant, dict(e.values)) for e in entries]
 
@@ -43,50 +38,6 @@ def plain(entries: list[Entry]) -> list[tuple[int, Layer, dict[str, float]]]:
 def smaller(kv_heads: int = 4, inner: int = 2048) -> Layer:
     """The dense layer with other sizes; 0 removes a sublayer."""
     return layer(8 if kv_heads else 0, kv_heads, inner, head_dim=96)
-
-
-def variant(groups: int, inner: int, ms: float, kl: float) -> dict[str, Any]:
-    stats = {
-        "num_kv_heads": groups,
-        "ffn_intermediate_size": inner,
-        "memory_mib": 10.0,
-        "runtime_ms": ms,
-    }
-    return {"stats": stats | {"num_params": 1000}, "metrics": {"kl_div": kl, "lm_loss": 2 + kl}}
-
-
-PUZZLE = {
-    f"layer_{layer}": {
-        "attention = 4 kv heads (parent * 100%)\t&&\tffn = 2e3 (parent * 100%)": variant(
-            4, 2048, 3.0, 0.0
-        ),
-        "attention = 1 kv heads (parent * 25%)\t&&\tffn = no_op (parent * 0%)": variant(
-            1, 0, 1.0, 0.25
-        ),
-        "attention = no_op (parent * 0%)\t&&\tffn = 1e3 (parent * 50%)": variant(0, 1024, 1.5, 0.5),
-    }
-    for layer in range(2)
-}
-
-
-def test_the_library_of_puzzle_has_shapes_scores_and_times(tmp_path: Path) -> None:
-    found = read(PUZZLE)
-    assert plain(found[3:]) == [
-        (1, DENSE, {"runtime_ms": 3.0, "kl_div": 0.0, "lm_loss": 2.0}),
-        (
-            1,
-            smaller(1, 0),
-            {"runtime_ms": 1.0, "kl_div": 0.25, "lm_loss": 2.25},
-        ),
-        (1, smaller(0, 1024), {"runtime_ms": 1.5, "kl_div": 0.5, "lm_loss": 2.5}),
-    ]
-    assert found[0].place.startswith(
-        "own.json: layer_0.attention = 4 kv heads (parent * 100%) && ffn"
-    )
-    (file := tmp_path / "block_library.json").write_text(json.dumps(PUZZLE))
-    library = read_library(file, MODEL)
-    assert [own.tolist() for own in library.values["kl_div"]] == [[0.0, 0.25, 0.5]] * 2
-    assert library.layers[0] == library.layers[1] == tuple(e.variant for e in found[:3])
 
 
 def config(groups: int | str = 4, inner: int | str = 2048) -> dict[str, Any]:
@@ -242,76 +193,10 @@ def test_wrong_validations_are_named(
     assert "\n" not in str(error.value)
 
 
-def _puzzle(**change: Any) -> dict[str, Any]:
-    own = variant(4, 2048, 1.0, 0.0)
-    return {"layer_0": {"own": {part: own[part] | change.get(part, {}) for part in own}}}
-
-
-OTHER = (
-    "own.json: expected Puzzle's block_library.json .*, or the folder of Puzzletron's validations"
-)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (7, OTHER),
-        ([{"parent_layer_indices": [0]}], OTHER),  # the replacement_library.json of version 0.3
-        ({"replacement_0": {"metrics": {}}}, OTHER),
-        ({"layer_2": {"own": {}}}, "own.json: layer_2: expected layer_0 to layer_1"),
-        ({"layer_0": {"own": {}}}, "own.json: layer_0.own.stats: missing; expected an object"),
-        (
-            _puzzle(stats={"num_kv_heads": 3}),
-            "layer_0.own.stats.num_kv_heads: expected a divisor of 8 query heads",
-        ),
-        (
-            _puzzle(stats={"runtime_ms": "1"}),
-            "layer_0.own.stats.runtime_ms: expected a finite number, got '1'",
-        ),
-        (
-            _puzzle(metrics={"kl_div": float("nan")}),
-            "layer_0.own.metrics.kl_div: expected a finite number, got",
-        ),
-        (
-            _puzzle(metrics={"kl_div": 10**4000}),
-            "layer_0.own.metrics.kl_div: expected a finite number, got",
-        ),
-    ],
-)
-def test_other_content_is_named(content: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=reason) as error:
-        read(content)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 500
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ('{"layer_0": {}, "layer_0": {}}', "own.json: key 'layer_0': expected once in an object"),
-        ("[" * 50_000_000, "own.json: is larger than 20 MB"),
-        (
-            '{"layer_0": {"own": {"stats": {"num_kv_heads": ' + '{"a":' * 900 + "1" + "}" * 904,
-            "own.json: ",
-        ),
-    ],
-)
-def test_hostile_files_are_rejected(tmp_path: Path, text: str, reason: str) -> None:
-    file = tmp_path / "own.json"
-    file.write_text(text)
-    with pytest.raises(InputError, match=reason) as error:
-        read_library(file, MODEL)
-    assert "\n" not in str(error.value)
-
-
-def test_models_that_the_formats_cannot_state_are_named() -> None:
+def test_models_that_the_formats_cannot_state_are_named(tmp_path: Path) -> None:
+    path = folder(tmp_path / "own")
     for name in ("deepseek-v2-lite", "qwen3-next-80b-a3b"):
         with pytest.raises(
             InputError, match=f"expected a model with key/value heads in all layers, got {name}"
         ):
-            read(PUZZLE, load_model(name))
-    with pytest.raises(
-        InputError,
-        match=r"own.json: layer_0: expected a layer with an MLP, but mixtral has experts",
-    ):
-        read({"layer_0": {}}, ROUTED)
+            read_validations(path, load_model(name))
