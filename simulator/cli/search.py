@@ -32,8 +32,8 @@ class Scored:
         opt(
             "--scores",
             "FILE",
-            "Scores per layer and variant: CSV, a folder of Puzzletron's validations, or"
-            " smollm2-135m, which ships. prunesim quality --per-layer measures scores.",
+            "Scores per layer and variant: a CSV, such as of prunesim quality --per-layer, or"
+            " smollm2-135m, which ships.",
         ),
     ] = None
     metric: Annotated[

@@ -1,17 +1,12 @@
 """Libraries: the variants of each layer of a model, and values that were measured of them, such as
 scores.
 
-:func:`read_library` reads files of these formats, told apart by their content. The first variant of
-every layer is the dense one.
-
-- CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention`` and ``mlp`` (texts of
-  :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense sublayer) and any
-  columns of numbers: scores, times and sizes. Without columns of variants, a row is the removal of
-  its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names results
-  files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are ignored.
-- The folder of ModelOpt's Puzzletron with its validations of single replacements,
-  ``*solution*.json``, and ``teacher.json``, the scores of the dense model. Lower scores are better:
-  an accuracy ``x`` becomes ``one_minus_x``.
+:func:`read_library` reads a CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention``
+and ``mlp`` (texts of :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense
+sublayer) and any columns of numbers: scores, times and sizes. Without columns of variants, a row is
+the removal of its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names
+results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are ignored. The first
+variant of every layer is the dense one.
 """
 
 from __future__ import annotations
@@ -23,174 +18,31 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from simulator.arguments import shown
 from simulator.arrays import FloatArray
 from simulator.display import runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
-from simulator.files.read import parse_bounded, read_bounded
-from simulator.models.architectures import Reader, read_block
+from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.models.model import Layer, Model
-from simulator.models.sublayers import DeltaNet, LatentAttention
-from simulator.models.sublayers.base import Sublayer
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant
 from simulator.pruning import listed_layers
 from simulator.pruning._steps import layer_numbers
 
-MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 3 MB as JSON
-# a folder has a file per variant, with all layers and the scores of all samples
-MOST_FILES = 10_000
-MOST_FOLDER_BYTES = 2_000_000_000
-_TEACHER = "teacher.json"
-_DERIVED = "one_minus_"
+MOST_BYTES = 20_000_000  # size of a library: 96 layers with 64 variants take 0.5 MB
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a library, whatever its format: a variant of a layer with its values, and its place
-    in the file."""
+    """A row of a library: a variant of a layer with its values, and its place in the file."""
 
     place: str
     layer: int
     variant: Layer
     values: Mapping[str, float]
-
-
-def _size(sublayer: Sublayer | None, name: str) -> int:
-    return int(getattr(sublayer, name, 0))
-
-
-def read_validations(folder: Path, model: Model) -> list[Entry]:
-    """Return the variants in a folder of Puzzletron's validations of single replacements. The dense
-    layers have the scores in ``teacher.json``; distances from the dense model are 0 for them."""
-    found, left = [], MOST_FOLDER_BYTES
-    names = _names(folder)
-    _check(model, str(folder))
-    for name in names:
-        content = read_bounded(folder / name, MOST_BYTES)
-        left -= len(content)
-        if left < 0:
-            raise InputError(
-                f"{folder}: expected files of at most {MOST_FOLDER_BYTES / 1e9:g} GB together"
-            )
-        of = _object(parse_bounded(content, str(folder / name), MOST_BYTES), str(folder / name), "")
-        if name != _TEACHER:
-            found.append(_validation(of, model))
-    if names[-1] == _TEACHER:
-        scores = dict.fromkeys((name for entry in found for name in entry.values), 0.0)
-        teacher = {name: 0.0 for name in scores if not name.startswith(_DERIVED)} | _averages(of)
-        measured = {entry.layer for entry in found if entry.variant == model.layers[entry.layer]}
-        rest = (layer for layer in range(len(model.layers)) if layer not in measured)
-        found += [Entry(_place(of), layer, model.layers[layer], teacher) for layer in rest]
-    return found
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the sorted names of the validations in a folder; the file of the teacher is the
-    last."""
-    names: list[str] = []
-    try:
-        with os.scandir(folder) as listed:
-            for at, file in enumerate(listed):
-                if at >= 10 * MOST_FILES or len(names) > MOST_FILES:
-                    raise InputError(
-                        f"{folder}: expected a folder of at most {MOST_FILES:,} validations"
-                    )
-                if file.name == _TEACHER or (
-                    "solution" in file.name and file.name.endswith(".json")
-                ):
-                    names.append(file.name)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be read ({error.strerror or error}); expected a folder"
-        ) from None
-    if not names or names == [_TEACHER]:
-        hint = "the folder single_sequence_replacement_solutions--validation of Puzzletron"
-        raise InputError(f"{folder}: has no files *solution*.json; expected {hint}")
-    return sorted(names, key=lambda name: (name == _TEACHER, name))
-
-
-def _validation(of: Reader, model: Model) -> Entry:
-    """Return the replacement that a validation measured: of a block, or of a sequence of one
-    layer."""
-    solution, values = of.part("puzzle_solution"), _averages(of)
-    if "single_block_replacement" in solution.data:
-        one = solution.part("single_block_replacement")
-        key, index, config = "block_idx", one.data.get("block_idx"), one.part("block_config")
-    else:
-        one = solution.part("single_sequence_replacement")
-        key = "parent_layer_indices"
-        layers = one.value(
-            key, None, "a list of one layer", lambda v: isinstance(v, list) and len(v) == 1
-        )
-        (config,) = one.parts("child_block_configs", 1)
-        key, index = f"{key}[0]", layers[0]
-    last = len(model.layers) - 1
-    layer = Reader({key: index}, one.source, one.place).integer(key, low=0, high=last)
-    dense = model.layers[layer]
-    replaced = read_block(config, dense, None, model.hidden)
-    for part in SUBLAYERS:
-        before, after = (one.of(part) for one in (dense, replaced))
-        for name in ("kv_heads", "inner", "experts", "shared_inner"):
-            if type(after) is type(before) and _size(after, name) > _size(before, name):
-                raise InputError(
-                    f"{_place(config)}: {name}: expected at most {_size(before, name)}, got"
-                    f" {_size(after, name)}"
-                )
-    return Entry(_place(one), layer, replaced, values)
-
-
-def _averages(of: Reader) -> dict[str, float]:
-    parts = {
-        name: of.part(name)
-        for name, value in of.data.items()
-        if isinstance(value, Mapping) and "avg" in value
-    }
-    return _scores((name, _reading(part, "avg")) for name, part in parts.items())
-
-
-def _check(model: Model, label: str) -> None:
-    attentions = (layer.of("attention") for layer in model.layers)
-    if any(isinstance(attention, LatentAttention | DeltaNet) for attention in attentions):
-        raise InputError(
-            f"{label}: expected a model with key/value heads in all layers, got {model.name}"
-        )
-
-
-def _object(value: Any, label: str, place: str) -> Reader:
-    if not isinstance(value, Mapping):
-        where = f"{place.rstrip('.')}: " if place else ""
-        raise InputError(f"{label}: {where}expected an object, got {shown(value)}")
-    return Reader(value, label, place)
-
-
-def _place(of: Reader) -> str:
-    return f"{of.source}: {of.place}".rstrip(".: ")
-
-
-def _reading(of: Reader, key: str) -> float:
-    value = of.data.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
-        raise of.fail(one_line(key, 80), f"expected a finite number, got {shown(value)}")
-    return float(value)
-
-
-def _scores(numbers: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return scores whose lower values are better; scores that the file derives are derived
-    again."""
-    found = {}
-    for name, value in numbers:
-        if not name.startswith(_DERIVED):
-            accuracy = "accuracy" in name
-            found[_DERIVED + name if accuracy else one_line(name, 80)] = (
-                1.0 - value if accuracy else value
-            )
-    return found
 
 
 # libraries that ship; a .md file next to each states its protocol
@@ -252,15 +104,12 @@ class Library:
 
 
 def read_library(source: str | Path, model: Model) -> Library:
-    """Return the library of a file, of a folder of Puzzletron's validations, or of a name that
-    ships (smollm2-135m)."""
+    """Return the library of a file, or of a name that ships (smollm2-135m)."""
     path = Path(source).expanduser()
     if os.path.isfile(shipped := EXAMPLES / f"{source}.csv") and not os.path.exists(path):
         path = shipped
         if load_model(str(source)).layers != model.layers:
             raise InputError(f"scores: expected those of {model.name}, got those of {source}")
-    if os.path.isdir(path):  # Path.is_dir raises OSError for names that are too long
-        return library_of(read_validations(path, model), model, str(path))
     table = read_csv(read_bounded(path, MOST_BYTES), str(path), ("layer",))
     found = library_of(_rows(table, model, path.parent), model, str(path))
     note = f"{path}: without a column attention or mlp, a row is the removal of its layer"

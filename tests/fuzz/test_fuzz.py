@@ -188,17 +188,6 @@ OVERRIDES = {"0": {"intermediate_size": 256}, "02": {"skip": ["mlp"], "num_key_v
 CONFIGS.append({**SMALL, "per_layer_config": OVERRIDES})
 
 
-def validation(layer: int) -> dict[str, Any]:
-    """One of Puzzletron's validations of single replacements in :data:`SMALL`."""
-    block = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
-    replaced = {"single_block_replacement": {"block_idx": layer, "block_config": block}}
-    return {
-        "puzzle_solution": replaced,
-        "kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]},
-        "args": {"a": 1},
-    }
-
-
 _TENSORS = tensors_of(load_model(SMALL))
 CHECKPOINTS = [
     {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in tensors.items()}
@@ -433,7 +422,6 @@ READERS: dict[str, tuple[Any, str]] = {
         name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
         for name, bench in RESULTS.items()
     },
-    "solution_0.json": (validation(0), f"search DIR/config.json {ON} --target 1.05 --scores DIR"),
     "scores.csv": (SCORES, f"search llama-3.2-1b {ON} --target 1.05 --scores {{}}"),
     "quality.csv": (QUALITY, f"pareto llama-2-7b {ON} --quality {{}}"),
     "results.json": (HARNESS, f"pareto llama-2-7b {ON} --quality DIR/listed.csv"),
@@ -445,7 +433,6 @@ CONFIG = {"config.json": json.dumps(SMALL)}
 BESIDE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("model.safetensors", "hf_quant_config.json"), CONFIG),
     "model.safetensors.index.json": {**CONFIG, "a": safetensors(CHECKPOINTS[0])},
-    "solution_0.json": CONFIG | {f"solution_{i}.json": json.dumps(validation(i)) for i in (1, 2)},
     "results.json": {"dense.json": json.dumps(HARNESS), "listed.csv": LISTED},
 }
 """Files that lie next to one."""
