@@ -46,14 +46,6 @@ class Scored:
         bool,
         opt("--uniform", None, "One shape for all remaining layers, which stock engines load."),
     ] = False
-    groups: Annotated[
-        str | None,
-        opt(
-            "--groups",
-            "N",
-            "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.",
-        ),
-    ] = None
 
 
 _seconds = partial(parse_quantity, unit="s")

@@ -17,11 +17,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.display import runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
@@ -92,6 +93,16 @@ class Library:
             (text_of("attention", one, dense), text_of("mlp", one, dense))
             for one in self.layers[layer]
         ]
+
+    @cached_property
+    def owner(self) -> IndexArray:
+        """The layer of each variant (V,); those of a layer are next to each other."""
+        return np.repeat(np.arange(len(self.layers)), [len(own) for own in self.layers])
+
+    def chosen(self, choice: IndexArray) -> tuple[Layer, ...]:
+        """Return the layers of a plan, given the index (L,) of the variant of each."""
+        every = list(itertools.chain(*self.layers))
+        return tuple(every[v] for v in choice.tolist())
 
     def take(self, keep: Sequence[Sequence[int]]) -> Library:
         """Return the library with some variants of each layer, by their indices."""
@@ -259,30 +270,6 @@ def _number(name: str, text: str) -> float:
     if not abs(value) < 1e300:
         raise InputError(f"{name}: expected a finite number, got {one_line(text, 40)}")
     return value
-
-
-def groups_of(text: str | int | None, layers: int) -> tuple[tuple[int, ...], ...]:
-    """Return groups of layers that share one variant: of a number of consecutive layers, or as
-    listed; others alone."""
-    words = "1" if text is None else str(text).strip()
-    if words.isascii() and words.isdigit():
-        # Python refuses to read numbers of thousands of digits
-        size = int(words) if len(words) < 10 else 0
-        if not 1 <= size <= layers:
-            raise InputError(
-                f"groups: expected 1 to {layers} layers in a group, got {one_line(words, 40)}"
-            )
-        return tuple(tuple(range(i, min(i + size, layers))) for i in range(0, layers, size))
-    found: dict[int, tuple[int, ...]] = {}
-    for part in words.split(","):
-        try:
-            group = _layers(part, layers)
-        except InputError as error:
-            raise InputError(f"groups: {error}") from None
-        for i in group:
-            if found.setdefault(i, group) is not group:
-                raise InputError(f"groups: layer {i} is in two groups; expected one")
-    return tuple(dict.fromkeys(found.get(i, (i,)) for i in range(layers)))
 
 
 def _layers(text: str, many: int) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.model import Model, undivided
 from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
-from simulator.plans.library import Library, combined, groups_of, metric_of, read_library
-from simulator.plans.solve import Found, Limit, Program, Solver, Targets, Variants
+from simulator.plans.library import Library, combined, metric_of, read_library
+from simulator.plans.solve import Found, Limit, Program, Solver, Targets, uniform_families
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
@@ -164,7 +164,6 @@ def search(
     metric: str = "",
     maximise: bool = False,
     uniform: bool = False,
-    groups: int | str | None = None,
     **settings: Any,
 ) -> Plan:
     """Choose a variant of each layer so that the targets are met and the score rises least.
@@ -185,9 +184,6 @@ def search(
         Whether a higher value is better.
     uniform : bool
         Give all remaining layers one shape, which stock engines load; whole layers may be removed.
-    groups : int or str, optional
-        Layers that share one variant: a number of consecutive layers, or ranges such as
-        ``"0-3,4-7"``.
     **settings
         Fields of :class:`simulator.Request`, each one value or a list; the targets hold in every
         combination.
@@ -220,11 +216,10 @@ def search(
     library, notes = _library(scores, dense, at[0])
     name, column = metric_of(library, metric)
     column = tuple(-own for own in column) if maximise else column
-    variants = Variants.of(library, groups_of(groups, len(dense.layers)))
-    rises = variants.sums([own - own[0] for own in column])
-    if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
+    rises = np.concatenate([own - own[0] for own in column])
+    if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(column)):
         notes += (_direction_note(name, maximise),)
-    solver = Solver(variants, rises, at, targets, _one_shape(variants) if uniform else [])
+    solver = Solver(library, rises, at, targets, _one_shape(library) if uniform else [])
     found = solver.solve()
     pruned = planned(dense, found.layers)
     pruning = [Pruning.of_model(dense, pruned)]
@@ -234,7 +229,7 @@ def search(
         score=found.score,
         gap=solver.gap,
         confidence=targets.confidence,
-        layers=_layer_plans(found, library, column),
+        layers=_layer_plans(found, solver),
         targets=tuple(_reached(limit, found, solver) for limit in solver.limits),
         results=tuple(request_results([one.request], pruning, [one.hw])[0] for one in at),
         sum_error=solver.sum_error,
@@ -253,8 +248,8 @@ def _direction_note(metric: str, maximise: bool) -> str:
     return f"most variants have a better {metric} than the dense model; {way}"
 
 
-def _one_shape(variants: Variants) -> list[IndexArray]:
-    families = variants.uniform()
+def _one_shape(library: Library) -> list[IndexArray]:
+    families = uniform_families(library)
     if not families:
         raise InputError(
             "uniform: no variant is available in all layers; expected one row per layer with equal"
@@ -263,16 +258,16 @@ def _one_shape(variants: Variants) -> list[IndexArray]:
     return families
 
 
-def _layer_plans(
-    found: Found, library: Library, column: Sequence[FloatArray]
-) -> tuple[LayerPlan, ...]:
+def _layer_plans(found: Found, solver: Solver) -> tuple[LayerPlan, ...]:
     """Return the variant of each layer of a plan, with the rise of its score."""
-    plans = []
-    for i, (block, own) in enumerate(zip(found.layers, column)):
-        attention, mlp = (text_of(name, block, library.model.layers[i]) for name in SUBLAYERS)
-        score = float(own[library.layers[i].index(block)] - own[0])
-        plans.append(LayerPlan(i, attention, mlp, score))
-    return tuple(plans)
+    texts = [
+        [text_of(name, *pair) for name in SUBLAYERS]
+        for pair in zip(found.layers, solver.model.layers)
+    ]
+    rises = solver.score[found.choice].tolist()
+    return tuple(
+        LayerPlan(i, *of_layer, rise) for i, (of_layer, rise) in enumerate(zip(texts, rises))
+    )
 
 
 def _library(scores: Any, model: Model, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:
@@ -329,7 +324,7 @@ def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
     chosen from."""
     out = []
     for some in solver.families or [np.arange(len(solver.score))]:
-        program = Program(solver.variants.group[some], solver.score[some], cost[:, some])
+        program = Program(solver.library.owner[some], solver.score[some], cost[:, some])
         out.append([some[choice] for choice in program.hull()])
     return out
 
@@ -346,7 +341,7 @@ def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
             np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)
         ).tolist():
             plans.setdefault(tuple(hull[i].tolist()), hull[i])
-    models = [planned(solver.model, solver.variants.chosen(choice)) for choice in plans.values()]
+    models = [planned(solver.model, solver.library.chosen(choice)) for choice in plans.values()]
     own = quantities([solver.model, *models], solver.settings[0])
     scores = [float(solver.score[choice].sum()) for choice in plans.values()]
     # the found plan is first

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, FamilyStep, Pruner, Target
 from simulator.pruning._family import SUFFIXES, Choice, Family, check_fraction
+from simulator.pruning._titles import TITLES
 from simulator.pruning.described.description import ByLayer, Description, LayerRange, PruneStep
 from simulator.pruning.described.expressions import Expression
 from simulator.pruning.described.rows import family_of
@@ -343,35 +344,22 @@ def load_method(name: str | Method) -> Method:
     return METHODS[name]
 
 
-# in the order of tables: depth; width; zeros and factors; dynamic depth and width; attention,
-# tokens and cache; experts
-_NAMES = (
-    *("shortgpt", "laco", "sleb", "shortened-llama", "minitron-depth", "attention-drop"),
-    *("layerskip", "llm-pruner", "flap", "slicegpt", "minitron-width", "sheared-llama"),
-    *("wanda", "sparsegpt", "wanda-2:4", "sparsegpt-2:4", "mask-llm", "svd-llm", "asvd"),
-    *("skipgpt", "mod", "calm", "deja-vu"),
-    *("seer-attention", "seer-attention-r", "minference", "minference-7096", "quest", "fastv"),
-    *("pyramiddrop", "llmlingua", "snapkv", "h2o", "snapkv-1024", "snapkv-2048", "snapkv-4096"),
-    *("streaming-llm", "reap", "naee", "naee-skip", "hc-smoe", "m-smoe"),
-)
-
-
 class _Published(Mapping[str, Method]):
     """The methods of the folder; each file is read when its method is used."""
 
     def __getitem__(self, name: str) -> Method:
-        if name not in _NAMES:
+        if name not in TITLES:
             raise KeyError(name)
         return _read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_NAMES)
+        return iter(TITLES)
 
     def __len__(self) -> int:
-        return len(_NAMES)
+        return len(TITLES)
 
 
-@lru_cache(maxsize=len(_NAMES))
+@cache
 def _read(name: str) -> Method:
     return Method.read(method_file(name))
 

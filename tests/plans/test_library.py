@@ -11,7 +11,7 @@ from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.plans.library import EXAMPLES, combined, groups_of, metric_of, read_library
+from simulator.plans.library import EXAMPLES, combined, metric_of, read_library
 from simulator.plans.search import search
 
 pytestmark = pytest.mark.quick
@@ -178,27 +178,6 @@ def test_single_replacements_are_combined_and_their_scores_added(tmp_path: Path)
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5, 0.25, 0.75]
     with_both = combined(read(tmp_path, ROWS + "all,none,none,9\n"))
     assert len(with_both.layers[0]) == 4  # rows with both changed stay as they are
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0-3,2-5", "layer 2 is in two groups"),
-        ("0", "1 to 30 layers"),
-        *((text, "^groups: ") for text in ("\u00b2", "9" * 5000, True, 2.5, [4], "")),
-    ],
-)
-def test_other_groups_are_refused(text: object, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        groups_of(text, 30)
-    assert len(str(error.value)) < 200
-
-
-def test_groups_cover_every_layer_once() -> None:
-    for given in (None, 4, " 8 ", "2-5,9-10"):
-        assert np.concatenate([list(group) for group in groups_of(given, 30)]).tolist() == list(
-            range(30)
-        )
 
 
 def test_the_shipped_library_has_a_score_of_each_variant_of_each_layer() -> None:

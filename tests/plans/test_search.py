@@ -132,13 +132,6 @@ def test_uniform_plans_have_one_shape(file: Path, plan: Plan) -> None:
     assert one.score >= plan.score
 
 
-def test_layers_of_a_group_share_a_variant(file: Path) -> None:
-    plan = search(MODEL, "h100", 1.4, file, batch=8, groups=4)
-    texts = [(row.attention, row.mlp) for row in plan.layers]
-    assert all(len(set(texts[i : i + 4])) == 1 for i in range(0, 16, 4))
-    assert len(set(texts)) > 1
-
-
 def test_devices_exclude_what_they_cannot_share(tmp_path: Path) -> None:
     file = tmp_path / "scores.csv"
     file.write_text("layer,mlp,kl_div\nall,dense,0\nall,4098,0.1\nall,4096,0.2\nall,none,2\n")

@@ -172,7 +172,6 @@ class Addition:
     kernels: int = 1
     when: Condition | None = None
     phases: tuple[str, ...] = PASSES
-    fused: bool = False  # the bytes join the neighbouring elementwise kernel
     layers: LayerRange | None = None
 
 
@@ -493,15 +492,12 @@ _ADDITION: Mapping[str, Any] = {
     "kernels": _WHOLE,
     "when": _Parsed(Condition.parse),
     "phases": _Several(Text(choices=PASSES)),
-    "fused": Truth(),
     "layers": _LAYERS,
 }
 
 
 def _addition(kind: str, found: dict[str, Any]) -> Addition:
     sizes = {name: found.pop(name) for name in _SIZES[kind]}
-    if found.get("fused") and kind != "elementwise":
-        raise InputError(f"fused: expected it only with elementwise, got {kind}")
     sublayers = found.get("every") == "sublayer"
     place = found.setdefault("place", "before sublayer" if sublayers else "before layer")
     if sublayers != place.endswith("sublayer"):
