@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
-from simulator.display import runs
+from simulator.display import few, runs
 from simulator.errors import InputError, one_line, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
@@ -62,15 +62,16 @@ ZERO_METRICS: tuple[str, ...] = (
 )
 """Parts of names of scores that are 0 for the dense model, so that its row may be missing."""
 
-TIME = re.compile(
-    r"runtime|latency|^times?[ _]|(^|[ _./-])(times?|ns|us|ms|s|sec|seconds)$", re.IGNORECASE
-)
+_TIMES = r"times?|ns|us|ms|s|sec|seconds"
 _SIZES = (
     r"memory|bytes|params?|parameters|flops|macs|num|number|count|size|kib|mib|gib|kb|mb|gb|heads"
     r"|width"
 )
-SIZE = re.compile(rf"memory|^(num|number|count)[ _]|(^|[ _./-])({_SIZES})$", re.IGNORECASE)
-"""Names of columns that hold times; sizes, memory or counts."""
+NO_SCORE = re.compile(
+    rf"runtime|latency|^times?[ _]|memory|^(num|number|count)[ _]|(^|[ _./-])({_TIMES}|{_SIZES})$",
+    re.IGNORECASE,
+)
+"""Names of columns that hold times, sizes, memory or counts."""
 
 _NAMES = ("layer", *SUBLAYERS, "results", "protocol", "source")
 
@@ -143,21 +144,14 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
     column that can be. Times, sizes, memory and counts are never scores. InputError if several
     columns could be, or a value is missing."""
     where = f"{library.source}: " if library.source else ""
-    known = [name for name in library.values if not TIME.search(name) and not SIZE.search(name)]
-    if not library.values:
-        raise InputError(
-            f"{where or 'scores: '}the library has no scores; expected a column of numbers such as"
-            " kl_div"
-        )
+    known = [name for name in library.values if not NO_SCORE.search(name)]
     if not known:
-        names = _listed_names(library.values)
-        raise InputError(
-            f"{where}expected a column of scores, got only times, sizes or counts: {names}"
-        )
+        others = f"only times, sizes or counts: {few(library.values)}"
+        got = others if library.values else "none"
+        raise InputError(f"{where}expected a column of scores such as kl_div, got {got}")
     if not metric and len(known) > 1:
         raise InputError(
-            f"{where}metric: expected one of {_listed_names(known)}, got none; choose it with"
-            " --metric"
+            f"{where}metric: expected one of {few(known)}, got none; choose it with --metric"
         )
     name = metric or known[0]
     if name in library.values and name not in known:
@@ -178,11 +172,6 @@ def metric_of(library: Library, metric: str) -> tuple[str, tuple[FloatArray, ...
                 f" {mlp}{dense}"
             )
     return name, library.values[name]
-
-
-def _listed_names(names: Iterable[str]) -> str:
-    *first, last = list(names)[:8]
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def library_of(entries: Iterable[Entry], model: Model, label: str) -> Library:

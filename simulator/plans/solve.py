@@ -280,7 +280,7 @@ class Program:
 
         every = np.arange(len(self.score))
         last = np.append(np.zeros(len(every)), 1.0)  # the last variable is the excess
-        each = np.hstack([self._one_each(every).toarray(), np.zeros((len(_firsts(self.group)), 1))])
+        each = np.hstack([self._one_each(every), np.zeros((len(_firsts(self.group)), 1))])
         within = np.hstack([cost, -np.ones((len(cost), 1))])
         result = _milp(
             last,
@@ -295,12 +295,9 @@ class Program:
         excess = float((cost[:, choice].sum(axis=1) - bound).max())
         return Solution(choice, float(self.score[choice].sum()), max(excess, TIGHT))
 
-    def _one_each(self, some: IndexArray) -> Any:
-        """Return a sparse matrix (G, n) of ones where a variant belongs to a group."""
-        from scipy.sparse import csr_array
-
-        places = self.group[some], np.arange(len(some))
-        return csr_array((np.ones(len(some)), places), shape=(len(_firsts(self.group)), len(some)))
+    def _one_each(self, some: IndexArray) -> FloatArray:
+        """Return a matrix (G, n) of ones where a variant belongs to a group."""
+        return np.equal.outer(np.unique(self.group), self.group[some]).astype(float)
 
 
 def _milp(*arguments: Any, **options: Any) -> Any:

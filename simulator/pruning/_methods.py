@@ -35,7 +35,7 @@ _FOLDER = Path(__file__).parent / "methods"
 Change = Callable[[Workload, float], Workload]
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class Method(Displayed):
     """A pruning method: published, described in a file, or a function.
 
@@ -76,15 +76,6 @@ class Method(Displayed):
     def of_function(cls, name: str, function: Change) -> Method:
         """Return the method ``name`` that ``function`` of a workload and a sparsity computes."""
         return cls(Description.named(name), function)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Method) and (self.description, self.function) == (
-            other.description,
-            other.function,
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
     @property
     def name(self) -> str:

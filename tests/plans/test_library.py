@@ -83,7 +83,7 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
         (
             "kl_div,lm_loss",
             "",
-            "metric: expected one of kl_div or lm_loss, got none; choose it with --metric",
+            "metric: expected one of kl_div, lm_loss, got none; choose it with --metric",
         ),
         ("kl_div", "kl", "metric 'kl' is unknown; did you mean kl_div?"),
         (
@@ -94,9 +94,9 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
         (
             "runtime_ms,memory_mib",
             "",
-            "expected a column of scores, got only times, sizes or counts: runtime_ms or",
+            "expected a column of scores such as kl_div, got only times, sizes or counts: runtime_ms,",
         ),
-        ("protocol", "", "the library has no scores"),
+        ("protocol", "", "expected a column of scores such as kl_div, got none"),
     ],
 )
 def test_a_metric_that_is_none_or_one_of_several_is_named(

@@ -222,12 +222,7 @@ class Description:
         if len(text) > MOST_CHARACTERS:
             expected = f"expected at most {MOST_CHARACTERS:,} characters"
             problems.add(None, "file", f"{expected}, got {len(text):,}")
-        return cls.of_node(None if len(problems) else parse_yaml(text, problems), problems)
-
-    @classmethod
-    def of_node(cls, root: Node | None, problems: Problems) -> Description:
-        """Return the method of a tree; InputError with the first problem."""
-        found = None
+        root, found = None if len(problems) else parse_yaml(text, problems), None
         if not len(problems):
             reader = TreeReader(problems, (), {})
             found = _DESCRIPTION.read(root or Node("scalar"), (), reader)

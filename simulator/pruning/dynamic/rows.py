@@ -43,12 +43,6 @@ def projections(w: Workload, *names: str) -> Array:
     return w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
 
 
-def weighted(w: Workload) -> Array:
-    """Return a mask of all weights in the layers: projections, latent attention, linear sublayers,
-    experts."""
-    return w.is_role(*PROJECTIONS, *OTHERS) & (w.layer >= 0)
-
-
 def writers(w: Workload, *names: str) -> Array:
     """Return a mask of projections with the N of the model: all except first factors of low-rank
     pairs."""
@@ -99,7 +93,8 @@ def part_weights(w: Workload) -> dict[tuple[str, str], FloatArray]:
     """Return the parameters of weights in a workload of rows, biases included, by part and role
     (L,)."""
     out: dict[tuple[str, str], FloatArray] = {}
-    own = w.expand().take(weighted(w.expand()))
+    own = w.expand()
+    own = own.take(own.is_role(*PROJECTIONS, *OTHERS) & (own.layer >= 0))
     for part, role, layer, count in zip(own.part, own.role, own.layer, own.params * own.count):
         key = (Part(part).name.lower(), ROLES[role])
         out.setdefault(key, np.zeros(layer_count(w)))[layer] += count
