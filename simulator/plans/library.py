@@ -2,11 +2,11 @@
 scores.
 
 :func:`read_library` reads a CSV with the columns ``layer`` (``3``, ``0-7``, ``all``), ``attention``
-and ``mlp`` (texts of :mod:`simulator.plans.variants`; a missing column or an empty cell is the dense
-sublayer) and any columns of numbers: scores, times and sizes. Without columns of variants, a row is
-the removal of its layer (``layer,score``). Layers without rows stay dense. A column ``results`` names
-results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are ignored. The first
-variant of every layer is the dense one.
+and ``mlp`` (texts of :mod:`simulator.plans.variants`; a missing column or an empty cell is the
+dense sublayer) and any columns of numbers: scores, times and sizes. Without columns of variants, a
+row is the removal of its layer (``layer,score``). Layers without rows stay dense. A column
+``results`` names results files of lm-evaluation-harness. Texts in ``protocol`` and ``source`` are
+ignored. The first variant of every layer is the dense one.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def generated_library(model: Model, devices: int = 1) -> Library:
     layers = []
     for dense in model.layers:
         attentions, mlps = (generated(name, dense, devices) for name in SUBLAYERS)
-        layers.append(tuple(dict.fromkeys(itertools.starmap(joined, itertools.product(attentions, mlps)))))
+        layers.append(
+            tuple(dict.fromkeys(itertools.starmap(joined, itertools.product(attentions, mlps))))
+        )
     return Library(model, tuple(layers))
 
 

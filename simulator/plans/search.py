@@ -8,7 +8,7 @@ added: the whole plan is predicted (:mod:`simulator.plans.solve`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.model import Model, undivided
-from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
+from simulator.plans.costs import PricedRequest, planned, priced, quantities
 from simulator.plans.library import Library, combined, metric_of, read_library
 from simulator.plans.solve import Found, Limit, Program, Solver, Targets, uniform_families
 from simulator.plans.variants import SUBLAYERS, text_of

@@ -3,8 +3,9 @@ are added.
 
 :class:`Targets` are limits on quantities of the pruned model.
 
-:class:`Program` is the choice of one variant per layer, a multiple-choice knapsack, solved by HiGHS: minimise the sum of scores so that each sum of costs is at most its limit. HiGHS
-proves a gap: the share of the score that another choice could save at most.
+:class:`Program` is the choice of one variant per layer, a multiple-choice knapsack, solved by
+HiGHS: minimise the sum of scores so that each sum of costs is at most its limit. HiGHS proves a
+gap: the share of the score that another choice could save at most.
 
 :class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a
 shared limit hides time, they change with the rest of the model. So the program is solved with costs
@@ -20,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path

@@ -338,7 +338,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(path / "tiny")
     (path / "text.txt").write_text(TEXT)
     (path / "choices.csv").write_text(
-        "layer,attention,mlp\nall,kv=1,\nall,none,\n\"0,2\",,64\n\"0,2\",,none\n"
+        'layer,attention,mlp\nall,kv=1,\nall,none,\n"0,2",,64\n"0,2",,none\n'
     )
     return path
 

@@ -14,7 +14,6 @@ from simulator.codes import (
     DTYPE_BYTES,
     EXPERTS,
     ROLES,
-    Kernel,
     Kind,
     Part,
     Phase,
