@@ -250,13 +250,13 @@ def search(
     if not (given := wanted.parsed()):
         others = "--latency, --tokens-per-s, --ttft, --tpot, --memory or --params"
         raise InputError(f"--target: expected a target, such as --target 1.3x, or {others}")
-    if scored.scores is None:
-        way = "such as a CSV of prunesim quality --per-layer"
-        raise InputError(f"--scores: expected the scores of each layer, {way}")
     from simulator.plans.search import search as chosen
     from simulator.plans.solve import Targets
 
     asked, targets = run.asked(model, devices), Targets(**given, confidence=wanted.confidence)
+    if scored.scores is None:
+        way = "such as a CSV of prunesim quality --per-layer"
+        raise InputError(f"--scores: expected the scores of each layer, {way}")
     plan = chosen(model, devices.profiles, targets, **asdict(scored), **asked.settings)
     lines = list(asked.notes)
     if write:

@@ -260,14 +260,12 @@ def _one_shape(library: Library) -> list[IndexArray]:
 
 def _layer_plans(found: Found, solver: Solver) -> tuple[LayerPlan, ...]:
     """Return the variant of each layer of a plan, with the rise of its score."""
-    texts = [
-        [text_of(name, *pair) for name in SUBLAYERS]
-        for pair in zip(found.layers, solver.model.layers)
-    ]
     rises = solver.score[found.choice].tolist()
-    return tuple(
-        LayerPlan(i, *of_layer, rise) for i, (of_layer, rise) in enumerate(zip(texts, rises))
-    )
+    plans = []
+    for i, (layer, dense) in enumerate(zip(found.layers, solver.model.layers)):
+        attention, mlp = (text_of(name, layer, dense) for name in SUBLAYERS)
+        plans.append(LayerPlan(i, attention, mlp, rises[i]))
+    return tuple(plans)
 
 
 def _library(scores: Any, model: Model, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:

@@ -210,7 +210,7 @@ def _removed(
     layers: tuple[int, ...] | None,
 ) -> Any:
     """Return a fraction, one per layer (0 outside ``layers``), or a size that remains."""
-    value = expression.value(sizes | _sizes(expression, target, sizes))
+    value = expression.value({**sizes, **_sizes(expression, target, sizes)})
     if not np.ndim(value):
         return int(value) if is_size(value) else check_fraction(value, expression.text)
     if layers is not None:
