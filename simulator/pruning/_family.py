@@ -35,7 +35,8 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "heads": ("q", "o", "q_b", "kv_b"),
     "kv": ("k", "v"),
     "hidden": (),
-    **dict.fromkeys(MAMBA, ("mamba_in", "mamba_x", "mamba_dt")),
+    **dict.fromkeys(MAMBA[:2], ("mamba_in", "mamba_x", "mamba_dt", "o")),
+    "mamba_state": ("mamba_in", "mamba_x"),
 }
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
