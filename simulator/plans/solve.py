@@ -18,9 +18,13 @@ to each other; R limited costs.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -36,9 +40,6 @@ from simulator.units import parameters, ratio, seconds, size
 
 # nodes of the search tree of one program; beyond them the best choice so far is used
 MOST_NODES = 5000
-# HiGHS 1.12 writes lines to the standard output where it presolves, which would stand in the JSON of
-# ``prunesim search``
-SILENT: dict[str, Any] = {"presolve": False}
 LARGE = 1e3  # a program is solved again without scores above LARGE times that of a whole choice
 TIGHT = 1e-9  # largest relative excess of a limit
 # largest score and limits of a program: the absolute tolerances of HiGHS, 1e-6, are TIGHT of them
@@ -253,12 +254,12 @@ class Program:
     ) -> Solution | None:
         """Return the best choice of some variants; None if no choice keeps the limits. Costs and
         limits are in units of the limits."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import Bounds, LinearConstraint
 
         rise = self._rises()[some]
         # HiGHS takes costs above 1e20 as infinite
         unit = max(float(rise.max(initial=0.0)), 1e-300) / FINE
-        result = milp(
+        result = _milp(
             rise / unit,
             constraints=[
                 LinearConstraint(self._one_each(some), 1.0, 1.0),
@@ -266,7 +267,7 @@ class Program:
             ],
             integrality=np.ones(len(some)),
             bounds=Bounds(0.0, 1.0),
-            options={"mip_rel_gap": gap, "node_limit": MOST_NODES, **SILENT},
+            options={"mip_rel_gap": gap, "node_limit": MOST_NODES},
         )
         if result.x is None:
             return None
@@ -276,13 +277,13 @@ class Program:
         return Solution(choice, score, 0.0, left if left > TIGHT else 0.0)
 
     def _least_excess(self, cost: FloatArray, bound: FloatArray) -> Solution:
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.optimize import Bounds, LinearConstraint
 
         every = np.arange(len(self.score))
         last = np.append(np.zeros(len(every)), 1.0)  # the last variable is the excess
         each = np.hstack([self._one_each(every), np.zeros((len(_firsts(self.group)), 1))])
         within = np.hstack([cost, -np.ones((len(cost), 1))])
-        result = milp(
+        result = _milp(
             last,
             constraints=[
                 LinearConstraint(each, 1.0, 1.0),
@@ -290,7 +291,6 @@ class Program:
             ],
             integrality=1.0 - last,
             bounds=Bounds(0.0, np.where(last, np.inf, 1.0)),
-            options=SILENT,
         )
         choice = np.flatnonzero(result.x[:-1] > 0.5)
         excess = float((cost[:, choice].sum(axis=1) - bound).max())
@@ -299,6 +299,29 @@ class Program:
     def _one_each(self, some: IndexArray) -> FloatArray:
         """Return a matrix (G, n) of ones where a variant belongs to a group."""
         return np.equal.outer(np.unique(self.group), self.group[some]).astype(float)
+
+
+def _milp(*arguments: Any, **options: Any) -> Any:
+    """Return the result of ``scipy.optimize.milp``, which cannot silence all lines of HiGHS 1.12:
+    they would stand in the JSON of ``prunesim search``."""
+    from scipy.optimize import milp
+
+    try:
+        output = os.dup(1)
+    except OSError:  # there is no standard output
+        return milp(*arguments, **options)
+    sys.stdout.flush()
+    try:
+        with Path(os.devnull).open("w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            try:
+                return milp(*arguments, **options)
+            finally:
+                if os.name == "posix":
+                    ctypes.CDLL(None).fflush(None)  # HiGHS leaves its lines in the buffer of C
+                os.dup2(output, 1)
+    finally:
+        os.close(output)
 
 
 def _firsts(group: IndexArray) -> IndexArray:
