@@ -202,20 +202,17 @@ def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
 def _by_layer(steps: Sequence[PruningStep], layers: int) -> PruningStep:
     first, family = steps[0], steps[0].families[0]
     tables: dict[str, FloatArray] = {}
+    named = any(isinstance(_argument(step.sparsity), dict) for step in steps)
     for step in steps:
         found = _argument(family.default if step.sparsity is None else step.sparsity)
         if found is None:
             raise InputError(f"{step}: expected a fraction")
-        parts = (
-            found
-            if isinstance(found, dict)
-            else dict.fromkeys(SUBLAYERS if family.targets else ("",), found)
-        )
-        for part, fraction in parts.items():
+        whole = dict.fromkeys(SUBLAYERS if named else ("",), found)
+        for part, fraction in (found if isinstance(found, dict) else whole).items():
             table = tables.setdefault(part, np.zeros(layers))
             table[listed_layers(step.layers, layers)] = fraction
     each = tuple((part, tuple(table.tolist())) for part, table in tables.items())
-    return PruningStep(first.name, each if family.targets else each[0][1], options=first.options)
+    return PruningStep(first.name, each if named else each[0][1], options=first.options)
 
 
 def _renumbered(steps: Sequence[PruningStep]) -> Iterator[PruningStep]:
