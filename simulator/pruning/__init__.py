@@ -199,12 +199,13 @@ def prune(
 def prune_model(model: Model, pruning: str) -> Model:
     """Return the pruned model, given a text of ``--prune`` or the path of a plan with static
     families only."""
-    from simulator.pruning._steps import read_steps, steps_of_families
+    from simulator.pruning._steps import in_order, read_steps
 
-    for step in steps_of_families(read_steps(pruning), model):
-        if step.family.dynamic:
-            raise InputError(f"{step.family.name}: changes no model, as it depends on the tokens")
-        model, _ = _pruned_model(model, step)
+    for step in in_order(read_steps(pruning), len(model.layers)):
+        for one in step.by_family(Target.of_model(model)):
+            if one.family.dynamic:
+                raise InputError(f"{one.family.name}: changes no model, as it depends on the tokens")
+            model, _ = _pruned_model(model, one)
     return model
 
 

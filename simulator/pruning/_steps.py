@@ -167,12 +167,6 @@ def prune_steps(
         raise InputError(": ".join(filter(None, (plan, place, str(error))))) from None
 
 
-def steps_of_families(steps: Sequence[PruningStep], model: Model) -> Iterator[FamilyStep]:
-    """Yield the steps of families that prune a model, in their order."""
-    for step in in_order(steps, len(model.layers)):
-        yield from step.by_family(Target.of_model(model))
-
-
 def in_order(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
     """Yield the steps in the order in which they prune a model of ``layers``: those that remove
     layers are last."""

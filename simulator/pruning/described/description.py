@@ -99,8 +99,9 @@ class LayerRange:
         return tuple(sorted({i for one in self.slices for i in range(layers)[one]}))
 
 
-_SLICE = re.compile(r"(-?\d{1,5})?:(-?\d{1,5})?(:[1-9]\d{0,4})?", re.ASCII)
-_RANGE = re.compile(r"(-?\d{1,5})(?:-(\d{1,5}))?", re.ASCII)  # both ends included
+_NUMBER = r"(?:0|[1-9]\d{0,4})"  # without leading zeros
+_SLICE = re.compile(rf"(-?{_NUMBER})?:(-?{_NUMBER})?(:[1-9]\d{{0,4}})?", re.ASCII)
+_RANGE = re.compile(rf"(-?{_NUMBER})(?:-({_NUMBER}))?", re.ASCII)  # both ends included
 
 
 def _slice(text: str) -> slice:
