@@ -204,7 +204,8 @@ def prune_model(model: Model, pruning: str) -> Model:
     for step in in_order(read_steps(pruning), len(model.layers)):
         for one in step.by_family(Target.of_model(model)):
             if one.family.dynamic:
-                raise InputError(f"{one.family.name}: changes no model, as it depends on the tokens")
+                reason = "changes no model, as it depends on the tokens"
+                raise InputError(f"{one.family.name}: {reason}")
             model, _ = _pruned_model(model, one)
     return model
 
