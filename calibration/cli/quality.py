@@ -79,7 +79,7 @@ def command(
         opt(
             "--choices",
             "FILE",
-            "With --per-layer: variants of each layer (YAML, CSV). Default: usual ones.",
+            "With --per-layer: variants of each layer (CSV). Default: usual ones.",
         ),
     ] = None,
     corpus: Corpus = Corpus(),

@@ -17,7 +17,7 @@ from simulator.units import parameters, parse_parameters, parse_quantity, parse_
 
 if TYPE_CHECKING:
     from simulator.plans.costs import Costs
-    from simulator.plans.search import Plan, PlanPoint
+    from simulator.plans.search import Plan
     from simulator.prediction.advise import Advised
 
 MOST_FAMILIES = 5  # rows of the table of one setting without --verbose
@@ -32,9 +32,8 @@ class Scored:
         opt(
             "--scores",
             "FILE",
-            "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of"
-            " Puzzletron's validations, or smollm2-135m, which ships. Default: whole layers, with"
-            " published losses of a model.",
+            "Scores per layer and variant: a CSV, such as of prunesim quality --per-layer, or"
+            " smollm2-135m, which ships.",
         ),
     ] = None
     metric: Annotated[
@@ -47,14 +46,6 @@ class Scored:
         bool,
         opt("--uniform", None, "One shape for all remaining layers, which stock engines load."),
     ] = False
-    groups: Annotated[
-        str | None,
-        opt(
-            "--groups",
-            "N",
-            "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.",
-        ),
-    ] = None
 
 
 _seconds = partial(parse_quantity, unit="s")
@@ -243,8 +234,7 @@ def search(
     the layers; the chosen model is predicted whole, and the costs are corrected until the model
     itself meets the targets (with --confidence, the end of its interval). Targets hold on every
     device, engine and request, several at once. Begins with the plan's speed, score and parameters,
-    then the layers, what the same budget in parameters or FLOPs would have chosen, and the frontier
-    of score against time.
+    then the layers and the frontier of score against time.
 
     Scores as CSV. These rows are removals of layers; columns attention and mlp name other variants.
     Layers that are not listed stay dense.
@@ -264,6 +254,9 @@ def search(
     from simulator.plans.solve import Targets
 
     asked, targets = run.asked(model, devices), Targets(**given, confidence=wanted.confidence)
+    if scored.scores is None:
+        way = "such as a CSV of prunesim quality --per-layer"
+        raise InputError(f"--scores: expected the scores of each layer, {way}")
     plan = chosen(model, devices.profiles, targets, **asdict(scored), **asked.settings)
     lines = list(asked.notes)
     if write:
@@ -278,35 +271,25 @@ def search(
         return
     from simulator.prediction.notes import uncalibrated
 
-    render.conclude(*_conclusion(plan))
+    render.conclude(_conclusion(plan))
     _layers(plan)
     if len(plan.targets) > 1 or out.verbose:
         _targets(plan)
-    _others(plan)
     _frontier(plan, out.verbose)
     render.notes((*lines, *plan.notes, *uncalibrated(plan.results)), out.verbose)
 
 
-def _conclusion(plan: Plan) -> list[str]:
+def _conclusion(plan: Plan) -> str:
     from simulator.prediction.wording import speedup_text
 
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
     changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
     speed = f"{speedup_text(first)} faster than {dense}"
-    text = (
+    return (
         f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request},"
-        f" {plan.metric} "
+        f" {plan.metric} {plan.score:.4g}, {render.percent(kept)} of the parameters."
     )
-    text += f"{plan.score:.4g}, {render.percent(kept)} of the parameters."
-    by, lost = {(a.chosen_by, a.budget): a.point for a in plan.alternatives}, []
-    if (same := by.get(("parameters", "same"))) and same.speedup < 0.995 * first.speedup:
-        lost.append(f"the best plan with as many parameters reaches {render.ratio(same.speedup)}x")
-    if (until := by.get(("parameters", "targets"))) and until.score > 1.005 * plan.score > 0.0:
-        worse = render.percent(until.score / plan.score - 1.0)
-        lost.append(f"a choice by parameters that meets the targets scores {worse} worse")
-    second = "; ".join(lost) or "a choice by parameters gives the same" if until else ""
-    return [text, f"{second[:1].upper()}{second[1:]}." if second else ""]
 
 
 def _layers(plan: Plan) -> None:
@@ -346,22 +329,6 @@ def _targets(plan: Plan) -> None:
     render.show(columns, "targets")
 
 
-def _others(plan: Plan) -> None:
-    chosen = next(point for point in plan.frontier if point.chosen)
-    rows: list[tuple[str, PlanPoint, bool]] = [("time, this search", chosen, True)]
-    rows += [(a.rule, a.point, a.meets) for a in plan.alternatives]
-    columns = render.columns(
-        rows,
-        ("<chosen by", lambda row: row[0]),
-        ("speedup", lambda row: render.interval(row[1])),
-        (plan.metric, lambda row: f"{row[1].score:.4g}"),
-        ("parameters", lambda row: parameters(row[1].parameters)),
-        ("<targets", lambda row: "met" if row[2] else "missed"),
-    )
-    print()
-    render.show(columns, "what other rules choose, predicted in the first setting")
-
-
 def _frontier(plan: Plan, verbose: bool) -> None:
     points = list(plan.frontier)
     if len(points) > MOST_POINTS and not verbose:
@@ -395,7 +362,7 @@ def costs(
         opt(
             "--choices",
             "FILE",
-            "Variants: YAML, or a file as --scores of search. Default: the usual ones.",
+            "Variants: a file as --scores of search. Default: the usual ones.",
         ),
     ] = None,
     output: Annotated[

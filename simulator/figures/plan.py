@@ -1,7 +1,7 @@
 """Draw the plan of a search: the share of each layer that stays, its quality loss, and the
 frontier.
 
-The frontier is that of the first setting of the search, with the plans of other rules.
+The frontier is that of the first setting of the search.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from simulator.figures.style import (
     PALE_INK,
     VERMILLION,
     Look,
-    Style,
     paper_style,
 )
 from simulator.models.library import model_title
@@ -39,13 +38,6 @@ from simulator.units import ratio
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
 
-RULES = {
-    "parameters": Style(VERMILLION, "s"),
-    "FLOPs": Style(BLUE, "^"),
-    "library times": Style(GREEN, "D"),
-}
-# for other rules; the first has hollow markers
-BUDGETS = {"same": "as many", "targets": "until targets are met"}
 # targets that have a line in the panel of speedups
 SPEEDS = ("speedup", "latency_s", "tokens_per_s")
 STEEP = 6.0  # a loss axis is logarithmic beyond a usual loss if its end is this many times larger
@@ -215,24 +207,15 @@ def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, z: float, **look: 
     return line
 
 
-def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
-    """Draw the frontier and the plans of other rules; return the entries of a legend."""
-    others = {f"by {a.chosen_by}, {BUDGETS[a.budget]}": a for a in plan.alternatives}
-    end = max([NEARBY * abs(chosen.score), *(1.25 * a.point.score for a in others.values())])
+def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> Line2D:
+    """Draw the frontier; return the entry of a legend."""
+    end = NEARBY * abs(chosen.score)
     near = [p for p in plan.frontier if p.score <= end or end == 0.0]
     name = "plans of least loss"
     if (hidden := len(plan.frontier) - len(near)) > 0:
         most = max(p.score for p in plan.frontier)
         name += f" ({hidden} more, up to a loss of {most:.3g}, are not shown)"
-    handles = [_drawn(ax, near, name, 3, **_FRONTIER)]
-    for name, a in others.items():
-        style = RULES[a.chosen_by]
-        face = "white" if a.budget == "same" else style.color
-        marks = style.marks(
-            linestyle="none", markersize=4.4, markerfacecolor=face, markeredgewidth=0.9
-        )
-        handles.append(_drawn(ax, [a.point], name, 4, **marks))
-    return handles
+    return _drawn(ax, near, name, 3, **_FRONTIER)
 
 
 def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
@@ -261,16 +244,15 @@ def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
 
 
 def _frontier(ax: Axes, plan: Plan) -> list[Any]:
-    """Draw the frontier, the chosen plan, the plans of other rules and the targets; return the
-    entries of a legend."""
+    """Draw the frontier, the chosen plan and the targets; return the entries of a legend."""
     first = plan.results[0]
     chosen = next(point for point in plan.frontier if point.chosen)
     reached = (
         f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
     )
     ax.set_yscale("log")
-    handles = _draw_plans(ax, plan, chosen)
-    handles.insert(0, _drawn(ax, [chosen], f"chosen plan, {reached}", 5, **_CHOSEN))
+    frontier = _draw_plans(ax, plan, chosen)
+    handles = [_drawn(ax, [chosen], f"chosen plan, {reached}", 5, **_CHOSEN), frontier]
     handles += ax.plot(
         [], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level)
     )

@@ -515,15 +515,14 @@ class Model(Displayed):
 
     @cached_property
     def weight_counts(self) -> dict[tuple[str, str], FloatArray]:
-        """Values that are not zero of the weights that pruning counts, by part and role, one per
-        layer (L,); without biases."""
+        """Values that are not zero of the weights that pruning counts, by kind of sublayer and
+        role, one per layer (L,); without biases."""
         counts: dict[tuple[str, str], FloatArray] = {}
         run_of_layer = np.repeat(np.arange(len(self.runs)), [run.length for run in self.runs])
         for members, layer in self.stacks:
             for sublayer in layer.sublayers:
-                part = PART_NAMES[sublayer.part]
                 for role, count in sublayer.weight_counts(self.hidden).items():
-                    by_run = counts.setdefault((part, role), np.zeros(len(self.runs)))
+                    by_run = counts.setdefault((sublayer.kind, role), np.zeros(len(self.runs)))
                     by_run[list(members)] = count
         return {role: by_run[run_of_layer] for role, by_run in counts.items()}
 

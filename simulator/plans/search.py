@@ -2,14 +2,13 @@
 :func:`search`.
 
 Scores of single replacements are added over layers, as in Puzzle (arXiv 2411.19146). Times are not
-added: the whole plan is predicted (:mod:`simulator.plans.solve`), and so are the plans that other
-rules choose.
+added: the whole plan is predicted (:mod:`simulator.plans.solve`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,9 @@ from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.model import Model, undivided
-from simulator.plans.costs import PricedRequest, Probes, planned, priced, quantities
-from simulator.plans.library import (
-    Library,
-    combined,
-    groups_of,
-    importance,
-    metric_of,
-    read_library,
-)
-from simulator.plans.solve import Found, Limit, Program, Solver, Targets, Variants
+from simulator.plans.costs import PricedRequest, planned, priced, quantities
+from simulator.plans.library import Library, combined, metric_of, read_library
+from simulator.plans.solve import Found, Limit, Program, Solver, Targets, uniform_families
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
@@ -84,25 +76,9 @@ class PlanPoint:
         return cls(score=score, **times, parameters=int(own["parameters"][i]), chosen=chosen)
 
 
-@dataclass(frozen=True)
-class AlternativePlan:
-    chosen_by: str  # parameters, FLOPs or library times
-    # "same": as much as the plan of the search; "targets": as much as meets the targets
-    budget: str
-    meets: bool  # all targets
-    point: PlanPoint
-
-    @property
-    def rule(self) -> str:
-        return (
-            f"{self.chosen_by},"
-            f" {'as many' if self.budget == 'same' else 'until the targets are met'}"
-        )
-
-
 @dataclass(frozen=True, repr=False)
 class Plan(Displayed):
-    """The chosen variant of each layer, what it reaches, and what other rules would have chosen.
+    """The chosen variant of each layer, and what it reaches.
 
     Parameters
     ----------
@@ -122,8 +98,6 @@ class Plan(Displayed):
     sum_error, steps : float, int
         Predicted time of the first plan over its added costs, less 1; number of plans that were
         predicted whole.
-    alternatives : tuple of AlternativePlan
-        Plans by parameters, FLOPs and the library's own times.
     frontier : tuple of PlanPoint
         Score against time in the first setting.
     notes : tuple of str
@@ -137,11 +111,11 @@ class Plan(Displayed):
 
     Examples
     --------
-    >>> plan = search("llama-2-7b", "h100", 1.3, batch=8)
+    >>> plan = search("smollm2-135m", "h100", 1.3, "smollm2-135m", metric="kl_div", phase="prefill")
     >>> plan.results[0].speedup >= 1.3, plan.pruned.parameters < plan.dense_parameters
     (True, True)
     >>> sorted(plan.to_dict())[:4]
-    ['alternatives', 'confidence', 'dense_parameters', 'frontier']
+    ['confidence', 'dense_parameters', 'frontier', 'gap']
     """
 
     model: str
@@ -154,7 +128,6 @@ class Plan(Displayed):
     results: tuple[Result, ...]
     sum_error: float
     steps: int
-    alternatives: tuple[AlternativePlan, ...]
     frontier: tuple[PlanPoint, ...]
     notes: tuple[str, ...]
     dense_parameters: int
@@ -186,12 +159,11 @@ def search(
     model: str | Model,
     hardware: OneOrMore[str | HardwareProfile],
     targets: Targets | float,
-    scores: str | Path | Library | None = None,
+    scores: str | Path | Library,
     *,
     metric: str = "",
     maximise: bool = False,
     uniform: bool = False,
-    groups: int | str | None = None,
     **settings: Any,
 ) -> Plan:
     """Choose a variant of each layer so that the targets are met and the score rises least.
@@ -204,18 +176,14 @@ def search(
         Devices, as in :func:`simulator.table`.
     targets : Targets or float
         What to reach, or a speedup.
-    scores : str, Path or Library, optional
+    scores : str, Path or Library
         Variants of each layer with their scores (:func:`simulator.plans.library.read_library`).
-        Default: whole layers, with the published quality losses of depth pruning of this model.
     metric : str
         Column of the scores; "": the only column that is no time, size, memory or count.
     maximise : bool
         Whether a higher value is better.
     uniform : bool
         Give all remaining layers one shape, which stock engines load; whole layers may be removed.
-    groups : int or str, optional
-        Layers that share one variant: a number of consecutive layers, or ranges such as
-        ``"0-3,4-7"``.
     **settings
         Fields of :class:`simulator.Request`, each one value or a list; the targets hold in every
         combination.
@@ -223,13 +191,12 @@ def search(
     Returns
     -------
     Plan
-        The plan, its predictions and alternatives.
+        The plan, its predictions and the frontier.
 
     Raises
     ------
     InputError
-        If no plan meets the targets (the message has the nearest plan), or for missing scores and
-        wrong arguments.
+        If no plan meets the targets (the message has the nearest plan), or for wrong arguments.
 
     Examples
     --------
@@ -249,11 +216,10 @@ def search(
     library, notes = _library(scores, dense, at[0])
     name, column = metric_of(library, metric)
     column = tuple(-own for own in column) if maximise else column
-    variants = Variants.of(library, groups_of(groups, len(dense.layers)))
-    rises = variants.sums([own - own[0] for own in column])
-    if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(variants.groups)):
+    rises = np.concatenate([own - own[0] for own in column])
+    if (rises < -1e-12).sum() > 0.5 * max(1, len(rises) - len(column)):
         notes += (_direction_note(name, maximise),)
-    solver = Solver(variants, rises, at, targets, _one_shape(variants) if uniform else [])
+    solver = Solver(library, rises, at, targets, _one_shape(library) if uniform else [])
     found = solver.solve()
     pruned = planned(dense, found.layers)
     pruning = [Pruning.of_model(dense, pruned)]
@@ -263,12 +229,11 @@ def search(
         score=found.score,
         gap=solver.gap,
         confidence=targets.confidence,
-        layers=_layer_plans(found, library, column),
+        layers=_layer_plans(found, solver),
         targets=tuple(_reached(limit, found, solver) for limit in solver.limits),
         results=tuple(request_results([one.request], pruning, [one.hw])[0] for one in at),
         sum_error=solver.sum_error,
         steps=solver.steps,
-        alternatives=alternatives(solver, found, library.times),
         frontier=frontier(solver, found),
         notes=notes,
         dense_parameters=dense.parameters,
@@ -283,8 +248,8 @@ def _direction_note(metric: str, maximise: bool) -> str:
     return f"most variants have a better {metric} than the dense model; {way}"
 
 
-def _one_shape(variants: Variants) -> list[IndexArray]:
-    families = variants.uniform()
+def _one_shape(library: Library) -> list[IndexArray]:
+    families = uniform_families(library)
     if not families:
         raise InputError(
             "uniform: no variant is available in all layers; expected one row per layer with equal"
@@ -293,22 +258,19 @@ def _one_shape(variants: Variants) -> list[IndexArray]:
     return families
 
 
-def _layer_plans(
-    found: Found, library: Library, column: Sequence[FloatArray]
-) -> tuple[LayerPlan, ...]:
+def _layer_plans(found: Found, solver: Solver) -> tuple[LayerPlan, ...]:
     """Return the variant of each layer of a plan, with the rise of its score."""
+    rises = solver.score[found.choice].tolist()
     plans = []
-    for i, (block, own) in enumerate(zip(found.layers, column)):
-        attention, mlp = (text_of(name, block, library.model.layers[i]) for name in SUBLAYERS)
-        score = float(own[library.layers[i].index(block)] - own[0])
-        plans.append(LayerPlan(i, attention, mlp, score))
+    for i, (layer, dense) in enumerate(zip(found.layers, solver.model.layers)):
+        attention, mlp = (text_of(name, layer, dense) for name in SUBLAYERS)
+        plans.append(LayerPlan(i, attention, mlp, rises[i]))
     return tuple(plans)
 
 
 def _library(scores: Any, model: Model, at: PricedRequest) -> tuple[Library, tuple[str, ...]]:
     """Return the library with the variants that the devices can share, and notes."""
-    library = importance(model) if scores is None else scores
-    library = library if isinstance(library, Library) else read_library(library, model)
+    library = scores if isinstance(scores, Library) else read_library(scores, model)
     notes, library = library.notes, combined(library)
     many, parallel = at.request.devices, at.request.parallel
     if many > 1 and parallel != "pipeline":
@@ -355,60 +317,12 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
     )
 
 
-def alternatives(
-    solver: Solver, found: Found, times: Sequence[FloatArray] | None
-) -> tuple[AlternativePlan, ...]:
-    """Return the plans of least score by other measures of cost: with as much cost as the found
-    plan, and with the most cost that meets the targets."""
-    variants, model = solver.variants, solver.model
-    probes = Probes.of(variants.library, model.layers)
-    flops = probes.prices(quantities(probes.models, solver.settings[0])["flops"])
-    weights = [
-        np.array([float(model.parameters_of(b)) for b in own]) for own in variants.library.layers
-    ]
-    measures = {"parameters": weights, "FLOPs": flops} | (
-        {"library times": times} if times is not None else {}
-    )
-    out = []
-    for name, column in measures.items():
-        cost = variants.sums(column)[None]
-        choice, excess, _ = solver.choose(cost, cost[:, found.choice].sum(axis=1))
-        plans = {
-            "same": solver.predict(choice) if excess == 0.0 else None,
-            "targets": _until(solver, cost),
-        }
-        for budget, plan in plans.items():
-            if plan is not None:
-                point = PlanPoint.of(plan.score, plan.predicted[0], 1, False)
-                out.append(AlternativePlan(name, budget, plan.meets, point))
-    return tuple(out)
-
-
-def _until(solver: Solver, cost: FloatArray) -> Found | None:
-    """Return the first plan that meets the targets if a cost is lowered step by step."""
-    best: Found | None = None
-    for plans in _hulls(solver, cost):
-        low, high = 0, len(plans) - 1
-        if not solver.predict(plans[high]).meets:
-            continue
-        while high - low > 1:  # more cost removed is faster, except for steps of kernels
-            middle = (low + high) // 2
-            low, high = (low, middle) if solver.predict(plans[middle]).meets else (middle, high)
-        found = solver.predict(plans[high])
-        budget = cost[:, found.choice].sum(axis=1)
-        exact = solver.predict(solver.choose(cost, budget)[0])
-        found = exact if exact.meets and exact.score < found.score else found
-        if best is None or found.score < best.score:
-            best = found
-    return best
-
-
 def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
     """Return the plans from least score to least cost, for each set of variants that a plan is
     chosen from."""
     out = []
     for some in solver.families or [np.arange(len(solver.score))]:
-        program = Program(solver.variants.group[some], solver.score[some], cost[:, some])
+        program = Program(solver.library.owner[some], solver.score[some], cost[:, some])
         out.append([some[choice] for choice in program.hull()])
     return out
 
@@ -425,7 +339,7 @@ def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:
             np.linspace(0, len(hull) - 1, min(each, len(hull))).round().astype(int)
         ).tolist():
             plans.setdefault(tuple(hull[i].tolist()), hull[i])
-    models = [planned(solver.model, solver.variants.chosen(choice)) for choice in plans.values()]
+    models = [planned(solver.model, solver.library.chosen(choice)) for choice in plans.values()]
     own = quantities([solver.model, *models], solver.settings[0])
     scores = [float(solver.score[choice].sum()) for choice in plans.values()]
     # the found plan is first

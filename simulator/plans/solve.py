@@ -3,17 +3,17 @@ are added.
 
 :class:`Targets` are limits on quantities of the pruned model.
 
-:class:`Program` is the choice of one variant per group of layers, a multiple-choice knapsack,
-solved by HiGHS: minimise the sum of scores so that each sum of costs is at most its limit. HiGHS
-proves a gap: the share of the score that another choice could save at most.
+:class:`Program` is the choice of one variant per layer, a multiple-choice knapsack, solved by
+HiGHS: minimise the sum of scores so that each sum of costs is at most its limit. HiGHS proves a
+gap: the share of the score that another choice could save at most.
 
 :class:`Solver` repeats it. Costs of variants are exact next to one plan only: where the host or a
 shared limit hides time, they change with the rest of the model. So the program is solved with costs
 next to the dense model, its plan is predicted whole, and costs and limits are set again next to
 that plan, until the plan stays and meets the targets.
 
-Shapes of arrays: G groups of layers; V variants over all groups, those of a group next to each
-other; R limited costs.
+Shapes of arrays: G groups, which are the layers; V variants over all groups, those of a group next
+to each other; R limited costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -281,7 +281,7 @@ class Program:
 
         every = np.arange(len(self.score))
         last = np.append(np.zeros(len(every)), 1.0)  # the last variable is the excess
-        each = np.hstack([self._one_each(every).toarray(), np.zeros((len(_firsts(self.group)), 1))])
+        each = np.hstack([self._one_each(every), np.zeros((len(_firsts(self.group)), 1))])
         within = np.hstack([cost, -np.ones((len(cost), 1))])
         result = _milp(
             last,
@@ -296,12 +296,9 @@ class Program:
         excess = float((cost[:, choice].sum(axis=1) - bound).max())
         return Solution(choice, float(self.score[choice].sum()), max(excess, TIGHT))
 
-    def _one_each(self, some: IndexArray) -> Any:
-        """Return a sparse matrix (G, n) of ones where a variant belongs to a group."""
-        from scipy.sparse import csr_array
-
-        places = self.group[some], np.arange(len(some))
-        return csr_array((np.ones(len(some)), places), shape=(len(_firsts(self.group)), len(some)))
+    def _one_each(self, some: IndexArray) -> FloatArray:
+        """Return a matrix (G, n) of ones where a variant belongs to a group."""
+        return np.equal.outer(np.unique(self.group), self.group[some]).astype(float)
 
 
 def _milp(*arguments: Any, **options: Any) -> Any:
@@ -332,51 +329,16 @@ def _firsts(group: IndexArray) -> IndexArray:
     return np.asarray(np.unique(group, return_index=True)[1])
 
 
-@dataclass(frozen=True)
-class Variants:
-    library: Library
-    groups: tuple[tuple[int, ...], ...]
-    # index of each variant in the library, per layer of its group
-    place: tuple[tuple[int, ...], ...]
-    group: IndexArray  # (V,)
-
-    @classmethod
-    def of(cls, library: Library, groups: Sequence[tuple[int, ...]]) -> Variants:
-        """Return the variants that all layers of each group have; the first of each group is the
-        dense one."""
-        place, owner = [], []
-        for g, layers in enumerate(groups):
-            texts = [{text: i for i, text in enumerate(library.texts(layer))} for layer in layers]
-            shared = [text for text in texts[0] if all(text in own for own in texts[1:])]
-            place += [tuple(own[text] for own in texts) for text in shared]
-            owner += [g] * len(shared)
-        return cls(library, tuple(groups), tuple(place), np.array(owner, dtype=np.intp))
-
-    def sums(self, column: Sequence[FloatArray]) -> FloatArray:
-        """Return the sums (V,) of values by layer and variant over the layers of each group."""
-        pairs = zip(self.place, self.group.tolist())
-        return np.array(
-            [sum(float(column[i][j]) for i, j in zip(self.groups[g], own)) for own, g in pairs]
-        )
-
-    def chosen(self, choice: IndexArray) -> tuple[Layer, ...]:
-        found: dict[int, Layer] = {}
-        for layers, v in zip(self.groups, choice.tolist()):
-            found |= {i: self.library.layers[i][j] for i, j in zip(layers, self.place[v])}
-        return tuple(found[i] for i in range(len(found)))
-
-    def uniform(self) -> list[IndexArray]:
-        """Return the variants (indices into V) of each plan family in which all remaining layers
-        have one shape; whole layers may be removed."""
-        every = [self.library.texts(layers[0]) for layers in self.groups]
-        texts, found = [every[g][own[0]] for own, g in zip(self.place, self.group.tolist())], []
-        for shape in dict.fromkeys(text for text in texts if text != ("none", "none")):
-            some = np.array(
-                [i for i, text in enumerate(texts) if text in (shape, ("none", "none"))]
-            )
-            if len(np.unique(self.group[some])) == len(self.groups):
-                found.append(some)
-        return found
+def uniform_families(library: Library) -> list[IndexArray]:
+    """Return the variants (indices into V) of each plan family in which all remaining layers have
+    one shape; whole layers may be removed."""
+    texts = [text for layer in range(len(library.layers)) for text in library.texts(layer)]
+    found = []
+    for shape in dict.fromkeys(text for text in texts if text != ("none", "none")):
+        some = np.array([i for i, text in enumerate(texts) if text in (shape, ("none", "none"))])
+        if len(np.unique(library.owner[some])) == len(library.layers):
+            found.append(some)
+    return found
 
 
 @dataclass(frozen=True)
@@ -392,7 +354,7 @@ class Found:
 
 @dataclass
 class Solver:
-    variants: Variants
+    library: Library
     score: FloatArray  # (V,)
     settings: tuple[PricedRequest, ...]
     targets: Targets
@@ -406,7 +368,7 @@ class Solver:
 
     @property
     def model(self) -> Model:
-        return self.variants.library.model
+        return self.library.model
 
     @cached_property
     def limits(self) -> list[Limit]:
@@ -419,24 +381,22 @@ class Solver:
         """Return the costs (R, V) of the variants next to a plan, the part of each limited quantity
         outside the variants (R,), and the factor (R,) from the quantity to the end of its interval
         that counts."""
-        base, library = self.variants.chosen(choice), self.variants.library
-        probes = Probes.of(library, base)
+        probes = Probes.of(self.library, self.library.chosen(choice))
         found = {id(at): quantities(probes.models, at) for at in self.settings}
         rows, offset, factor = [], [], []
-        place = [own.index(block) for own, block in zip(library.layers, base)]
         for limit in self.limits:
             values = found[id(limit.at)]
-            prices = probes.prices(values[limit.quantity])
-            rows.append(self.variants.sums(prices))
+            prices = np.concatenate(probes.prices(values[limit.quantity]))
+            rows.append(prices)
             value = float(values[limit.quantity][1])
-            offset.append(value - sum(float(own[i]) for own, i in zip(prices, place)))
+            offset.append(value - float(prices[choice].sum()))
             factor.append(float(limit.reached(values, self.targets.confidence)[1]) / value)
         return np.array(rows), np.array(offset), np.array(factor)
 
     def predict(self, choice: IndexArray) -> Found:
         key = tuple(choice.tolist())
         if key not in self._known:
-            blocks = self.variants.chosen(choice)
+            blocks = self.library.chosen(choice)
             model = planned(self.model, blocks)
             predicted = {id(at): quantities([self.model, model], at) for at in self.settings}
             least, score = self.targets.confidence, float(self.score[choice].sum())
@@ -461,9 +421,8 @@ class Solver:
         exceeds them, and the share of its score that a better choice could save at most."""
         best: tuple[float, float, IndexArray, float] | None = None
         for some in self.families or [np.arange(len(self.score))]:
-            own = Program(self.variants.group[some], self.score[some], cost[:, some]).solve(
-                limit, gap
-            )
+            program = Program(self.library.owner[some], self.score[some], cost[:, some])
+            own = program.solve(limit, gap)
             if best is None or (own.excess, own.score) < best[:2]:
                 best = own.excess, own.score, some[own.choice], own.gap
         assert best is not None
@@ -472,7 +431,7 @@ class Solver:
     def solve(self) -> Found:
         """Return the plan of least score that meets the targets; InputError with the nearest plan
         if none does."""
-        base = self.predict(_firsts(self.variants.group))  # the dense variants
+        base = self.predict(_firsts(self.library.owner))  # the dense variants
         if base.meets:
             return base
         best: Found | None = None

@@ -12,9 +12,9 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ class _Families(Mapping[str, Family]):
         if name in self._modules:
             family: Family = import_module(f"{__name__}.{self._modules[name]}").FAMILY
             return family
-        return self._installed[name]
+        return _loaded(self._installed[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._modules or name in self._others or name in self._installed
@@ -92,21 +92,24 @@ class _Families(Mapping[str, Family]):
         return len(self._modules) + len(self._installed)
 
     @cached_property
-    def _installed(self) -> Mapping[str, Family]:
-        """Families of other packages: their entry points of the group ``prunesim.families``."""
-        found: dict[str, Family] = {}
-        for point in entry_points(group="prunesim.families"):
-            try:
-                family = point.load()
-            except Exception as error:
-                raise InputError(f"entry point {point.value}: {one_line(repr(error))}") from None
-            if not isinstance(family, Family) or family.name in {*self._modules, *found}:
-                raise InputError(
-                    f"entry point {point.value}: expected a simulator.Family with a name of its"
-                    f" own, got {shown(family)}"
-                )
-            found[family.name] = family
-        return found
+    def _installed(self) -> Mapping[str, EntryPoint]:
+        """Families of other packages, by the names of their entry points. A package that cannot be
+        loaded stops only who asks for its family."""
+        return {point.name: point for point in entry_points(group="prunesim.families")}
+
+
+@cache
+def _loaded(point: EntryPoint) -> Family:
+    try:
+        family = point.load()
+    except Exception as error:
+        raise InputError(f"entry point {point.value}: {one_line(repr(error))}") from None
+    if not isinstance(family, Family) or family.name != point.name:
+        raise InputError(
+            f"entry point {point.value}: expected a simulator.Family named {point.name}, got"
+            f" {shown(family)}"
+        )
+    return family
 
 
 FAMILIES: Mapping[str, Family] = _Families()  # pruning families by name, in the order of tables
@@ -196,12 +199,14 @@ def prune(
 def prune_model(model: Model, pruning: str) -> Model:
     """Return the pruned model, given a text of ``--prune`` or the path of a plan with static
     families only."""
-    from simulator.pruning._steps import read_steps, steps_of_families
+    from simulator.pruning._steps import in_order, read_steps
 
-    for step in steps_of_families(read_steps(pruning), model):
-        if step.family.dynamic:
-            raise InputError(f"{step.family.name}: changes no model, as it depends on the tokens")
-        model, _ = _pruned_model(model, step)
+    for step in in_order(read_steps(pruning), len(model.layers)):
+        for one in step.by_family(Target.of_model(model)):
+            if one.family.dynamic:
+                reason = "changes no model, as it depends on the tokens"
+                raise InputError(f"{one.family.name}: {reason}")
+            model, _ = _pruned_model(model, one)
     return model
 
 
@@ -417,7 +422,7 @@ def _check_whole(family: Family, choice: Choice) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What a sparsity refers to: layers, and weights by part and role, (L,) each."""
+    """What a sparsity refers to: layers, and weights by kind of sublayer and role, (L,) each."""
 
     name: str
     layers: int
@@ -440,12 +445,10 @@ class Target:
         inside, role = key
         if part in ONE_SIZE:
             return True
-        if part in SUBLAYERS:
+        if part in KINDS:
             return inside == part
         if part in NESTED:
-            return role in NESTED[part]
-        if part in KINDS:
-            return role in {"mamba": NESTED["mamba_heads"], "conv": ("conv_in",)}[part]
+            return role in NESTED[part] and inside == ("mamba" if part in MAMBA else "attention")
         return role in GROUPS.get(part, (part,))
 
     def has(self, part: str) -> bool:
@@ -477,24 +480,21 @@ def _resolve(target: Target, step: FamilyStep) -> Choice:
             raise InputError(f"layers: expected a fraction of them, got {value:g}")
     if isinstance(sparsity, Mapping):
         return _by_part(target, family, sparsity, some)
-    if np.ndim(plain(sparsity)):
-        if some is not None:
-            raise InputError("layers: expected no layers with a sparsity by layer")
-        return _by_layer(target, family, _fractions(target, family, "", sparsity))
-    fraction = 1.0
+    table = np.ones(count)  # listed layers are removed whole
     if sparsity is not None or family.layers != "some":
-        wanted = family.default if sparsity is None else sparsity
-        fraction = _removed(target, family, "", wanted, "sparsity")
-    everywhere = np.full(count, fraction)
-    if some is None:
-        return Choice(everywhere, fraction, weights=dict.fromkeys(target.weights, everywhere))
-    if family.layers == "some":
-        asked = fraction * len(some) / count
-        if asked >= 1.0:
-            raise InputError(f"layers: expected fewer than all {count} layers")
-        return Choice(everywhere, asked, layers=some)
-    table = np.where(np.isin(np.arange(count), some), fraction, 0.0)
-    return _by_layer(target, family, table)
+        table = _table(target, family, "", family.default if sparsity is None else sparsity, some)
+    weights = dict.fromkeys(target.weights, table)
+    if family.layers == "each" and (some is not None or np.ndim(plain(sparsity))):
+        return Choice(table, float(table.mean()), "layer", weights=weights, by_layer=True)
+    asked = float(table.max(initial=0.0)) * _share_of_layers(target, family, some)
+    if asked >= 1.0:
+        raise InputError(f"layers: expected fewer than all {count} layers")
+    return Choice(table, asked, weights=weights, layers=some)
+
+
+def _share_of_layers(target: Target, family: Family, some: Array | None) -> float:
+    """Return the share of the layers from which a family removes whole layers."""
+    return 1.0 if some is None or family.layers != "some" else len(some) / target.layers
 
 
 def listed_layers(layers: Any, many: int) -> Array:
@@ -505,13 +505,6 @@ def listed_layers(layers: Any, many: int) -> Array:
     if wrong := [int(i) for i in numbers if not 0 <= i < many]:
         raise InputError(f"layers: expected numbers from 0 to {many - 1}, got {wrong[0]}")
     return np.unique(numbers)
-
-
-def _by_layer(target: Target, family: Family, table: FloatArray) -> Choice:
-    if family.layers != "each":
-        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
-    weights = dict.fromkeys(target.weights, table)
-    return Choice(table, float(table.mean()), "layer", weights=weights, by_layer=True)
 
 
 def _removed(target: Target, family: Family, part: str, value: Any, where: str) -> float:
@@ -529,21 +522,6 @@ def _removed(target: Target, family: Family, part: str, value: Any, where: str) 
     if value > size:
         return check_fraction(value, where, f", or the remaining {name}, at most {size:,}")
     return 1.0 - float(value) / size
-
-
-def _fractions(target: Target, family: Family, part: str, sparsity: Any) -> FloatArray:
-    of = part and f" of {part}"
-    if family.layers != "each":
-        raise InputError(f"family {family.name}: expected one fraction, got a sparsity by layer")
-    if np.shape(plain(sparsity)) != (target.layers,):
-        expected = f"expected {target.layers} fractions, one per layer of this model"
-        raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
-    return np.array(
-        [
-            _removed(target, family, part, s, f"sparsity{of} of layer {i}:")
-            for i, s in enumerate(sparsity)
-        ]
-    )
 
 
 def _by_part(
@@ -572,34 +550,51 @@ def _by_part(
     total = sum(float(counts.sum()) for counts in target.weights.values())
     asked = sum(float(target.weights[key] @ table) for key, table in weights.items())
     asked = asked / total if total > 0 else float(np.mean(list(parts.values())))
-    if some is not None and family.layers == "some":
-        asked *= len(some) / target.layers
-    by_layer = some is not None and family.layers == "each"
+    asked *= _share_of_layers(target, family, some)
+    each = family.layers == "each"
+    by_layer = each and some is not None
     by_layer |= any(np.ndim(plain(fraction)) for fraction in sparsity.values())
-    listed = some if family.layers == "some" else None
+    listed = None if each else some
     return Choice(np.zeros(target.layers), asked, "part", parts, weights, listed, by_layer)
 
 
 def _part_table(
     target: Target, family: Family, name: str, sparsity: Any, some: Array | None
 ) -> FloatArray:
-    """Return the sparsity of a part in every layer."""
     if name not in family.targets:
         raise unknown(f"part (for family {family.name})", name, family.targets)
-    if np.ndim(plain(sparsity)):
-        if family.layers != "each" or name in ONE_SIZE:
-            raise InputError(f"sparsity of {name}: expected one fraction, got a sparsity by layer")
-        table = _fractions(target, family, name, sparsity)
-    else:
-        fraction = _removed(target, family, name, sparsity, f"sparsity of {name}:")
-        table = np.full(target.layers, fraction)
-    if some is not None and family.layers == "each":
-        if name in ONE_SIZE:
-            raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")
-        table[~np.isin(np.arange(target.layers), some)] = 0.0
     if not target.has(name):
         roles = dict.fromkeys(role for _, role in target.weights)
         raise InputError(
             f"sparsity of {name}: this model has no such projection; it has {', '.join(roles)}"
         )
-    return table
+    if some is not None and name in ONE_SIZE:
+        raise InputError(f"sparsity of {name}: expected no layers, as all layers have one size")
+    return _table(target, family, name, sparsity, some)
+
+
+def _table(
+    target: Target, family: Family, part: str, sparsity: Any, some: Array | None
+) -> FloatArray:
+    """Return the sparsity of a part ("": all parts) in every layer."""
+    of = part and f" of {part}"
+    if not np.ndim(plain(sparsity)):
+        where = f"sparsity{of}:" if part else "sparsity"
+        table = np.full(target.layers, _removed(target, family, part, sparsity, where))
+        if some is not None and family.layers == "each":
+            table[~np.isin(np.arange(target.layers), some)] = 0.0
+        return table
+    if some is not None:
+        raise InputError("layers: expected no layers with a sparsity by layer")
+    if family.layers != "each" or part in ONE_SIZE:
+        where = f"sparsity{of}" if part in ONE_SIZE else f"family {family.name}"
+        raise InputError(f"{where}: expected one fraction, got a sparsity by layer")
+    if np.shape(plain(sparsity)) != (target.layers,):
+        expected = f"expected {target.layers} fractions, one per layer of this model"
+        raise InputError(f"sparsity{of} by layer: {expected}, got {len(sparsity)}")
+    return np.array(
+        [
+            _removed(target, family, part, s, f"sparsity{of} of layer {i}:")
+            for i, s in enumerate(sparsity)
+        ]
+    )

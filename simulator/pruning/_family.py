@@ -14,7 +14,7 @@ from simulator.codes import PHASES, Part
 from simulator.display import Displayed
 from simulator.errors import InputError
 from simulator.models.form import ZEROS, Form
-from simulator.models.model import PART_NAMES, Layer, Model
+from simulator.models.model import Layer, Model
 from simulator.models.sublayers import Sublayer
 from simulator.workload import Workload
 
@@ -35,7 +35,8 @@ NESTED: Mapping[str, tuple[str, ...]] = {
     "heads": ("q", "o", "q_b", "kv_b"),
     "kv": ("k", "v"),
     "hidden": (),
-    **dict.fromkeys(MAMBA, ("mamba_in", "mamba_x", "mamba_dt")),
+    **dict.fromkeys(MAMBA[:2], ("mamba_in", "mamba_x", "mamba_dt", "o")),
+    "mamba_state": ("mamba_in", "mamba_x"),
 }
 ONE_SIZE: tuple[str, ...] = ("hidden",)  # parts that have one size in all layers
 PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
@@ -64,8 +65,8 @@ class Choice:
     parts : mapping of str to array, shape (layers,)
         Sparsity of each layer by the name of the part.
     weights : mapping of tuple to array, shape (layers,)
-        Sparsity of each layer by part and role of a weight; without parts all weights have the
-        fractions.
+        Sparsity of each layer by kind of sublayer and role of a weight; without parts all weights
+        have the fractions.
     layers : array of int, optional
         Layers from which a family selects whole layers; None: all.
     by_layer : bool
@@ -265,7 +266,7 @@ def changed_weights(
         def formed(sublayer: Sublayer) -> Sublayer:
             forms = {}
             for role, (n, k) in sublayer.weights(model.hidden).items():
-                share = by_key.get((PART_NAMES[sublayer.part], role), 0.0)
+                share = by_key.get((sublayer.kind, role), 0.0)
                 if role in PROJECTIONS and share > 0:
                     forms[role] = change(sublayer.form(role), share, n, k)
             return sublayer.with_forms(forms) if forms else sublayer

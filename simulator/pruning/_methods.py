@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simulator.arguments import is_size, shown
-from simulator.arrays import FloatArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.display import Displayed
 from simulator.errors import InputError, unknown
 from simulator.pruning import FAMILIES, FamilyStep, Pruner, Target
 from simulator.pruning._family import SUFFIXES, Choice, Family, check_fraction
-from simulator.pruning.described.description import ByLayer, Description, LayerRange, PruneStep
+from simulator.pruning._titles import TITLES
+from simulator.pruning.described.description import ByLayer, Description, PruneStep
 from simulator.pruning.described.expressions import Expression
 from simulator.pruning.described.rows import family_of
 from simulator.pruning.described.sizes import model_sizes
@@ -34,7 +35,7 @@ _FOLDER = Path(__file__).parent / "methods"
 Change = Callable[[Workload, float], Workload]
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class Method(Displayed):
     """A pruning method: published, described in a file, or a function.
 
@@ -75,15 +76,6 @@ class Method(Displayed):
     def of_function(cls, name: str, function: Change) -> Method:
         """Return the method ``name`` that ``function`` of a workload and a sparsity computes."""
         return cls(Description.named(name), function)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Method) and (self.description, self.function) == (
-            other.description,
-            other.function,
-        )
-
-    def __hash__(self) -> int:
-        return hash(self.name)
 
     @property
     def name(self) -> str:
@@ -131,11 +123,8 @@ class Method(Displayed):
     @property
     def options(self) -> Mapping[str, Any]:
         """Options of its families."""
-        return {
-            name: _plain(value)
-            for step in self.description.prune
-            for name, value in step.options.items()
-        }
+        steps = self.description.prune
+        return {name: value for step in steps for name, value in step.options.items()}
 
     @property
     def budget(self) -> int | None:
@@ -172,9 +161,8 @@ class Method(Displayed):
             for step in self.description.prune:
                 yield _family_step(step, self.description, target, s, sizes)
             for family in self.families[len(self.description.prune) :]:
-                by_layer = self.description.by_layer
-                table = None if by_layer is None else _by_layer(by_layer, target, s)
-                own = sparsity if table is None else tuple(table.tolist())
+                per_layer = self.description.per_layer
+                own = sparsity if per_layer is None else tuple(_by_layer(per_layer, target, s))
                 yield FamilyStep(family, own)
         except InputError as error:
             at = "" if sparsity is None else f" at sparsity {sparsity:g}"
@@ -198,101 +186,74 @@ def _family_step(
     s: float,
     sizes: Mapping[str, float],
 ) -> FamilyStep:
-    by_layer = step.by_layer or about.by_layer
-    table = s if by_layer is None else _by_layer(by_layer, target, s)
-    layers = step.layers or about.layers
-    values = _Values(target, {**sizes, "s": table}, layers)
-    sparsity: Any = None
-    if isinstance(step.sparsity, Expression):
-        sparsity = values.of(step.sparsity)
-    elif step.sparsity is not None:
-        sparsity = {part: values.of(one) for part, one in step.sparsity.items()}
-    options = {name: values.option(name, one) for name, one in step.options.items()}
-    listed = None
-    if layers is not None and not values.by_layer:
-        listed = layers.numbers(target.layers)
-    return FamilyStep.of(step.family, sparsity, listed, options)
+    per_layer, layers = step.per_layer or about.per_layer, step.layers or about.layers
+    own = s if per_layer is None else _by_layer(per_layer, target, s)
+    numbers = None if layers is None else layers.numbers(target.layers)
+
+    def value(removed: Expression) -> Any:
+        return _removed(removed, target, {**sizes, "s": own}, numbers)
+
+    sparsity: Any = step.sparsity
+    if isinstance(sparsity, Mapping):
+        sparsity = {part: value(removed) for part, removed in sparsity.items()}
+    elif sparsity is not None:
+        sparsity = value(sparsity)
+    of_parts = sparsity.values() if isinstance(sparsity, dict) else [sparsity]
+    by_layer = any(np.ndim(one) for one in of_parts)
+    return FamilyStep.of(step.family, sparsity, None if by_layer else numbers, step.options)
 
 
-class _Values:
-    """Values of expressions in the step of a family."""
-
-    def __init__(self, target: Target, sizes: Mapping[str, Any], layers: LayerRange | None) -> None:
-        self.target, self.sizes, self.layers = target, sizes, layers
-        self.by_layer = False  # whether a value differs between layers
-
-    def of(self, expression: Expression) -> Any:
-        """Return a fraction, one per layer, or a size that remains."""
-        value = expression.value(self._sizes(expression))
-        if not np.ndim(value):
-            return int(value) if is_size(value) else check_fraction(value, expression.text)
-        self.by_layer = True
-        if self.layers is not None:
-            listed = np.isin(np.arange(self.target.layers), self.layers.numbers(self.target.layers))
-            value = np.where(listed, value, 0.0)
-        return tuple(np.asarray(value).tolist())
-
-    def option(self, name: str, value: Any) -> Any:
-        """Return the value of an option: whole numbers are rounded up."""
-        if not isinstance(value, Expression):
-            return value
-        found = value.value(self._sizes(value))
-        if np.ndim(found):
-            raise InputError(f"option {name}: expected one value for all layers")
-        return int(np.ceil(float(found) - 1e-9))
-
-    def _sizes(self, expression: Expression) -> dict[str, Any]:
-        wanted = expression.names - self.sizes.keys()
-        found = dict(self.sizes)
-        if self.target.model is not None:
-            found |= model_sizes(self.target.model, wanted)
-        if missing := expression.names - found.keys():
-            raise InputError(
-                f"{expression.text!r}: expected no {min(missing)}, as a step of a family prunes"
-                " before a pass has it"
-            )
-        return found
+def _removed(
+    expression: Expression,
+    target: Target,
+    sizes: Mapping[str, Any],
+    layers: tuple[int, ...] | None,
+) -> Any:
+    """Return a fraction, one per layer (0 outside ``layers``), or a size that remains."""
+    value = expression.value({**sizes, **_sizes(expression, target, sizes)})
+    if not np.ndim(value):
+        return int(value) if is_size(value) else check_fraction(value, expression.text)
+    if layers is not None:
+        value = np.where(np.isin(np.arange(target.layers), layers), value, 0.0)
+    return tuple(np.asarray(value).tolist())
 
 
-def _by_layer(by_layer: ByLayer, target: Target, s: float) -> FloatArray:
+def _sizes(expression: Expression, target: Target, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a model that an expression names besides ``known``."""
+    wanted = expression.names - known.keys()
+    found = {} if target.model is None else model_sizes(target.model, wanted)
+    if missing := wanted - found.keys():
+        raise InputError(
+            f"{expression.text!r}: expected no {min(missing)}, as a step of a family prunes before"
+            " a pass has it"
+        )
+    return found
+
+
+def _by_layer(per_layer: ByLayer, target: Target, s: float) -> FloatArray:
     """Return the value of ``s`` in each layer (L,)."""
-    layers, values = target.layers, by_layer.values
-    count = by_layer.stages or layers
-    stage = count * np.arange(layers) // layers
-    if by_layer.geometric:
-        return _decay(stage, s)
-    sizes: dict[str, Any] = {"s": s, "layer": np.arange(layers, dtype=np.float64)}
-    names = {name for value in values for name in value.names} - sizes.keys()
-    if target.model is not None:
-        sizes |= model_sizes(target.model, names)
-    if len(values) not in (1, count):
+    layers, values = target.layers, per_layer.values
+    if per_layer.geometric:
+        return _decay((per_layer.runs or layers) * np.arange(layers) // layers, s)
+    if len(values) not in (1, layers):
         raise InputError(f"per_layer: expected {layers} values, got {len(values)}")
-    each = [np.broadcast_to(np.asarray(value.value(sizes), float), layers) for value in values]
-    table: FloatArray = np.stack(each)[stage if len(values) > 1 else 0 * stage, np.arange(layers)]
+    known = {"s": s, "layer": np.arange(layers, dtype=np.float64)}
+    each = [np.broadcast_to(v.value(known | _sizes(v, target, known)), layers) for v in values]
+    table = np.diagonal(each) if len(values) > 1 else each[0]
     return np.array([check_fraction(one, f"s of layer {i}:") for i, one in enumerate(table)])
 
 
-def _decay(stage: Any, s: float) -> FloatArray:
-    """Return sparsities per layer with the mean ``s``: a layer keeps a share r^stage of its
+def _decay(run: IndexArray, s: float) -> FloatArray:
+    """Return sparsities per layer with the mean ``s``: a layer keeps a share r^run of its
     tokens."""
-    most = float(np.mean(stage > 0))
+    most = float(np.mean(run > 0))
     if s >= most:
-        raise InputError(f"expected less than {most:.3g}, as the first stage keeps all")
+        raise InputError(f"expected less than {most:.3g}, as the first layers keep all")
     low, high = 0.0, 1.0
     for _ in range(60):  # the mean grows with r
         r = (low + high) / 2.0
-        low, high = (r, high) if np.mean(r**stage) < 1.0 - s else (low, r)
-    return np.asarray(1.0 - r**stage)
-
-
-def _plain(value: Any) -> Any:
-    """Return the number of an expression without names, or its text."""
-    if not isinstance(value, Expression):
-        return value
-    if value.names:
-        return value.text
-    number = float(np.asarray(value.value({})))
-    return int(number) if number.is_integer() else number
+        low, high = (r, high) if np.mean(r**run) < 1.0 - s else (low, r)
+    return np.asarray(1.0 - r**run)
 
 
 @dataclass(frozen=True)
@@ -343,35 +304,22 @@ def load_method(name: str | Method) -> Method:
     return METHODS[name]
 
 
-# in the order of tables: depth; width; zeros and factors; dynamic depth and width; attention,
-# tokens and cache; experts
-_NAMES = (
-    *("shortgpt", "laco", "sleb", "shortened-llama", "minitron-depth", "attention-drop"),
-    *("layerskip", "llm-pruner", "flap", "slicegpt", "minitron-width", "sheared-llama"),
-    *("wanda", "sparsegpt", "wanda-2:4", "sparsegpt-2:4", "mask-llm", "svd-llm", "asvd"),
-    *("skipgpt", "mod", "calm", "deja-vu"),
-    *("seer-attention", "seer-attention-r", "minference", "minference-7096", "quest", "fastv"),
-    *("pyramiddrop", "llmlingua", "snapkv", "h2o", "snapkv-1024", "snapkv-2048", "snapkv-4096"),
-    *("streaming-llm", "reap", "naee", "naee-skip", "hc-smoe", "m-smoe"),
-)
-
-
 class _Published(Mapping[str, Method]):
     """The methods of the folder; each file is read when its method is used."""
 
     def __getitem__(self, name: str) -> Method:
-        if name not in _NAMES:
+        if name not in TITLES:
             raise KeyError(name)
         return _read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_NAMES)
+        return iter(TITLES)
 
     def __len__(self) -> int:
-        return len(_NAMES)
+        return len(TITLES)
 
 
-@lru_cache(maxsize=len(_NAMES))
+@cache
 def _read(name: str) -> Method:
     return Method.read(method_file(name))
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from simulator.pruning._methods import Method
     from simulator.request import Lowered
 
+T = TypeVar("T")
 # a fraction, one fraction per layer, or one of these per part
 Sparsity = float | tuple[float, ...] | tuple[tuple[str, float | tuple[float, ...]], ...] | None
 
@@ -166,12 +167,6 @@ def prune_steps(
         raise InputError(": ".join(filter(None, (plan, place, str(error))))) from None
 
 
-def steps_of_families(steps: Sequence[PruningStep], model: Model) -> Iterator[FamilyStep]:
-    """Yield the steps of families that prune a model, in their order."""
-    for step in in_order(steps, len(model.layers)):
-        yield from step.by_family(Target.of_model(model))
-
-
 def in_order(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
     """Yield the steps in the order in which they prune a model of ``layers``: those that remove
     layers are last."""
@@ -201,20 +196,17 @@ def _joined(steps: Sequence[PruningStep], layers: int) -> Iterator[PruningStep]:
 def _by_layer(steps: Sequence[PruningStep], layers: int) -> PruningStep:
     first, family = steps[0], steps[0].families[0]
     tables: dict[str, FloatArray] = {}
+    named = any(isinstance(_argument(step.sparsity), dict) for step in steps)
     for step in steps:
         found = _argument(family.default if step.sparsity is None else step.sparsity)
         if found is None:
             raise InputError(f"{step}: expected a fraction")
-        parts = (
-            found
-            if isinstance(found, dict)
-            else dict.fromkeys(SUBLAYERS if family.targets else ("",), found)
-        )
-        for part, fraction in parts.items():
+        whole = dict.fromkeys(SUBLAYERS if named else ("",), found)
+        for part, fraction in (found if isinstance(found, dict) else whole).items():
             table = tables.setdefault(part, np.zeros(layers))
             table[listed_layers(step.layers, layers)] = fraction
     each = tuple((part, tuple(table.tolist())) for part, table in tables.items())
-    return PruningStep(first.name, each if family.targets else each[0][1], options=first.options)
+    return PruningStep(first.name, each if named else each[0][1], options=first.options)
 
 
 def _renumbered(steps: Sequence[PruningStep]) -> Iterator[PruningStep]:
@@ -241,6 +233,7 @@ def _renumbered(steps: Sequence[PruningStep]) -> Iterator[PruningStep]:
 
 MOST_CHARACTERS = 2000
 MOST_LAYERS = 10_000  # largest accepted layer number; models have fewer layers
+_RANGE = re.compile(r"(0|[1-9]\d{0,4})(?:-(0|[1-9]\d{0,4}))?", re.ASCII)
 
 _TOKEN = re.compile(
     r"(?P<name>[^\s+=%]+)\s*=\s*(?P<value>[^\s+=%]+(?:\s*%)?)|(?P<word>[^\s+=%]+(?:\s*%)?)|(?P<plus>\+)|(?P<wrong>[=%])"
@@ -293,6 +286,14 @@ class _MisplacedError(InputError):
     def __init__(self, column: int, message: str) -> None:
         super().__init__(message)
         self.column = column
+
+
+def _placed(column: int, read: Callable[..., T], *texts: str) -> T:
+    """Return what a function reads of a text; its error gets the column of the text."""
+    try:
+        return read(*texts)
+    except InputError as error:
+        raise _MisplacedError(column, str(error)) from None
 
 
 def _steps(text: str, layers: tuple[int, ...] | None = None) -> tuple[PruningStep, ...]:
@@ -376,7 +377,7 @@ def _step(tokens: Sequence[re.Match[str]], listed: tuple[int, ...] | None) -> Pr
                 raise _MisplacedError(at, "s is given twice")
             sparsity = _removed(value, token.start("value") + 1, None)
         elif key == "layers":
-            layers = _layers(value, token.start("value") + 1)
+            layers = _placed(token.start("value") + 1, layer_numbers, value)
         elif key in targets:
             parts[key] = _removed(value, token.start("value") + 1, FAMILIES[name], key)
         else:
@@ -435,20 +436,19 @@ def _removed(text: str, column: int, family: Family | None, part: str = "") -> f
     """Return the fraction that a text removes, or the size that remains of a part."""
     if family and family.sizes(part) and re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 1:
         return int(text)
-    try:
-        return check_fraction(parse_fraction(text), "fraction")
-    except InputError as error:
-        raise _MisplacedError(column, str(error)) from None
+    return _placed(column, lambda: check_fraction(parse_fraction(text), "fraction"))
 
 
-def _layers(text: str, column: int) -> tuple[int, ...]:
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a text such as ``4-29`` or ``0,5,8-11``, in order. A range has both
+    ends, and no number has a leading zero."""
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip(), re.ASCII)
+        match = _RANGE.fullmatch(part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < MOST_LAYERS:
             expected = "expected layer numbers such as 4-29 or 0,5,8-11"
-            raise _MisplacedError(column, f"{expected}, got {one_line(text, 120)!r}")
+            raise InputError(f"{expected}, got {one_line(text, 120)!r}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 
@@ -485,7 +485,7 @@ def _of_layers(node: Node, problems: Problems) -> tuple[PruningStep, ...]:
     for text, (key_node, value) in node.entries.items():
         key = path_of(("layers", text))
         try:
-            layers = _layers(text, 1)
+            layers = layer_numbers(text)
         except InputError as error:
             problems.add(key_node, key, str(error))
             continue

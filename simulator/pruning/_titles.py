@@ -1,52 +1,58 @@
-"""Names of published methods as their papers write them."""
+"""Published methods in the order of tables, with their names as the papers write them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 TITLES: Mapping[str, str] = {
-    "asvd": "ASVD",
+    # depth
+    "shortgpt": "ShortGPT",
+    "laco": "LaCo",
+    "sleb": "SLEB",
+    "shortened-llama": "Shortened LLaMA",
+    "minitron-depth": "Minitron (depth)",
     "attention-drop": "Attention Drop",
+    "layerskip": "LayerSkip",
+    # width
+    "llm-pruner": "LLM-Pruner",
+    "flap": "FLAP",
+    "slicegpt": "SliceGPT",
+    "minitron-width": "Minitron (width)",
+    "sheared-llama": "Sheared LLaMA",
+    # zeros and factors
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "wanda-2:4": "Wanda 2:4",
+    "sparsegpt-2:4": "SparseGPT 2:4",
+    "mask-llm": "MaskLLM",
+    "svd-llm": "SVD-LLM",
+    "asvd": "ASVD",
+    # dynamic depth and width
+    "skipgpt": "SkipGPT",
+    "mod": "Mixture-of-Depths",
     "calm": "CALM",
     "deja-vu": "Deja Vu",
-    "fastv": "FastV",
-    "flap": "FLAP",
-    "h2o": "H2O",
-    "hc-smoe": "HC-SMoE",
-    "laco": "LaCo",
-    "layerskip": "LayerSkip",
-    "llm-pruner": "LLM-Pruner",
-    "llmlingua": "LLMLingua",
-    "m-smoe": "M-SMoE",
-    "mask-llm": "MaskLLM",
-    "minference": "MInference",
-    "minference-7096": "MInference-7096",
-    "minitron-depth": "Minitron (depth)",
-    "minitron-width": "Minitron (width)",
-    "mod": "Mixture-of-Depths",
-    "naee": "NAEE",
-    "naee-skip": "NAEE (skipping)",
-    "pyramiddrop": "PyramidDrop",
-    "quest": "Quest",
-    "reap": "REAP",
+    # attention, tokens and cache
     "seer-attention": "SeerAttention",
     "seer-attention-r": "SeerAttention-R",
-    "sheared-llama": "Sheared LLaMA",
-    "shortened-llama": "Shortened LLaMA",
-    "shortgpt": "ShortGPT",
-    "skipgpt": "SkipGPT",
-    "sleb": "SLEB",
-    "slicegpt": "SliceGPT",
+    "minference": "MInference",
+    "minference-7096": "MInference-7096",
+    "quest": "Quest",
+    "fastv": "FastV",
+    "pyramiddrop": "PyramidDrop",
+    "llmlingua": "LLMLingua",
     "snapkv": "SnapKV",
+    "h2o": "H2O",
     "snapkv-1024": "SnapKV-1024",
     "snapkv-2048": "SnapKV-2048",
     "snapkv-4096": "SnapKV-4096",
-    "sparsegpt": "SparseGPT",
-    "sparsegpt-2:4": "SparseGPT 2:4",
     "streaming-llm": "StreamingLLM",
-    "svd-llm": "SVD-LLM",
-    "wanda": "Wanda",
-    "wanda-2:4": "Wanda 2:4",
+    # experts
+    "reap": "REAP",
+    "naee": "NAEE",
+    "naee-skip": "NAEE (skipping)",
+    "hc-smoe": "HC-SMoE",
+    "m-smoe": "M-SMoE",
 }
 
 

@@ -61,10 +61,6 @@ PLAN = (
     "prune: kv_cache 0.25\nlayers:\n  0-3: width mlp=0.3 attention=0.25\n  8: depth unit=attention"
     " + low_rank 0.3\n"
 )
-CHOICES = (
-    "attention: [dense, kv=4, none]\nmlp: [dense, 4096, linear, none]\nlayers:\n  0-1,15: {mlp:"
-    " [dense]}\n"
-)
 PRUNE = (
     "width mlp=0.3 attention=0.25 align=64 layers=0-7 + depth 25% + low_rank 0.4 layers=8,9 +"
     " kv_cache .5"
@@ -222,20 +218,6 @@ TYPES = {
     if one.get("content", {}).get("model_type") in {*ARCHITECTURES, *NESTED}
 }
 """A configuration of every type of decoder that a table reads."""
-_STATS = {"num_kv_heads": 2, "ffn_intermediate_size": 256, "num_params": 9, "runtime_ms": 1.5}
-LIBRARY = {f"layer_{i}": {"own": {"stats": _STATS, "metrics": {"kl_div": 0.5}}} for i in range(3)}
-"""A library of Puzzle for :data:`SMALL`."""
-
-
-def validation(layer: int) -> dict[str, Any]:
-    """One of Puzzletron's validations of single replacements in :data:`SMALL`."""
-    block = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
-    replaced = {"single_block_replacement": {"block_idx": layer, "block_config": block}}
-    return {
-        "puzzle_solution": replaced,
-        "kl_div": {"avg": 0.5, "per_sample": [0.4, 0.6]},
-        "args": {"a": 1},
-    }
 
 
 _TENSORS = tensors_of(load_model(SMALL))
@@ -476,10 +458,7 @@ READERS: dict[str, tuple[Any, str]] = {
         name: (bench, f"speedup llama-3.1-8b {ON} --family depth {BENCHES[name]} --dense-from {{}}")
         for name, bench in RESULTS.items()
     },
-    "library.json": (LIBRARY, f"costs DIR/config.json {ON} --choices {{}}"),
-    "solution_0.json": (validation(0), f"search DIR/config.json {ON} --target 1.05 --scores DIR"),
     "scores.csv": (SCORES, f"search llama-3.2-1b {ON} --target 1.05 --scores {{}}"),
-    "choices.yaml": (CHOICES, f"costs llama-3.2-1b {ON} --choices {{}}"),
     "quality.csv": (QUALITY, f"pareto llama-2-7b {ON} --quality {{}}"),
     "results.json": (HARNESS, f"pareto llama-2-7b {ON} --quality DIR/listed.csv"),
     "speedups.csv": (SPEEDUPS, f"pareto llama-2-7b {ON} --phase decode --measured {{}}"),
@@ -488,9 +467,8 @@ READERS: dict[str, tuple[Any, str]] = {
 path, TEXT: content)."""
 CONFIG = {"config.json": json.dumps(SMALL)}
 BESIDE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("model.safetensors", "library.json", "hf_quant_config.json"), CONFIG),
+    **dict.fromkeys(("model.safetensors", "hf_quant_config.json"), CONFIG),
     "model.safetensors.index.json": {**CONFIG, "a": safetensors(CHECKPOINTS[0])},
-    "solution_0.json": CONFIG | {f"solution_{i}.json": json.dumps(validation(i)) for i in (1, 2)},
     "results.json": {"dense.json": json.dumps(HARNESS), "listed.csv": LISTED},
 }
 """Files that lie next to one."""

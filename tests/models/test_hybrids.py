@@ -132,6 +132,7 @@ def test_blocks_of_shared_weights_count_once_and_run_every_time() -> None:
         ("width mamba_state=0.5", (8, 16, 8)),
         ("width mamba_heads=0.5 mamba_state=0.25", (4, 16, 12)),
         ("width 0.5", (4, 16, 16)),
+        ("width 0.5 layers=0-1 + width 0.25 layers=2-3", (4, 16, 16)),
         ("width attention=0.5", (8, 16, 16)),
     ],
 )

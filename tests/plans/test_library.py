@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import load_model
-from simulator.plans.library import EXAMPLES, combined, groups_of, metric_of, read_library
+from simulator.plans.library import EXAMPLES, combined, metric_of, read_library
 from simulator.plans.search import search
 
 pytestmark = pytest.mark.quick
@@ -30,10 +29,6 @@ def test_rows_of_a_csv_are_variants_with_their_values(tmp_path: Path) -> None:
     library = read(tmp_path, ROWS)
     assert library.texts(0) == [("dense", "dense"), ("none", "dense"), ("dense", "768")]
     assert library.values["kl_div"][29].tolist() == [0.0, 0.5, 0.125]
-    sizes = read(
-        tmp_path, "layer,kv_heads,ffn_intermediate_size,kl_div\nall,3,1536,0\nall,0,768,0.5\n"
-    )
-    assert sizes.texts(7) == [("dense", "dense"), ("none", "768")]
     # row numbers without a name
     pandas = read(tmp_path, ",layer,mlp,kl_div\n0,all,dense,0\n1,all,none,0.5\n")
     assert list(pandas.values) == ["kl_div"]
@@ -87,7 +82,7 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
         (
             "kl_div,lm_loss",
             "",
-            "metric: expected one of kl_div or lm_loss, got none; choose it with --metric",
+            "metric: expected one of kl_div, lm_loss, got none; choose it with --metric",
         ),
         ("kl_div", "kl", "metric 'kl' is unknown; did you mean kl_div?"),
         (
@@ -98,9 +93,9 @@ def test_bad_rows_are_one_line(tmp_path: Path, text: str, message: str) -> None:
         (
             "runtime_ms,memory_mib",
             "",
-            "expected a column of scores, got only times, sizes or counts: runtime_ms or",
+            "expected a column of scores such as kl_div, got only times, sizes or counts: runtime_ms,",
         ),
-        ("protocol", "", "the library has no scores"),
+        ("protocol", "", "expected a column of scores such as kl_div, got none"),
     ],
 )
 def test_a_metric_that_is_none_or_one_of_several_is_named(
@@ -151,30 +146,10 @@ def test_times_sizes_memory_and_counts_are_no_metrics(tmp_path: Path, other: str
         assert (name, column[0].tolist()) == (score, [0.0, 0.5])
 
 
-def test_choices_are_all_combinations(tmp_path: Path) -> None:
-    text = "attention: [dense, none]\nmlp: [dense, 768, none]\nlayers:\n  0-1,29: {mlp: [dense]}\n"
-    library = read(tmp_path, text, "choices.yaml")
-    assert [len(own) for own in library.layers] == [2, 2, *[6] * 27, 2]
-    many = f"attention: [{'none, ' * 4096}]\nmlp: [{'768, ' * 4096}]\n"  # 16 million pairs
-    assert [len(own) for own in read(tmp_path, many, "choices.yaml").layers] == [2] * 30
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *tables_of("plans/mistakes.yaml")["choices"],
-        (f"mlp: {[768] * 50_000}\n", "mlp: expected a list of 1 to 4096 variants, got 50000$"),
-        (
-            f"attention: [dense, kv=1, none]\nmlp: {list(range(1, 1400))}\n",
-            "layer 0: expected at most 4096 variants",
-        ),
-    ],
-)
-def test_bad_choices_name_their_place(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        read(tmp_path, text, "choices.yaml")
-    assert "choices.yaml:" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_more_variants_of_a_layer_than_a_search_takes_are_refused(tmp_path: Path) -> None:
+    rows = [f"0,{a},{m}" for a in ("dense", "kv=1", "none") for m in range(1, 1400)]
+    with pytest.raises(InputError, match="layer 0: expected at most 4096 variants"):
+        read(tmp_path, "\n".join(["layer,attention,mlp", *rows]))
 
 
 def test_results_of_the_harness_are_losses(tmp_path: Path) -> None:
@@ -202,27 +177,6 @@ def test_single_replacements_are_combined_and_their_scores_added(tmp_path: Path)
     assert library.values["kl_div"][0].tolist() == [0.0, 0.5, 0.25, 0.75]
     with_both = combined(read(tmp_path, ROWS + "all,none,none,9\n"))
     assert len(with_both.layers[0]) == 4  # rows with both changed stay as they are
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0-3,2-5", "layer 2 is in two groups"),
-        ("0", "1 to 30 layers"),
-        *((text, "^groups: ") for text in ("\u00b2", "9" * 5000, True, 2.5, [4], "")),
-    ],
-)
-def test_other_groups_are_refused(text: object, message: str) -> None:
-    with pytest.raises(InputError, match=message) as error:
-        groups_of(text, 30)
-    assert len(str(error.value)) < 200
-
-
-def test_groups_cover_every_layer_once() -> None:
-    for given in (None, 4, " 8 ", "2-5,9-10"):
-        assert np.concatenate([list(group) for group in groups_of(given, 30)]).tolist() == list(
-            range(30)
-        )
 
 
 def test_the_shipped_library_has_a_score_of_each_variant_of_each_layer() -> None:

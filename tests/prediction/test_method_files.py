@@ -202,7 +202,7 @@ def test_a_package_adds_a_family(folder: Path) -> None:
     assert (status, out[:44]) == (0, b"sink window=1020 makes llama-3.1-8b 1.22x fa")
     (points,) = target.glob("*.dist-info/entry_points.txt")
     for place, reason in (
-        ("prunesim_sink:sink", "expected a simulator.Family with a name of its own, got <function"),
+        ("prunesim_sink:sink", "expected a simulator.Family named sink, got <function"),
         ("prunesim_sunk:FAMILY", "ModuleNotFoundError"),
         ("prunesim_sink:NONE", "AttributeError"),
     ):
@@ -210,4 +210,4 @@ def test_a_package_adds_a_family(folder: Path) -> None:
         status, out, err = asked("sink window=1020")
         assert (status, out, len(err)) == (2, b"", 1)
         assert err[0].startswith(f"prunesim: entry point {place}: {reason}")
-        assert asked("depth 0.25")[0] == 0
+        assert asked("depth 0.25")[0] == asked(f"{folder / 'skip.yaml'} s=0.5")[0] == 0

@@ -152,7 +152,7 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             "decode",
             r"0.82: s \* layers / \(layers - 6\) 1.00923: expected a fraction",
         ),
-        ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as the first stage keeps all"),
+        ("pyramiddrop", 0.8, "prefill", "expected less than 0.75, as the first layers keep all"),
         ("minference", 0.9, "decode", "minference: expected --phase prefill, got decode"),
         ("wanda-2:4", 0.25, "decode", "as 2:4 removes half"),
         ("flap", {"mlp": 0.2}, "decode", "expected a fraction"),
@@ -161,7 +161,7 @@ def test_pyramiddrop_halves_the_tokens_after_each_quarter() -> None:
             "calm",
             0.98,
             "decode",
-            "expected less than 0.969, as the first stage keeps all",
+            "expected less than 0.969, as the first layers keep all",
         ),
     ],
 )

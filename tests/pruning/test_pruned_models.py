@@ -91,6 +91,14 @@ def test_whole_layers_vanish(name: str, phase: str) -> None:
     assert some.parameters == pytest.approx(left, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "part", ["depth attention", "depth mamba", "width attention", "width mamba_heads"]
+)
+def test_a_part_of_a_hybrid_is_its_kind_of_sublayer(part: str) -> None:
+    (step,) = prune(lower("nemotron-nano-12b-v2", phase="decode"), f"{part}=0.5").meta.applied
+    assert step.realised == pytest.approx(step.sparsity, rel=0.1)
+
+
 def test_narrower_experts_and_heads() -> None:
     pruned = prune(
         lower(load_model("mixtral-8x7b"), phase="prefill", batch=1, seq=64), "width", 0.5

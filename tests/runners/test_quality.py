@@ -337,8 +337,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("models")
     write_checkpoint(path / "tiny")
     (path / "text.txt").write_text(TEXT)
-    (path / "choices.yaml").write_text(
-        "attention: [dense, kv=1, none]\nmlp: [64, none]\nlayers: {1: {mlp: [dense]}}\n"
+    (path / "choices.csv").write_text(
+        'layer,attention,mlp\nall,kv=1,\nall,none,\n"0,2",,64\n"0,2",,none\n'
     )
     return path
 
@@ -347,7 +347,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path, tmp_path: Path) -> str:
     """A command that scores the choices of the tiny model."""
     line = (
-        f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.yaml'} --text"
+        f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.csv'} --text"
         f" {folder / 'text.txt'}"
     )
     return f"{line} --windows 2 --length 60 -o {tmp_path / 's.csv'}"
@@ -400,7 +400,7 @@ def test_a_killed_run_is_resumed(
     ("more", "reason"),
     [
         ("--family width", "--per-layer: expected no --pruned, --family or --sparsity"),
-        ("--choices none.yaml", "none.yaml"),
+        ("--choices none.csv", "none.csv"),
         ("--windows 30", "too short; expected at least 3600"),
     ],
 )

@@ -78,7 +78,7 @@ _NAMES = ("hidden", "inner", "s")  # sizes that a share and the outputs of a rou
 def check_method(about: Description) -> None:
     """Raise InputError for a method that this decoder does not execute."""
     forms = [_form(change) for change in about.dynamic]
-    if about.layers or about.by_layer or len(forms) != 1 or forms[0] not in _RULES:
+    if about.layers or about.per_layer or len(forms) != 1 or forms[0] not in _RULES:
         raise InputError(
             f"{about.name}: dynamic: this decoder executes mlp: {{m: ..., tokens: exact, kernel:"
             " gather}} or mlp: {{n: ..., shared: true}} in all layers; got"

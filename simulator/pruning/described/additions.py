@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from simulator.arrays import Array, FloatArray
-from simulator.codes import Kind, Part, Phase
+from simulator.codes import Part, Phase
 from simulator.errors import InputError
 from simulator.pruning.described.changes import Kept
 from simulator.pruning.described.description import Addition
@@ -32,12 +32,9 @@ class Additions:
     def insert(self, w: Workload) -> Workload:
         parts: _rows.Inserted = []
         for addition in self.additions:
-            if addition.fused:
-                w = self._fused(w, addition)
-            else:
-                at, place = self._places(w, addition)
-                if len(at):
-                    parts.append((place, self._rows(w, at, addition)))
+            at, place = self._places(w, addition)
+            if len(at):
+                parts.append((place, self._rows(w, at, addition)))
         return _rows.insert(w, parts) if parts else w
 
     def _places(self, w: Workload, addition: Addition) -> tuple[Array, Array]:
@@ -113,28 +110,6 @@ class Additions:
                     f"{self.method}: {addition.role} {name} {addition.sizes[name].text!r}: expected"
                     f" a number {'above 0' if above else 'from 0 up'}, got {value.min():g}"
                 )
-
-    def _fused(self, w: Workload, addition: Addition) -> Workload:
-        """Return the workload whose elementwise kernel beside each place moves the added bytes."""
-        at, place = self._places(w, addition)
-        if not len(at):
-            return w
-        added = self._rows(w, at, addition)
-        moves = np.flatnonzero((w.kind == Kind.ELEMENTWISE) & ~w.overhead & (w.layer >= 0))
-        before = addition.place.startswith("before")
-        # the first kernel after a place before a sublayer, the last one before a place after it
-        found = np.searchsorted(moves, place) - (0 if before else 1)
-        found = moves[np.clip(found, 0, max(len(moves) - 1, 0))] if len(moves) else found
-        if not len(moves) or (w.part[found] != w.part[at]).any():
-            raise InputError(
-                f"{self.method}: {addition.role}: expected fused: false, as {w.meta.model} has no"
-                f" elementwise kernel {addition.place}"
-            )
-        read, write = w.read_bytes.copy(), w.write_bytes.copy()
-        share = added.count / np.maximum(w.count[found], 1e-300)
-        np.add.at(read, found, added.read_bytes * share)
-        np.add.at(write, found, added.write_bytes * share)
-        return w.replace(read_bytes=read, write_bytes=write)
 
 
 def _whole(values: FloatArray) -> Array:

@@ -166,6 +166,7 @@ class Changes:
             kernel="ideal" if self.ideal else _FAMILY_KERNEL[change.kernel],
             prune_kv=change.kv == "pruned",
             router=change.router if change.kernel == "masked" else 0,
+            whole_layers=change.operator == "all",
             exact=change.tokens == "exact",
             per=change.per,
         )

@@ -99,8 +99,9 @@ class LayerRange:
         return tuple(sorted({i for one in self.slices for i in range(layers)[one]}))
 
 
-_SLICE = re.compile(r"(-?\d{1,5})?:(-?\d{1,5})?(:[1-9]\d{0,4})?", re.ASCII)
-_RANGE = re.compile(r"(-?\d{1,5})(?:-(\d{1,5}))?", re.ASCII)  # both ends included
+_NUMBER = r"(?:0|[1-9]\d{0,4})"  # without leading zeros
+_SLICE = re.compile(rf"(-?{_NUMBER})?:(-?{_NUMBER})?(:[1-9]\d{{0,4}})?", re.ASCII)
+_RANGE = re.compile(rf"(-?{_NUMBER})(?:-({_NUMBER}))?", re.ASCII)  # both ends included
 
 
 def _slice(text: str) -> slice:
@@ -117,11 +118,11 @@ def _slice(text: str) -> slice:
 class ByLayer:
     """The value of ``s`` in each layer, given that of the whole model."""
 
-    # one for all layers (an expression of ``layer``), or one per layer or stage
+    # one for all layers (an expression of ``layer``), or one per layer
     values: tuple[Expression, ...] = ()
-    stages: int | None = None  # equal runs of layers that share a value; None: each layer
-    # the share that remains falls by the same factor from stage to stage; its mean is 1 - s
+    # the share that remains falls by the same factor from run to run of layers; its mean is 1 - s
     geometric: bool = False
+    runs: int | None = None  # equal runs of layers with one value; None: each layer
 
     @property
     def names(self) -> frozenset[str]:
@@ -136,8 +137,8 @@ class PruneStep:
     # None: the default of the family, or what follows from a budget
     sparsity: Expression | Mapping[str, Expression] | None = field(default=None, hash=False)
     layers: LayerRange | None = None
-    by_layer: ByLayer | None = None
-    options: Mapping[str, Expression | bool | str] = field(default_factory=dict, hash=False)
+    per_layer: ByLayer | None = None
+    options: Mapping[str, int | bool | str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,6 @@ class Addition:
     kernels: int = 1
     when: Condition | None = None
     phases: tuple[str, ...] = PASSES
-    fused: bool = False  # the bytes join the neighbouring elementwise kernel
     layers: LayerRange | None = None
 
 
@@ -186,7 +186,7 @@ class Description:
     sparsities: tuple[float, ...] = ()
     phases: tuple[str, ...] = PHASES
     layers: LayerRange | None = None
-    by_layer: ByLayer | None = None
+    per_layer: ByLayer | None = None
     prune: tuple[PruneStep, ...] = ()
     dynamic: tuple[Change, ...] = ()
     adds: tuple[Addition, ...] = ()
@@ -223,12 +223,7 @@ class Description:
         if len(text) > MOST_CHARACTERS:
             expected = f"expected at most {MOST_CHARACTERS:,} characters"
             problems.add(None, "file", f"{expected}, got {len(text):,}")
-        return cls.of_node(None if len(problems) else parse_yaml(text, problems), problems)
-
-    @classmethod
-    def of_node(cls, root: Node | None, problems: Problems) -> Description:
-        """Return the method of a tree; InputError with the first problem."""
-        found = None
+        root, found = None if len(problems) else parse_yaml(text, problems), None
         if not len(problems):
             reader = TreeReader(problems, (), {})
             found = _DESCRIPTION.read(root or Node("scalar"), (), reader)
@@ -244,11 +239,11 @@ class Description:
     @property
     def needs_sparsity(self) -> bool:
         """Whether a request must state ``s``."""
-        steps = [(step, step.by_layer or self.by_layer) for step in self.prune]
-        own = [(part, self.by_layer) for part in (*self.dynamic, *self.adds)]
+        steps = [(step, step.per_layer or self.per_layer) for step in self.prune]
+        own = [(part, self.per_layer) for part in (*self.dynamic, *self.adds)]
         return any(
-            "s" in _names(part) and (by_layer is None or "s" in by_layer.names)
-            for part, by_layer in (*steps, *own)
+            "s" in _names(part) and (per_layer is None or "s" in per_layer.names)
+            for part, per_layer in (*steps, *own)
         )
 
 
@@ -282,15 +277,13 @@ def _formula(
     expected: str,
     low: float,
     high: float,
-    *,
-    whole: bool = False,
     parse: Callable[[str], Expression | None] = Expression.parse,
 ) -> Scalar:
     """Return the kind of an expression; a constant must be from ``low`` to ``high``."""
 
     def rule(found: Any) -> Any:
         constant = found and found.constant
-        if constant is not None and not (low <= constant <= high and not (whole and constant % 1)):
+        if constant is not None and not low <= constant <= high:
             raise ValueError(f"expected {expected}, got {found}")
         return found
 
@@ -347,8 +340,8 @@ class _Object:
 _SHARE = _formula("a share above 0, up to 1", 1e-12, 1.0)
 _COUNT = _formula("a number from 1 up", 1.0, 2.0**53)
 _BYTES = _formula("a number of bytes from 0 up", 0.0, 1e30)
-_REMOVED = _formula("a fraction in [0, 1), or a size", 0.0, 2.0**31, parse=_removed)
-_OPTION = _formula("a whole number from 0 up", 0.0, 2.0**31, whole=True)
+_REMOVED = _formula("a fraction in [0, 1), or a size", 0.0, 2.0**31, _removed)
+_OPTION = Number(0, 2**31, "16", whole=True)
 _FRACTION = _formula("a fraction in [0, 1)", 0.0, 0.9999)
 _WHOLE = Number(1, 2**20, "16", whole=True)
 _LAYERS = _Parsed(LayerRange.parse, listed=True)
@@ -361,40 +354,24 @@ class _Per(Scalar):
 
 _GEOMETRIC = _Object(
     {"geometric": Number(2, 1000, "4", whole=True)},
-    lambda found: ByLayer(stages=found["geometric"], geometric=True),
+    lambda found: ByLayer(geometric=True, runs=found["geometric"]),
 )
 
 
-@dataclass(frozen=True)
 class _ByLayer:
-    stages: bool
-
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        if self.stages and node.kind == "mapping":
+        if node.kind == "mapping":
             return _GEOMETRIC.read(node, path, reader)
-        if not self.stages and node.text == "geometric":
+        if node.text == "geometric":
             return ByLayer(geometric=True)
-        if node.kind != "list":
-            value = _FRACTION.read(node, path, reader)
-            return BAD if value is BAD else ByLayer((value,))
-        values = _Several(_FRACTION).read(node, path, reader)
-        return BAD if values is BAD else ByLayer(values, len(values) if self.stages else None)
+        if node.kind == "list":
+            values = _Several(_FRACTION).read(node, path, reader)
+            return BAD if values is BAD else ByLayer(values)
+        value = _FRACTION.read(node, path, reader)
+        return BAD if value is BAD else ByLayer((value,))
 
 
-_WHERE: Mapping[str, Any] = {
-    "layers": _LAYERS,
-    "per_layer": _ByLayer(stages=False),
-    "stages": _ByLayer(stages=True),
-}
-
-
-def _by_layer(found: dict[str, Any]) -> ByLayer | None:
-    """Take the sparsity by layer from the members of a mapping."""
-    per_layer: ByLayer | None = found.pop("per_layer", None)
-    stages: ByLayer | None = found.pop("stages", None)
-    if per_layer and stages:
-        raise InputError("expected one of per_layer and stages, got both")
-    return per_layer or stages
+_WHERE: Mapping[str, Any] = {"layers": _LAYERS, "per_layer": _ByLayer()}
 
 
 class _Step:
@@ -419,10 +396,11 @@ _OPTIONS: Mapping[type, Scalar] = {bool: Truth(), str: Text()}
 
 
 def _prune_step(family: Family, key: str, found: dict[str, Any]) -> PruneStep:
-    sparsity, layers, by_layer = found.pop(key), found.pop("layers", None), _by_layer(found)
-    if by_layer and "s" not in _names(sparsity):
-        raise InputError(f"{key}: expected an expression of s, as per_layer or stages states s")
-    return PruneStep(family.name, sparsity, layers, by_layer, found)
+    where = {name: found.pop(name, None) for name in _WHERE}
+    sparsity = found.pop(key)
+    if where["per_layer"] and "s" not in _names(sparsity):
+        raise InputError(f"{key}: expected an expression of s, as per_layer states s")
+    return PruneStep(family.name, sparsity, **where, options=found)
 
 
 _AXES: Mapping[str, Any] = {
@@ -484,7 +462,7 @@ _DYNAMIC = _Object(
 _SIZES: Mapping[str, Mapping[str, Any]] = {
     "gemm": dict.fromkeys(("m", "n", "k"), _COUNT),
     "elementwise": dict.fromkeys(("read", "write"), _BYTES),
-    "time": {"seconds": _formula("a time of up to 1000 s", 0.0, 1000.0, parse=_seconds)},
+    "time": {"seconds": _formula("a time of up to 1000 s", 0.0, 1000.0, _seconds)},
 }
 _ADDITION: Mapping[str, Any] = {
     "role": Text(choices=ROLES),
@@ -493,15 +471,12 @@ _ADDITION: Mapping[str, Any] = {
     "kernels": _WHOLE,
     "when": _Parsed(Condition.parse),
     "phases": _Several(Text(choices=PASSES)),
-    "fused": Truth(),
     "layers": _LAYERS,
 }
 
 
 def _addition(kind: str, found: dict[str, Any]) -> Addition:
     sizes = {name: found.pop(name) for name in _SIZES[kind]}
-    if found.get("fused") and kind != "elementwise":
-        raise InputError(f"fused: expected it only with elementwise, got {kind}")
     sublayers = found.get("every") == "sublayer"
     place = found.setdefault("place", "before sublayer" if sublayers else "before layer")
     if sublayers != place.endswith("sublayer"):
@@ -530,14 +505,14 @@ _NAME = Text(pattern="[A-Za-z0-9][A-Za-z0-9.:-]{0,59}", right="letters, digits, 
 
 
 def _description(found: dict[str, Any]) -> Description:
-    name, by_layer = found.pop("method"), _by_layer(found)
+    name = found.pop("method")
     if {*found.get("phases", ())} >= {*PASSES}:  # generate and serve consist of both passes
         found["phases"] = PHASES
-    made = Description(name, by_layer=by_layer, **found)
+    made = Description(name, **found)
     if not (made.prune or made.dynamic or made.adds):
         raise InputError("expected prune, dynamic or adds, got none of them")
-    if by_layer and "s" not in _names((made.prune, made.dynamic, made.adds)):
-        raise InputError("per_layer, stages: expected none, as no expression contains s")
+    if made.per_layer and "s" not in _names((made.prune, made.dynamic, made.adds)):
+        raise InputError("per_layer: expected none, as no expression contains s")
     if made.sparsities and not made.needs_sparsity:
         raise InputError("sparsities: expected none, as no expression contains s")
     if name in FAMILIES:

@@ -120,10 +120,6 @@ class Condition(Expression):
                     raise _wrong(text, "comparisons such as tokens > 1 and seq < 4096", text)
         return cls(text, tree)
 
-    def holds(self, sizes: Mapping[str, Any]) -> Any:
-        """Return a truth value, or an array of them if a size is an array."""
-        return self.value(sizes) > 0
-
 
 def _wrong(text: str, expected: str, got: str) -> InputError:
     return InputError(f"expression {one_line(text, 80)!r}: expected {expected}, got {got}")

@@ -61,7 +61,8 @@ def _by_layer(model: Model, name: str) -> float | FloatArray:
 
 def _share_of_weights(model: Model, part: str) -> float:
     sums = {key: float(counts.sum()) for key, counts in model.weight_counts.items()}
-    return sum(count for (of, _), count in sums.items() if of == part) / sum(sums.values())
+    inside = (count for (kind, _), count in sums.items() if (kind == "mlp") == (part == "mlp"))
+    return sum(inside) / sum(sums.values())
 
 
 def _head_dim(model: Model) -> float:

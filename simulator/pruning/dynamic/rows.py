@@ -13,9 +13,7 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import (
     DTYPE_BYTES,
     EXPERTS,
-    GEMM,
     ROLES,
-    Kernel,
     Kind,
     Part,
     Phase,
@@ -42,19 +40,6 @@ def layer_count(w: Workload) -> int:
 def projections(w: Workload, *names: str) -> Array:
     """Return a mask of projections in the layers; without names, of all seven."""
     return w.is_role(*(names or PROJECTIONS)) & (w.layer >= 0)
-
-
-def weighted(w: Workload) -> Array:
-    """Return a mask of all weights in the layers: projections, latent attention, linear sublayers,
-    experts."""
-    return w.is_role(*PROJECTIONS, *OTHERS) & (w.layer >= 0)
-
-
-def zeros(w: Workload) -> Array:
-    """Return a mask of rows with zeros or blocks in their weights; rows that only skip tokens have
-    none."""
-    mask: Array = (w.kernel != Kernel.DENSE) & ~((w.kernel == Kernel.BLOCK_SPARSE) & (w.block == 0))
-    return mask
 
 
 def writers(w: Workload, *names: str) -> Array:
@@ -103,31 +88,13 @@ def shorter_copies(w: Workload, out: Workload) -> Workload:
     return out.replace(kv_len=kept, **moved(out, share))
 
 
-def biases(w: Workload) -> Array:
-    """Return the bias parameters per execution of GEMM rows that own a bias."""
-    weight: Array = w.n.astype(np.float64) * w.k
-    if np.count_nonzero(w.kernel):
-        weight = (
-            np.where(
-                (w.kernel == Kernel.SPARSE24) | (w.kernel == Kernel.UNSTRUCTURED), w.density, 1.0
-            )
-            * weight
-        )
-    repeats = w.repeats
-    owns = (w.kind == GEMM) & (w.params > 0) & (np.abs(w.params * repeats - weight - w.n) < 0.5)
-    return np.where(owns, w.n / repeats, 0.0) if np.count_nonzero(owns) else np.zeros(len(w))
-
-
-def weights(w: Workload) -> Array:
-    """Return the parameters of all executions of each row, without biases."""
-    return (w.params - biases(w)) * w.count
-
-
 def part_weights(w: Workload) -> dict[tuple[str, str], FloatArray]:
-    """Return the weights of a workload of rows, by part and role (L,)."""
+    """Return the parameters of weights in a workload of rows, biases included, by part and role
+    (L,)."""
     out: dict[tuple[str, str], FloatArray] = {}
-    own = w.expand().take(weighted(w.expand()))
-    for part, role, layer, count in zip(own.part, own.role, own.layer, weights(own)):
+    own = w.expand()
+    own = own.take(own.is_role(*PROJECTIONS, *OTHERS) & (own.layer >= 0))
+    for part, role, layer, count in zip(own.part, own.role, own.layer, own.params * own.count):
         key = (Part(part).name.lower(), ROLES[role])
         out.setdefault(key, np.zeros(layer_count(w)))[layer] += count
     return out

@@ -45,7 +45,7 @@ prune:
     layers: 0-3,8
     align: 64
   - token: s
-    stages: {geometric: 4}
+    per_layer: {geometric: 4}
   - kv_cache:
     budget: 1024
     rolling: true
@@ -83,16 +83,16 @@ def test_every_key_is_read(of_text: Any) -> None:
         sparsities=(0.5, 0.75),
         phases=PHASES,
         layers=layers("4:-2"),
-        by_layer=ByLayer((e("s * layer / layers"),)),
+        per_layer=ByLayer((e("s * layer / layers"),)),
         prune=(
             PruneStep(
                 "width",
                 {"mlp": e("s"), "heads": e("0.25")},
                 layers("0-3,8"),
-                options={"align": e("64")},
+                options={"align": 64},
             ),
-            PruneStep("token", e("s"), by_layer=ByLayer(stages=4, geometric=True)),
-            PruneStep("kv_cache", options={"budget": e("1024"), "rolling": True}),
+            PruneStep("token", e("s"), per_layer=ByLayer(geometric=True, runs=4)),
+            PruneStep("kv_cache", options={"budget": 1024, "rolling": True}),
         ),
         dynamic=(
             Change("gate_up", "n", e("1 - s"), "gather"),
@@ -187,7 +187,7 @@ def test_what_is_not_understood_is_refused_by_name(
         ),
         ({"method": "m", "dynamic": {"mlp": {"m": "0.5"}}, "layer": 1}, "^method: layer: unknown"),
         ({"method": "m", "prune": {(1, 2): 3}}, "expected a mapping of texts, numbers and lists"),
-        ({"method": "m", "prune": [{"width": 0.5}], "stages": ["s"]}, "per_layer, stages: expect"),
+        ({"method": "m", "prune": [{"width": 0.5}], "per_layer": ["s"]}, "per_layer: expect"),
         ([], "expected some of method"),
     ],
 )

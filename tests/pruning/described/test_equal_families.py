@@ -96,6 +96,15 @@ def test_a_file_gives_the_numbers_of_its_family(text: str, request_: dict[str, A
         assert method.family == method.name != family
 
 
+@pytest.mark.parametrize("request_", REQUESTS[:3], ids=lambda r: r["phase"])
+def test_all_skips_whole_layers(request_: dict[str, Any]) -> None:
+    router = {"m": "tokens", "n": 2, "k": "hidden", "role": "router"}
+    whole = {"method": "whole", "dynamic": {"all": {"m": "1 - s", "kernel": "gather"}}}
+    method = simulator.Method.of({**whole, "adds": [{"gemm": router}]})
+    of_family = numbers(request_, prune="dynamic_depth 0.5 kernel=gathered unit=layer")
+    assert numbers(request_, method=method, sparsity=0.5) == pytest.approx(of_family, rel=1e-9)
+
+
 @pytest.mark.parametrize("family", ["kv_cache", "sparse_attention", "token", "dynamic_width"])
 def test_nothing_changes_without_sparsity(family: str) -> None:
     """At s = 0 the dense rows remain; only the added work is left."""
