@@ -9,14 +9,14 @@ import textwrap
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from calibration.cli.calibrate import Folder, in_format, restart_if_needed
 from calibration.cli.upper_bound import SETTINGS, CaseOptions, case_columns, ratio_of
 from simulator.cli import options, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.errors import InputError
 from simulator.files.csv import csv_text
 from simulator.request import Name
@@ -34,39 +34,25 @@ REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode", d
 
 @dataclass(frozen=True)
 class Runner:
-    engine: Annotated[
-        str,
-        opt(
-            "--engine",
-            "NAME",
-            "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.",
-        ),
-    ] = "reference"
-    bench: Annotated[
-        list[str] | None,
-        opt(
-            "--bench",
-            "FILE",
-            "With --engine vllm: results of vllm bench, of the dense model, then of each --prune.",
-        ),
-    ] = None
-    vllm_python: Annotated[
-        str,
-        opt(
-            "--vllm-python",
-            "PATH",
-            "Python that has vLLM. Default: the one that runs this command.",
-        ),
-    ] = ""
+    engine: str = option(
+        "NAME",
+        "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.",
+        "reference",
+    )
+    bench: list[str] | None = option(
+        "FILE",
+        "With --engine vllm: results of vllm bench, of the dense model, then of each --prune.",
+    )
+    vllm_python: str = option(
+        "PATH", "Python that has vLLM. Default: the one that runs this command.", ""
+    )
 
 
 @options.expanded("csv", "figure")
 def command(
     model: options.Model,
     output: Folder,
-    device: Annotated[
-        str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")
-    ] = "",
+    device: str = option("DEVICE", "cpu, cuda or cuda:1. With --bench: none.", ""),
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="10min"),  # noqa: B008 - frozen
     runner: Runner = Runner(),
@@ -143,7 +129,7 @@ def command(
         )
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
         _write(folder, engine, rows, title, agreement)
-    if render.Output(out.json).write(table) and rows:
+    if out.write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), title)
         print("\n" + "\n".join(agreement))
@@ -197,8 +183,8 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
     return render.columns(
         rows,
         *case_columns(rows),
-        ("dense", lambda r: render.seconds(r.dense_s)),
-        ("pruned", lambda r: render.seconds(r.pruned_s)),
+        ("dense", "dense_s", render.seconds),
+        ("pruned", "pruned_s", render.seconds),
         ("measured\nspeedup", ratio_of("measured")),
         (
             "measured\ninterval",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity, parse_ratio
 
@@ -27,34 +27,20 @@ MOST_ROWS = 24  # rows of the table of costs without --verbose
 
 @dataclass(frozen=True)
 class Scored:
-    scores: Annotated[
-        str | None,
-        opt(
-            "--scores",
-            "FILE",
-            "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of"
-            " Puzzletron's validations, or smollm2-135m, which ships. Default: whole layers, with"
-            " published losses of a model.",
-        ),
-    ] = None
-    metric: Annotated[
-        str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")
-    ] = ""
-    maximise: Annotated[
-        bool, opt("--maximise", None, "A higher value of the metric is better.")
-    ] = False
-    uniform: Annotated[
-        bool,
-        opt("--uniform", None, "One shape for all remaining layers, which stock engines load."),
-    ] = False
-    groups: Annotated[
-        str | None,
-        opt(
-            "--groups",
-            "N",
-            "Layers that share a variant: a number of consecutive ones, or 0-3,4-7.",
-        ),
-    ] = None
+    scores: str | None = option(
+        "FILE",
+        "Scores per layer and variant: CSV, Puzzle's block_library.json, a folder of"
+        " Puzzletron's validations, or smollm2-135m, which ships. Default: whole layers, with"
+        " published losses of a model.",
+    )
+    metric: str = option("NAME", "Column of the scores, if several could be scores.", "")
+    maximise: bool = option(None, "A higher value of the metric is better.", False)
+    uniform: bool = option(
+        None, "One shape for all remaining layers, which stock engines load.", False
+    )
+    groups: str | None = option(
+        "N", "Layers that share a variant: a number of consecutive ones, or 0-3,4-7."
+    )
 
 
 _seconds = partial(parse_quantity, unit="s")
@@ -71,18 +57,10 @@ PARSERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
 
 @dataclass(frozen=True)
 class Aim:
-    target: Annotated[
-        str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")
-    ] = None
-    latency: Annotated[
-        str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")
-    ] = None
-    tokens_per_s: Annotated[
-        float | None, opt("--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")
-    ] = None
-    confidence: Annotated[
-        float, opt("--confidence", "P", "Least probability of reaching each target on time.")
-    ] = 0.5
+    target: str | None = option("X", "Least speedup, above 1, such as 1.5 or 1.5x.")
+    latency: str | None = option("TIME", "Longest time of a pass, such as 12ms.")
+    tokens_per_s: float | None = option("X", "Fewest new tokens/s over all sequences.")
+    confidence: float = option("P", "Least probability of reaching each target on time.", 0.5)
 
     def parsed(self) -> dict[str, float]:
         """Return the targets by their names in Python."""
@@ -98,16 +76,10 @@ class Aim:
 
 @dataclass(frozen=True)
 class Wanted(Aim):
-    ttft: Annotated[
-        str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")
-    ] = None
-    tpot: Annotated[
-        str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")
-    ] = None
-    memory: Annotated[
-        str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")
-    ] = None
-    params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None
+    ttft: str | None = option("TIME", "Longest time to first token, such as 500ms.")
+    tpot: str | None = option("TIME", "Longest time per further token, such as 30ms.")
+    memory: str | None = option("SIZE", "Most memory on the fullest device, such as 40GiB.")
+    params: str | None = option("N", "Most parameters, such as 49B.")
 
 
 @options.expanded("csv", "figure")
@@ -115,17 +87,10 @@ def advise(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     aim: Aim = Aim(),
-    family: Annotated[
-        str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")
-    ] = None,
-    write: Annotated[
-        str | None,
-        opt(
-            "--write",
-            "FOLDER",
-            "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.",
-        ),
-    ] = None,
+    family: str | None = option("LIST", "Pruning families to consider. Default: all."),
+    write: str | None = option(
+        "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it."
+    ),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -149,7 +114,7 @@ def advise(
         model, devices.profiles, target, names, probability=aim.confidence, **asked.settings
     )
     written = _configurations(write, model, found) if write else []
-    if not render.Output(out.json).write(found.rows()):
+    if not out.write(found.rows()):
         return
     render.conclude(" ".join(of_advice(found, target)))
     _families(found, out.verbose)
@@ -173,18 +138,18 @@ def _families(found: Advised, verbose: bool) -> None:
         return
     columns = render.columns(
         rows,
-        ("<setting", lambda a: a.result.request),
-        ("<least pruning", lambda a: a.result.pruning),
-        ("realised", lambda a: render.percent(a.result.realised_sparsity)),
+        ("<setting", "result.request"),
+        ("<least pruning", "result.pruning"),
+        ("realised", "result.realised_sparsity", render.percent),
         ("<target", lambda a: "reached" if a.reached else "missed"),
-        ("speedup", lambda a: render.interval(a.result)),
-        ("probability", lambda a: probability_text(a.probability)),
-        ("time", lambda a: render.seconds(a.result.pruned_s)),
+        ("speedup", "result", render.interval),
+        ("probability", "probability", probability_text),
+        ("time", "result.pruned_s", render.seconds),
         (
             "<runs in stock",
             lambda a: {True: a.result.engine, False: "no", None: "not known"}[a.runs],
         ),
-        ("<bottleneck", lambda a: a.result.bottleneck),
+        ("<bottleneck", "result.bottleneck"),
     )
     render.show(render.narrowed(columns[1:] if one else columns, 5))
     for line in of_budgets(rows) if one else ():
@@ -230,10 +195,7 @@ def search(
     devices: options.Devices = options.DEVICES,
     wanted: Wanted = Wanted(),
     scored: Scored = Scored(),
-    write: Annotated[
-        str | None,
-        opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json."),
-    ] = None,
+    write: str | None = option("FOLDER", "Write the plan: plan.yaml for --prune, and config.json."),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -254,7 +216,7 @@ def search(
     20,0.013
     21,0.010
     """
-    output = render.Output(out.json, None, [out.figure], out.width, out.font)
+    out.check()
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
     if not (given := wanted.parsed()):
@@ -273,8 +235,8 @@ def search(
     if out.figure:
         from simulator.figures.plan import plan_figure
 
-        output.draw(lambda: plan_figure(plan), out.figure)
-    if not output.write([plan.to_dict()]):
+        out.draw(lambda: plan_figure(plan))
+    if not out.write([plan.to_dict()]):
         return
     from simulator.prediction.notes import uncalibrated
 
@@ -334,13 +296,13 @@ def _targets(plan: Plan) -> None:
 
     columns = render.columns(
         plan.targets,
-        ("<hardware", lambda t: t.hardware),
-        ("<engine", lambda t: t.engine),
+        ("<hardware", "hardware"),
+        ("<engine", "engine"),
         ("<request", lambda t: f"{t.phase} {t.batch} x {t.seq}"),
         ("<target", lambda t: NAMES[t.target]),
         ("wanted", lambda t: target_text(t.target, t.wanted)),
         ("reached", lambda t: target_text(t.target, t.reached)),
-        ("probability", lambda t: probability_text(t.probability)),
+        ("probability", "probability", probability_text),
     )
     print()
     render.show(columns, "targets")
@@ -374,8 +336,8 @@ def _frontier(plan: Plan, verbose: bool) -> None:
         points,
         (plan.metric, lambda p: f"{p.score:.4g}"),
         ("speedup", render.interval),
-        ("time", lambda p: render.seconds(p.pruned_s)),
-        ("parameters", lambda p: parameters(p.parameters)),
+        ("time", "pruned_s", render.seconds),
+        ("parameters", "parameters", parameters),
         ("<", lambda p: "chosen" if p.chosen else ""),
     )
     hidden = len(plan.frontier) - len(points)
@@ -390,23 +352,15 @@ def _frontier(plan: Plan, verbose: bool) -> None:
 def costs(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
-    choices: Annotated[
-        str | None,
-        opt(
-            "--choices",
-            "FILE",
-            "Variants: YAML, or a file as --scores of search. Default: the usual ones.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        opt(
-            "-o --output",
-            "FILE",
-            "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
-            "(with --phase generate).",
-        ),
-    ] = None,
+    choices: str | None = option(
+        "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones."
+    ),
+    output: str | None = option(
+        "FILE",
+        "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
+        "(with --phase generate).",
+        flags="-o --output",
+    ),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -429,32 +383,32 @@ def costs(
     if output is not None:
         _write(found, output)
         lines.append(f"written: {output}: {len(found)} costs")
-    if not render.Output(out.json).write(found.rows):
+    if not out.write(found.rows):
         return
     groups = _together(found)
     render.conclude(_shares(found))
     rows = groups if out.verbose else groups[:MOST_ROWS]
     several = len(found.settings) > 1
     place = [
-        ("<hardware", lambda row: row["hardware"]),
-        ("<engine", lambda row: row["engine"]),
+        ("<hardware", "hardware"),
+        ("<engine", "engine"),
         ("<request", lambda row: f"{row['phase']} {row['batch']} x {row['seq']}"),
     ]
     columns = render.columns(
         rows,
         *(place if several else ()),
-        ("<layers", lambda row: row["layers"]),
-        ("<part", lambda row: row["sublayer"]),
-        ("<variant", lambda row: row["variant"]),
+        ("<layers", "layers"),
+        ("<part", "sublayer"),
+        ("<variant", "variant"),
         (
             "time of a layer",
             lambda row: render.seconds_between(
                 row["seconds"], row["lower"], row["upper"], short=True
             ),
         ),
-        ("of dense", lambda row: render.percent(row["share"])),
+        ("of dense", "share", render.percent),
         ("parameters", lambda row: f"{row['parameters']:,.0f}"),
-        ("cache", lambda row: render.size(row["cache_bytes"])),
+        ("cache", "cache_bytes", render.size),
     )
     hidden = (
         f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
