@@ -1,16 +1,14 @@
 """Run a model, dense and pruned, and compare its times with predictions.
 
 :func:`compare` times each pruned model in alternation with the dense model, so a slower machine
-slows both, and keeps every result in a run folder; :func:`compare_files` reads result files of
-``vllm bench`` instead. :func:`rows_of` adds predictions and bounds to the records,
-:func:`conclusions` states how measured and predicted speedups agree. torch and the libraries are
-imported only to run a model.
+slows both, and keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to
+the records, :func:`conclusions` states how measured and predicted speedups agree. torch and the
+libraries are imported only to run a model.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -52,7 +50,6 @@ from simulator.display import few
 from simulator.engines.engine import load_engine, numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.prediction.benchmarks import BenchRun, pass_seconds
 from simulator.units import ratio, seconds
 
 # engine files of our decoder in plain PyTorch (with families, and with methods of files) and of
@@ -299,60 +296,6 @@ def _todo(
 
 def file_name(name: str, engine: str) -> str:
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
-
-
-def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Compare cases with files of ``vllm bench``: the dense model's, then one per case."""
-    if len(files) != len(cases) + 1:
-        expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
-        raise InputError(f"--bench: expected {expected}, got {len(files)}")
-    records = [
-        {
-            "key": name_of(case, dtype, "vllm"),
-            "dtype": dtype,
-            **case.identity,
-            **bench_record(case, files[0], file),
-        }
-        for case, file in zip(cases, files[1:])
-    ]
-    notes = dict.fromkeys(str(r["reason"]) for r in records if r["reason"])
-    return ComparedCases(tuple(records), 0, tuple(notes))
-
-
-def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> Row:
-    """Return the record of a case; the longer file loses its last samples."""
-    for what in ("tool", "concurrency"):
-        a = getattr(dense, what)
-        b = getattr(pruned, what)
-        if a != b:
-            raise InputError(
-                f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}"
-            )
-    kinds = ("serve",) if dense.kind == "serve" else ("prefill", "generate")
-    if case.phase not in kinds:
-        raise InputError(
-            f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got"
-            f" {case.phase}"
-        )
-    for run in (dense, pruned):
-        pass_seconds(run, case.dense.meta.asked)
-    count = min(len(dense.samples_s), len(pruned.samples_s))
-    return {
-        "status": OK,
-        "reason": "; ".join(dict.fromkeys(run.note for run in (dense, pruned) if run.note)),
-        "runtime": dense.tool,
-        "loops": 1,
-        "dense_s": list(dense.samples_s[:count]),
-        "pruned_s": list(pruned.samples_s[:count]),
-        "settings": {
-            name: {
-                "file": os.path.basename(run.source),
-                "model": run.model,
-                "percentiles_s": dict(run.percentiles_s),
-            }
-            for name, run in (("dense", dense), ("pruned", pruned))
-        },
-    }
 
 
 def runner_of(device: Device, model: ModelRun) -> Runner:
