@@ -110,7 +110,7 @@ def command(
     left_over = (
         (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
     )
-    render.notes((*left_over, *found.notes, *doubts(rows, found.records), *notes), out.verbose)
+    render.notes((*left_over, *found.notes, *doubts(rows), *notes), out.verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
 

@@ -102,6 +102,16 @@ def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
     return kept
 
 
+def show_in_parts(names: Sequence[Column], others: Sequence[Column], title: str = "") -> None:
+    """Print tables that begin with the columns ``names``, each with as many others as fit."""
+    left = list(others)
+    while left:
+        shown = narrowed([*names, *left], len(names) + 1)
+        print()
+        show(shown, title)
+        left = left[len(shown) - len(names) :]
+
+
 def first_fitting(layouts: Iterator[list[Column]]) -> list[Column]:
     columns: list[Column] = []
     for columns in layouts:

@@ -195,19 +195,15 @@ def _print_loads(loads: Sequence[LoadService], verbose: bool) -> None:
         shown = [point for point in points if not point.refused]
         columns = [render.Column(*column) for column in load_columns(shown).items()]
         render.show(render.narrowed([*_names(shown), *columns], 4), group[0].title)
-        if energy := [render.Column(*column) for column in load_columns(shown, ENERGY).items()]:
-            print()
-            render.show([*_names(shown), *energy], "energy per output token")
+        energy = [render.Column(*column) for column in load_columns(shown, ENERGY).items()]
+        render.show_in_parts(_names(shown), energy, "energy per output token")
         print(f"\nintervals of {render.percent(points[0].level)}")
         for point in points:
             if point.refused:
                 several = f" on {point.devices} devices" if point.devices > 1 else ""
                 render.say(f"{point.name}{several} does not run: {point.refused}", "  ")
-        for start in range(0, len(NUMBERS) if verbose else 0, 4):
-            names = {name: name for name in NUMBERS[start : start + 4]}
-            some = [render.Column(*column) for column in load_columns(shown, names).items()]
-            print()
-            render.show([*_names(shown), *some])
+        numbers = load_columns(shown, {name: name for name in NUMBERS if verbose})
+        render.show_in_parts(_names(shown), [render.Column(*one) for one in numbers.items()])
 
 
 def _names(points: Sequence[LoadPoint]) -> list[render.Column]:
@@ -369,8 +365,7 @@ def _print_energy(points: Sequence[OperatingPoint]) -> None:
         ("in\nflight", lambda p: f"{p.concurrency:,}"),
     )
     energy = [render.Column(*column) for column in load_columns(points, ENERGY).items()]
-    print()
-    render.show([*names, *energy], "energy per output token")
+    render.show_in_parts(names, energy, "energy per output token")
 
 
 def _rate(p: OperatingPoint) -> str:

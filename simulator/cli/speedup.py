@@ -401,12 +401,8 @@ def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
             if len({*(cells := [str(getattr(r, name)) for r in some])}) > 1
         ]
         names.append(render.Column("pruning", [r.pruning for r in some], right=False))
-        left = [render.Column(*column) for column in energy_table(some, tariff).items()]
-        while left:
-            shown = render.narrowed([*names, *left], len(names) + 1)
-            print()
-            render.show(shown, f"energy per {token}")
-            left = left[len(shown) - len(names) :]
+        energy = [render.Column(*column) for column in energy_table(some, tariff).items()]
+        render.show_in_parts(names, energy, f"energy per {token}")
 
 
 def _print_memory(results: Sequence[Result]) -> None:
