@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,49 +23,45 @@ def names(option: str, text: str) -> list[str]:
 def integers(option: str, text: str) -> list[int]:
     """Parse a comma list of whole numbers and ranges; a range doubles, or has a step: ``1:64``,
     ``1:64:8``."""
-    expected = "FIRST:LAST, which doubles, or FIRST:LAST:STEP"
-    return _with_ranges(option, text, parse_count, _whole, expected)
+    out: list[int] = []
+    for part in names(option, text):
+        ends = [checked(option, end, parse_count) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0)[:3]
+        if (
+            len(ends) > 3
+            or not 1 <= first <= last
+            or step < (len(ends) == 3)
+            or (step and (last - first) // step > MOST)
+        ):
+            raise InputError(
+                f"{option} {part!r}: expected FIRST:LAST, which doubles, or FIRST:LAST:STEP"
+            )
+        while first < last:
+            out.append(first)
+            first = first + step if step else 2 * first
+        out.append(last)
+    return list(dict.fromkeys(out))
 
 
 def fractions(option: str, text: str) -> list[float]:
     """Parse a comma list of fractions and ranges; the step of a range is 0.1 unless it is
     stated."""
-    expected = "FIRST:LAST or FIRST:LAST:STEP, such as 0.1:0.5:0.05"
-    return _with_ranges(option, text, parse_fraction, _steps, expected)
-
-
-def _with_ranges(
-    option: str,
-    text: str,
-    parse: Callable[[str], T],
-    values: Callable[..., list[T]],
-    expected: str,
-) -> list[T]:
-    """Parse a comma list of numbers and ranges; ``values`` returns those of a range, none for a
-    range that is not valid."""
-    out: list[T] = []
+    out: list[float] = []
     for part in names(option, text):
-        first, *others = (checked(option, end, parse) for end in part.split(":"))
-        found = values(first, *others) if 0 < len(others) < 3 else []
-        if others and not found:
-            raise InputError(f"{option} {part!r}: expected {expected}")
-        out += found or [first]
+        ends = [checked(option, end, parse_fraction) for end in part.split(":")]
+        if len(ends) == 1:
+            out += ends
+            continue
+        first, last, step = (*ends, 0.1)[:3]
+        if len(ends) > 3 or not first <= last or not step > 0 or (last - first) / step > MOST:
+            raise InputError(
+                f"{option} {part!r}: expected FIRST:LAST or FIRST:LAST:STEP, such as 0.1:0.5:0.05"
+            )
+        out += [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
     return list(dict.fromkeys(out))
-
-
-def _whole(first: int, last: int, step: int | None = None) -> list[int]:
-    if not 1 <= first <= last or step == 0 or (step and (last - first) // step > MOST):
-        return []
-    if step:
-        return [*range(first, last, step), last]
-    doubled = (first << i for i in range(last.bit_length()))
-    return [*itertools.takewhile(lambda value: value < last, doubled), last]
-
-
-def _steps(first: float, last: float, step: float = 0.1) -> list[float]:
-    if not first <= last or not step > 0 or (last - first) / step > MOST:
-        return []
-    return [round(first + i * step, 9) for i in range(int((last - first) / step + 1e-9) + 1)]
 
 
 def checked(option: str, text: str, parse: Callable[[str], T]) -> T:

@@ -3,7 +3,6 @@ choose a variant of each layer under targets, price every variant."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -348,7 +347,7 @@ def _frontier(plan: Plan, verbose: bool) -> None:
     )
 
 
-@options.expanded("csv", "figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
+@options.expanded("figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
 def costs(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
@@ -356,9 +355,8 @@ def costs(
         "FILE", "Variants: YAML, or a file as --scores of search. Default: the usual ones."
     ),
     output: str | None = option(
-        "FILE",
-        "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
-        "(with --phase generate).",
+        "FILE.json",
+        "Also write ModelOpt's subblock_stats.json, with --phase generate.",
         flags="-o --output",
     ),
     run: options.Run = options.RUN,
@@ -369,19 +367,21 @@ def costs(
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer
     experts, a linear product, or none. Its cost is the difference of a pass with it and a pass
     without that attention or MLP, in the engine, with host time that is not hidden, and with its
-    interval. Layers with equal shapes cost the same and share a row. -o writes a row per layer. As
-    subblock_stats.json, with --phase generate, it has the prefill and decode times that ModelOpt's
-    Puzzletron needs for its latency targets.
+    interval. Layers with equal shapes cost the same and share a row. --csv writes a row per layer,
+    and -o the prefill and decode times that ModelOpt's Puzzletron needs for its latency targets.
     """
+    from simulator.files.write import write_whole
+    from simulator.plans.costs import costs as priced
+    from simulator.plans.write import stats_text
+
+    out.check()
     asked = run.asked(model, devices)
     if output is not None:
-        _checked(output, asked.settings["phase"])
-    from simulator.plans.costs import costs as priced
-
+        _check_stats(output, asked.settings["phase"])
     found = priced(model, devices.profiles, choices, **asked.settings)
     lines = list(asked.notes)
     if output is not None:
-        _write(found, output)
+        write_whole(output, stats_text(found).encode())
         lines.append(f"written: {output}: {len(found)} costs")
     if not out.write(found.rows):
         return
@@ -421,41 +421,17 @@ def costs(
     render.notes(lines, out.verbose)
 
 
-def _checked(output: str, phases: Sequence[str]) -> None:
-    """Reject a target of an unknown format or in a missing folder before any work."""
+def _check_stats(output: str, phases: Sequence[str]) -> None:
+    """Reject other files than JSON, phases that ModelOpt cannot use and missing folders before any
+    work."""
     from simulator.files.write import check_target
 
-    kind = Path(output).suffix
-    if kind not in (".csv", ".json", ".parquet"):
-        raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
-    if kind == ".json" and (alone := {"prefill", "decode"} & set(phases)):
+    if Path(output).suffix != ".json":
+        raise InputError(f"--output {output}: expected a name that ends in .json; --csv writes CSV")
+    if alone := {"prefill", "decode"} & set(phases):
         wanted = "expected --phase generate, because ModelOpt needs prefill and decode times"
         raise InputError(f"--output {output}: {wanted}, got {min(alone)}")
     check_target(output)
-
-
-def _write(found: Costs, output: str) -> None:
-    from simulator.files.write import write_whole
-
-    kind = Path(output).suffix
-    if kind == ".parquet":
-        from simulator.files.read import load_pyarrow
-
-        pa, pq = load_pyarrow()
-        out = io.BytesIO()
-        pq.write_table(
-            pa.table({name: column.tolist() for name, column in found.columns.items()}), out
-        )
-        content = out.getvalue()
-    elif kind == ".json":
-        from simulator.plans.write import stats_text
-
-        content = stats_text(found).encode()
-    else:
-        from simulator.files.csv import csv_text
-
-        content = csv_text(found.rows).encode()
-    write_whole(output, content)
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:

@@ -227,34 +227,44 @@ def random_decoder(
     def near(value: float, size: int) -> Tensor:
         return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
-    h, d = config.hidden, config.head_dim
-    weights: dict[str, Tensor] = {}
-    for number, layer in enumerate(config.layers):
-        # the order of these lines determines the random weights
-        at = f"model.layers.{number}"
-        attention, mlp, biased = {}, {}, False
+    def product(rows: int, columns: int, biased: bool = False) -> Projection:
+        return Projection((weight(rows, columns),), near(0.0, rows) if biased else None)
+
+    # the order of these lines determines the random weights
+    h, d, layers = config.hidden, config.head_dim, list[Layer]()
+    for layer in config.layers:
+        attention = mlp = None
         if isinstance(a := layer.of("attention"), GroupedAttention):
-            q, kv, biased = a.heads * d, a.kv_heads * d, a.qkv_bias
-            attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
-            norms = ("self_attn.q_norm", "self_attn.k_norm") if a.norm else ()
-            weights |= {f"{at}.{name}.weight": near(1.0, d) for name in norms}
+            attention = Attention(
+                q_norm=near(1.0, d) if a.norm else None,
+                k_norm=near(1.0, d) if a.norm else None,
+                norm=near(1.0, h),
+                q=product(a.heads * d, h, a.qkv_bias),
+                k=product(a.kv_heads * d, h, a.qkv_bias),
+                v=product(a.kv_heads * d, h, a.qkv_bias),
+                o=product(h, a.heads * d),
+                heads=a.heads,
+                kv_heads=a.kv_heads,
+            )
         if isinstance(m := layer.of("mlp"), GatedMlp):
-            mlp = {"gate": (m.inner, h), "up": (m.inner, h), "down": (h, m.inner)}
-        for norm, part, shapes in (
-            ("input", "self_attn", attention),
-            ("post_attention", "mlp", mlp),
-        ):
-            if shapes:
-                weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
-            for role, shape in shapes.items():
-                weights[f"{at}.{part}.{role}_proj.weight"] = weight(*shape)
-                if biased and role in ("q", "k", "v"):
-                    weights[f"{at}.{part}.{role}_proj.bias"] = near(0.0, shape[0])
-    weights["model.embed_tokens.weight"] = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
-    if not config.tied:
-        weights["lm_head.weight"] = weight(config.vocab, h)
-    weights["model.norm.weight"] = near(1.0, h)
-    return from_weights(config.name, weights, head_dim=d, dtype=dtype, device=device)
+            mlp = Mlp(
+                norm=near(1.0, h),
+                gate=product(m.inner, h),
+                up=product(m.inner, h),
+                down=product(h, m.inner),
+            )
+        layers.append(Layer(attention, mlp))
+    embedding = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
+    return Decoder(
+        name=config.name,
+        dtype=dtype,
+        device=device,
+        head_dim=d,
+        embedding=embedding,
+        head=embedding if config.tied else weight(config.vocab, h),
+        final_norm=near(1.0, h),
+        layers=tuple(layers),
+    )
 
 
 def from_weights(
