@@ -3,7 +3,7 @@ records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,6 @@ import typer
 from simulator.cli import options, parsing, render
 from simulator.cli.options import arg, opt, option
 from simulator.errors import InputError
-from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
@@ -138,16 +137,6 @@ def conclude(
     render.notes((*notes, *problems), out.verbose)
     if status or judged.status:
         raise typer.Exit(status or judged.status)
-
-
-def single(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one request; InputError if an option has several values."""
-    for name, value in settings.items():
-        if isinstance(value, list) and len(value) > 1:
-            raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
-    return {
-        name: value[0] if isinstance(value, list) else value for name, value in settings.items()
-    }
 
 
 def load_rows(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import Map, conclude, load_rows, single
+from calibration.cli.fit import Map, conclude, load_rows
 from simulator.cli import options, render
 from simulator.cli.options import arg, option
 from simulator.errors import InputError
@@ -77,7 +77,7 @@ def command(
             )
         names = {"model": given.model, "hardware": given.hardware, "dtype": dtype}
         conditions = {name: text for name, text in names.items() if text}
-        _runs(profile, conditions | single(given.asked().settings), out)
+        _runs(profile, conditions | options.single(given.asked().settings), out)
         return
     if given != Given():
         got = f"{profile}, which is not a folder" if profile else "none"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import option
-from simulator.errors import InputError
 from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
@@ -54,29 +53,17 @@ def command(
     out.check()
     from simulator.prediction.draft import draft
 
-    settings = run.asked().settings
-    several = [
-        name for name, value in settings.items() if name != "batch" and isinstance(value, list)
-    ]
-    for name in several:
-        if len(settings[name]) != 1:
-            raise InputError(
-                f"--{name.replace('_', '-')}: expected one value, got {len(settings[name])}"
-            )
-        settings[name] = settings[name][0]
-    if len(profiles := devices.profiles) != 1:
-        raise InputError(f"--hardware: expected one device, got {len(profiles)}")
     measured = drafting.by_position
     found = draft(
         model,
         drafting.prune,
-        profiles[0],
+        devices.one,
         draft=drafting.draft,
         target_prune=drafting.target_prune,
         drafted=parsing.integers("--drafted", drafting.drafted),
         acceptance=parsing.fractions("--acceptance", drafting.acceptance),
         by_position=parsing.fractions("--by-position", measured) if measured else (),
-        **settings,
+        **options.single(run.asked().settings, "batch"),
     )
     if out.write([vars(row) for row in found]):
         render.conclude(*sentences(found))

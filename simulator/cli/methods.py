@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 from simulator.cli import options, render
 from simulator.cli.options import arg, opt, option
 from simulator.display import as_plain
-from simulator.errors import InputError
 from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
@@ -156,9 +155,7 @@ def _check_methods(
 
     if problems := problems_of(file):
         render.checked(file, problems, as_json)
-    if len(profiles := devices.profiles) != 1:
-        raise InputError(f"--hardware: expected one device, got {len(profiles)}")
-    found = check_method(file, model, profiles[0], sparsity, **run.asked().settings)
+    found = check_method(file, model, devices.one, sparsity, **run.asked().settings)
     if as_json:
         render.show_json(as_plain(found))
         return

@@ -156,6 +156,12 @@ class Devices:
         )
         return found
 
+    @property
+    def one(self) -> Any:
+        if len(found := self.profiles) != 1:
+            raise InputError(f"--hardware: expected one device, got {len(found)}")
+        return found[0]
+
 
 @dataclass(frozen=True)
 class Prunings:
@@ -379,6 +385,19 @@ def _able(parsed: dict[str, Any], model: str, devices: Devices, prunings: Prunin
     engines = [engine for engine in parsed["engine"] if engine not in reasons]
     notes = tuple(f"{engine} is excluded: {reason}" for engine, reason in reasons.items())
     return Asked(parsed | {"engine": engines}, notes)
+
+
+def single(settings: Mapping[str, Any], *several: str) -> dict[str, Any]:
+    """Return the settings of one request; only the settings ``several`` may have several values."""
+    lists = {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, list) and name not in several
+    }
+    for name, value in lists.items():
+        if len(value) != 1:
+            raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
+    return {**settings, **{name: value for name, (value,) in lists.items()}}
 
 
 def _parsed(setting: Setting, given: Any) -> Any:
