@@ -19,16 +19,19 @@ from simulator.errors import InputError, needs_extra
 HOST = "127.0.0.1"
 
 # settings of Streamlit, which override its configuration files and environment variables
-SERVER = {
-    "server.address": HOST,
-    "server.headless": "true",  # opens no browser, and asks for no e-mail address
-    "server.enableXsrfProtection": "true",
-    "server.enableCORS": "true",  # pages of other hosts cannot connect
-    "server.fileWatcherType": "none",
-    "browser.gatherUsageStats": "false",
-    "client.showErrorDetails": "none",
-    "client.toolbarMode": "minimal",
-}
+SERVER = (
+    ("server.address", HOST),
+    ("server.headless", "true"),  # opens no browser, and asks for no e-mail address
+    ("server.enableXsrfProtection", "true"),
+    ("server.enableCORS", "true"),  # pages of other hosts cannot connect
+    # nor pages of a name that resolves to this machine
+    ("server.allowedHosts", HOST),
+    ("server.allowedHosts", "localhost"),
+    ("server.fileWatcherType", "none"),
+    ("browser.gatherUsageStats", "false"),
+    ("client.showErrorDetails", "none"),
+    ("client.toolbarMode", "minimal"),
+)
 
 
 @options.expanded()
@@ -156,10 +159,6 @@ def explore(
             ) from None
         port = probe.getsockname()[1]
     page = Path(__file__).parents[1] / "explore" / "app.py"
-    settings = [
-        part
-        for name, value in {**SERVER, "server.port": port}.items()
-        for part in (f"--{name}", str(value))
-    ]
+    settings = [f"--{name}={value}" for name, value in (*SERVER, ("server.port", port))]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *settings])
