@@ -348,33 +348,29 @@ def test_a_pipe_gets_colours_only_when_it_asks(cli: Any, monkeypatch: pytest.Mon
     assert "\x1b" not in cli.out("speedup --help") + cli.refused("speedup llama-3.1-8b")
 
 
+COMPLETED = """
+sp                                 | speedup
+speedup llama-3.1                  | llama-3.1-405b llama-3.1-70b llama-3.1-8b
+speedup x --hardware rtx_4090,h100_s | rtx_4090,h100_sxm
+explain x --engine hf,vl           | hf,vllm
+sweep x --sch                      | --scheduler
+advise x --family dep              | depth
+methods shortg                     | shortgpt
+hardware show mi                   | mi300x mi325x mi355x
+gemm 1 1 1 --dtype bf              | bf16
+quality --fam                      | --family
+"""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("line", "offers"),
-    [
-        ("prunesim sp", ["speedup"]),
-        ("prunesim speedup llama-3.1", ["llama-3.1-405b", "llama-3.1-70b", "llama-3.1-8b"]),
-        ("prunesim speedup x --hardware rtx_4090,h100_s", ["rtx_4090,h100_sxm"]),
-        ("prunesim explain x --engine hf,vl", ["hf,vllm"]),
-        ("prunesim sweep x --sch", ["--scheduler"]),
-        ("prunesim advise x --family dep", ["depth"]),
-        ("prunesim methods shortg", ["shortgpt"]),
-        ("prunesim hardware show mi", ["mi300x", "mi325x", "mi355x"]),
-        ("prunesim gemm 1 1 1 --dtype bf", ["bf16"]),
-        ("prunesim quality --fam", ["--family"]),
-    ],
-)
+@pytest.mark.parametrize(("line", "offers"), rows_of(COMPLETED))
 def test_a_shell_completes_names(
-    line: str, offers: list[str], cli: Any, monkeypatch: pytest.MonkeyPatch
+    line: str, offers: str, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {
-        "_PRUNESIM_COMPLETE": "complete_bash",
-        "COMP_WORDS": line,
-        "COMP_CWORD": str(line.count(" ")),
-    }
-    for name, value in asked.items():
-        monkeypatch.setenv(name, value)
-    assert cli.out("").split() == offers
+    monkeypatch.setenv("_PRUNESIM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"prunesim {line}")
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split())))
+    assert cli.out("").split() == offers.split()
 
 
 def test_completion_is_offered(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:

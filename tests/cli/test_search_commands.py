@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 import simulator
 from simulator.models.library import load_model
@@ -84,36 +85,23 @@ def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) 
     assert total["num_params"] == load_model(MODEL).parameters
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (f"costs {MODEL} --hardware h100 -o out.txt", "ends in .json; --csv writes CSV"),
-        (
-            f"costs {MODEL} --hardware h100 -o out.json",
-            "out.json: expected --phase generate, because",
-        ),
-        pytest.param(
-            f"costs {MODEL} --hardware h100 --csv {'x' * 300}.csv",
-            "cannot be written",
-            id="long output",
-        ),
-        pytest.param(
-            f"costs {MODEL} --hardware h100 --choices {'x' * 5000}",
-            "cannot be read",
-            id="long choices",
-        ),
-        (f"costs {MODEL} --hardware h100 --choices missing.yaml", "missing.yaml: cannot be read"),
-        (f"search {MODEL} --hardware h100 --target 0.5", "above 1"),
-        (
-            f"search {MODEL} --hardware h100",
-            "--target: expected a target, such as --target 1.3x, or --latency",
-        ),
-        (f"search {MODEL} --hardware h100 --memory 40 --target 1.2", "--memory '40'"),
-        (f"search {MODEL} --hardware h100 --params many --target 1.2", "--params 'many'"),
-        (f"search {MODEL} --hardware h100 --target 1.2", "no published loss of depth pruning"),
-    ],
-)
+BAD = """
+costs @ -o out.txt                      | ends in .json; --csv writes CSV
+costs @ -o out.json                     | out.json: expected --phase generate, because
+costs @ --csv LONG.csv                  | cannot be written
+costs @ --choices LONG                  | cannot be read
+costs @ --choices missing.yaml          | missing.yaml: cannot be read
+search @ --target 0.5                   | above 1
+search @                                | --target: expected a target, such as --target 1.3x, or --latency
+search @ --memory 40 --target 1.2       | --memory '40'
+search @ --params many --target 1.2     | --params 'many'
+search @ --target 1.2                   | no published loss of depth pruning
+"""
+
+
+@pytest.mark.parametrize(("line", "message"), rows_of(BAD))
 def test_bad_input_is_one_line(cli: Any, line: str, message: str) -> None:
+    line = line.replace("@", f"{MODEL} --hardware h100").replace("LONG", "x" * 5000)
     assert message in cli.refused(line)
 
 

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 import decoder_reference  # noqa: E402
 import shaped  # noqa: E402
 from shaped import model_of, resized  # noqa: E402
+from tables import rows_of  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
@@ -180,15 +181,15 @@ def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cl
 
 @pytest.mark.parametrize(
     ("more", "expected"),
-    [
-        ("--family dynamic_depth", "family 'dynamic_depth' is unknown"),
-        ("--sparsity 1.5", "expected a fraction in (0, 1)"),
-        ("--windows 0", "expected at least 1 window"),
-        ("--length 4000", "too short"),
-        ("--text none.txt", "none.txt: cannot be read"),
-        ("-o no/folder/q.csv", "no/folder"),
-        ("--pruned x --family width --sparsity 0.2,0.5", "one --family and one --sparsity"),
-    ],
+    rows_of("""
+--family dynamic_depth                       | family 'dynamic_depth' is unknown
+--sparsity 1.5                               | expected a fraction in (0, 1)
+--windows 0                                  | expected at least 1 window
+--length 4000                                | too short
+--text none.txt                              | none.txt: cannot be read
+-o no/folder/q.csv                           | no/folder
+--pruned x --family width --sparsity 0.2,0.5 | one --family and one --sparsity
+"""),
 )
 def test_command_refuses(more: str, expected: str, folders: Path, cli: Any) -> None:
     where = f"{folders / 'Tiny-Llama'} --text {folders / 'text.txt'} --windows 2 --length 64"
