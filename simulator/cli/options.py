@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 import typer
 
 from simulator.cli import render
-from simulator.cli.parsing import checked, fractions, integers, names, settings
+from simulator.cli.parsing import checked, fractions, integers, names
 from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 from simulator.request import SETTINGS, Flag, Setting, Whole
@@ -174,10 +174,6 @@ class Prunings:
     sparsity: str | None = option(
         "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."
     )
-    option: Annotated[
-        list[str] | None,
-        opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated."),
-    ] = None
 
     @property
     def named(self) -> bool:
@@ -188,15 +184,10 @@ class Prunings:
         given: dict[str, Any] = {
             name: names(f"--{name}", text) for name, text in texts.items() if text is not None
         }
-        given |= {"prune": self.prune} if self.prune else {}
-        given |= (
-            {} if self.sparsity is None else {"sparsity": fractions("--sparsity", self.sparsity)}
-        )
-        if self.option:
-            families = given.get("family", ["all"])
-            if not self.method and (len(families) > 1 or families == ["all"]):
-                raise InputError("--option: expected one family: options belong to a family")
-            given["options"] = settings("--option", self.option)
+        if self.prune:
+            given["prune"] = self.prune
+        if self.sparsity is not None:
+            given["sparsity"] = fractions("--sparsity", self.sparsity)
         return given
 
 

@@ -69,11 +69,8 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --figure x.jpg | x.jpg: expected a name that ends in .pdf, .svg or .png
 @ --figure no/such/x.pdf                                             | folder no/such does not exist
 @ --csv x.csv --json                                                 | expected one of them
-@ --option inner=8810                                                | options belong to a family
-@ --family width --option inner                                      | expected NAME=VALUE
-@ --family width --option iner=3                                     | iner
-@ --family width --option inner=-3                                   | inner
-@ --family width --option inner=3 --option inner=4                   | given twice
+@ --prune 'width 0.25 iner=3'                                        | iner
+@ --prune 'width 0.25 inner=-3'                                      | inner
 @ --dtype int4                                                       | int4
 speedup llama-3.1-8b --hardware a100 --dtype nvfp4                   | a100_sxm_80gb has no nvfp4
 @ --link pcie                                                        | --link: expected with --devices of at least 2
