@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
@@ -28,7 +28,6 @@ MARGIN = (
     " does not."
 )
 
-Column = tuple[str, Callable[[Any], object]]
 _LABELS = (
     ("<family", lambda r: r[0]),
     ("removed", lambda r: f"{100 * r[1]:.0f} %"),
@@ -107,7 +106,7 @@ def command(
     )
 
 
-def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
+def _print_columns(title: str, rows: Sequence[Any], *columns: render.Described[Any]) -> None:
     print()
     render.show(render.columns(rows, *columns), title)
 
@@ -129,13 +128,13 @@ def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:
     return list(dict.fromkeys((c.family, c.sparsity) for c in cells))
 
 
-def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
+def _phase_columns(cells: Sequence[Cell], phase: str) -> list[render.Described[Any]]:
     def predicted(r: tuple[str, float]) -> str:
         c = at[r]
         return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
 
     at = {(c.family, c.sparsity): c for c in cells if c.phase == phase}
-    published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
+    published: render.Described[Any] = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
     return [
         published,
         ("<predicted", predicted),
@@ -143,7 +142,7 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
     ]
 
 
-def _by_device(cells: Sequence[Cell]) -> list[Column]:
+def _by_device(cells: Sequence[Cell]) -> list[render.Described[Any]]:
     at = {(c.hardware, c.phase, (c.family, c.sparsity)): f"{c.predicted:.2f}" for c in cells}
 
     def both(name: str, r: tuple[str, float]) -> str:

@@ -180,12 +180,13 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
     ]
 
 
-def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
+def case_columns(rows: Sequence[Any]) -> list[render.Described[Any]]:
     """Return the columns of a case: its pruning and phase, and its shape if that varies."""
-    columns: list[tuple[str, Callable[[Any], object]]] = [
-        ("<pruning", lambda r: one_line(r.pruning, 40))
+    columns: list[render.Described[Any]] = [
+        ("<pruning", lambda r: one_line(r.pruning, 40)),
+        ("<phase", "phase"),
+        ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"),
     ]
-    columns += [("<phase", "phase"), ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}")]
     return columns if len({(r.batch, r.seq) for r in rows}) > 1 else columns[:2]
 
 

@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -482,7 +482,13 @@ def _show_engines(
             if (time := getattr(engine, part.name)).source
         }
     )
-    stated = kind_of(Behaviour).lines(replace(engine, notes=()), "")
+    # defaults without a source
+    unstated: dict[str, Any] = {
+        part.name: None
+        for part in fields(Behaviour)
+        if is_dataclass(part.default) and getattr(engine, part.name) == part.default
+    }
+    stated = kind_of(Behaviour).lines(replace(engine, notes=(), **unstated), "")
     fill = partial(
         textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False
     )

@@ -88,7 +88,7 @@ def _column(
     part: str | Callable[[T], object],
     text: Callable[[Any], object] = str,
 ) -> Column:
-    getter = itemgetter if rows and isinstance(rows[0], Mapping) else attrgetter
+    getter: Any = itemgetter if rows and isinstance(rows[0], Mapping) else attrgetter
     value = part if callable(part) else getter(part)
     cells = [str(text(value(row))) for row in rows]
     return Column(title.removeprefix("<"), cells, not title.startswith("<"))

@@ -300,13 +300,13 @@ def _row_columns(table: _Crossed, detail: int) -> list[render.Column]:
     """Return the columns that the devices share."""
     first = {name: table.rows.index((name, s)) for name, s in reversed(table.rows)}
     labels = [name if first[name] == i else "" for i, (name, _) in enumerate(table.rows)]
-    described = [
-        ("pruned", "sparsity", render.percent, 0),
-        ("realised", "realised_sparsity", render.percent, 5),
-        ("FLOP\nbound", "flop_bound", render.ratio, 0),
-        ("byte\nbound", "byte_bound", render.ratio, 3),
-    ]
-    shown = [column for *column, least in described if detail >= least]
+    described = (
+        (0, ("pruned", "sparsity", render.percent)),
+        (5, ("realised", "realised_sparsity", render.percent)),
+        (0, ("FLOP\nbound", "flop_bound", render.ratio)),
+        (3, ("byte\nbound", "byte_bound", render.ratio)),
+    )
+    shown = (column for least, column in described if detail >= least)
     shared = render.columns(table.any_of, *shown)
     return [
         render.Column(_kind(table.results), ["dense", *labels], right=False),

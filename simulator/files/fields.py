@@ -351,9 +351,12 @@ class Object:
         return self.flow(value) if "value" in self.members else ""
 
     def flow(self, value: Any) -> str:
-        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())
-        stated = ((key, value, kind) for key, value, kind in parts if value not in (None, ""))
-        return f"{{{', '.join(f'{key}: {kind.text(value)}' for key, value, kind in stated)}}}"
+        parts = (
+            f"{key}: {kind.text(part)}"
+            for key, (name, kind, default) in self.members.items()
+            if (part := getattr(value, name)) not in (None, "") and (part or part != default)
+        )
+        return f"{{{', '.join(parts)}}}"
 
     def lines(self, value: Any, indent: str) -> Iterator[str]:
         for key, (name, kind, default) in self.members.items():

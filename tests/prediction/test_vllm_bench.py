@@ -114,7 +114,7 @@ def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
 
 def test_a_request_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
     serve = read_bench(_file(tmp_path, _serve()))
-    asked = Request("llama-3.2-1b", phase="serve", batch=MANY, seq=TOKENS, new_tokens=OUTPUT - 1)
+    asked = Request(phase="serve", batch=MANY, seq=TOKENS, new_tokens=OUTPUT - 1)
     assert pass_seconds(serve, asked) == pytest.approx(2.05)
     with pytest.raises(InputError, match="input_tokens: expected 512, got 600"):
         pass_seconds(replace(serve, input_tokens=600.0), asked)

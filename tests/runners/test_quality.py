@@ -85,15 +85,6 @@ def test_acceptance_is_the_share_that_speculative_sampling_accepts() -> None:
     assert 0.1 < found.sampled_acceptance < 0.9
 
 
-@pytest.mark.parametrize("other", [0, 1])
-def test_acceptance_of_equal_and_of_opposite_models(other: int) -> None:
-    logits = torch.full((2, 5, 7), -60.0)
-    logits[0, :, 0] = logits[1, :, 1] = 60.0  # each model is certain of one token
-    found = score(lambda ids: logits[0], lambda ids: logits[other], [torch.arange(5)] * 3)
-    assert found.sampled_acceptance == pytest.approx(1.0 - other, abs=1e-6)
-    assert found.greedy_acceptance == 1.0 - other
-
-
 def test_greedy_acceptance_counts_tokens_whose_best_agree() -> None:
     """The last logits of a window predict no token of it and do not count; windows count
     equally."""
