@@ -8,7 +8,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -457,24 +456,28 @@ def _show_engines(
     name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")],
     as_json: options.Json = False,
 ) -> None:
-    """Show one engine: each value with its source."""
-    from simulator.engines.engine import Behaviour, HostBlock, load_engine
-    from simulator.files.fields import kind_of
+    """Show one engine as a file: each value with its source.
+
+    To change an engine, redirect the output into a file, which --engine and engines check accept.
+    """
+    from simulator.engines.engine import SCHEMA_VERSION, Behaviour, HostBlock, load_engine
+    from simulator.files.fields import kind_of, quoted
 
     engine = load_engine(name)
     if as_json:
         render.show_json([engine.to_dict()])
         return
-    also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
-    print(f"{engine.title}: {engine.name}{also}\n")
+    own = engine.name.partition("@")[0]
+    print(f"# {', '.join((engine.name, *engine.aliases))}")
     for one in engine.generations:
         current = " (these values)" if one.name == engine.generation else ""
-        print(
-            f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title}"
-            f" [{one.source}]{current}"
-        )
-    if engine.generations:
-        print()
+        print(f"# {own}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}")
+    # defaults without a source
+    unstated: dict[str, Any] = {
+        part.name: None
+        for part in fields(Behaviour)
+        if is_dataclass(part.default) and getattr(engine, part.name) == part.default
+    }
     host = HostBlock(
         **{
             part.name: time
@@ -482,28 +485,18 @@ def _show_engines(
             if (time := getattr(engine, part.name)).source
         }
     )
-    # defaults without a source
-    unstated: dict[str, Any] = {
-        part.name: None
-        for part in fields(Behaviour)
-        if is_dataclass(part.default) and getattr(engine, part.name) == part.default
-    }
-    stated = kind_of(Behaviour).lines(replace(engine, notes=(), **unstated), "")
-    fill = partial(
-        textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False
-    )
-    for line in (
+    lines = (
+        f"schema_version: {SCHEMA_VERSION}",
+        f"name: {own}",
+        f"title: {quoted(engine.title)}",
         f"stacks: [{', '.join(engine.stacks)}]",
-        *stated,
-        "host:",
-        *kind_of(HostBlock).lines(host, "  "),
-    ):
-        print(fill(line, subsequent_indent="    "))
-    print("\nsources")
-    for short, text in engine.sources.items():
-        print(fill(f"  {short}: {text}", subsequent_indent="    "))
-    for line in engine.notes:
-        print(f"\n{fill(line)}")
+        *kind_of(Behaviour).lines(replace(engine, **unstated), ""),
+        *(("host:", *kind_of(HostBlock).lines(host, "  ")) if host != HostBlock() else ()),
+        "sources:",
+        *(f"  {short}: {quoted(text)}" for short, text in engine.sources.items()),
+    )
+    for line in lines:
+        render.say(line, "      ")
 
 
 @engines.command("check")
