@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from simulator.engines.engine import Engine
     from simulator.hardware.profile import EngineTimes, HardwareProfile
     from simulator.models.model import Model
-    from simulator.operators.base import Link
 
 hardware = typer.Typer(help="Devices: list them, show one, check a profile.")
 
@@ -68,10 +67,14 @@ def _show_devices(
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Prints datasheet facts with their sources, and per operator and engine the software stack whose
-    fit is used, with its mean error on held-out rows. "datasheet": no fit is used, only defaults.
+    Prints datasheet facts with their sources, as a profile states them, and per operator and engine
+    the software stack whose fit is used, with its mean error on held-out rows. "datasheet": no fit
+    is used, only defaults.
     """
+    from simulator.files.fields import lines_of
     from simulator.hardware.library import load_hardware
+    from simulator.hardware.profile import link_choices
+    from simulator.hardware.save import facts_of
     from simulator.operators.base import unfitted
     from simulator.operators.gemm import GEMM_CONSTANTS
 
@@ -79,31 +82,13 @@ def _show_devices(
     if json:
         render.show_json([{**hw.to_dict(), "served": _served(hw)}])
         return
-    also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
-    print(f"{hw.title}: {hw.label}{also}\n")
     if hw.verdict:
         print(f"its calibration advised against this profile: {hw.verdict}\n")
-    render.show(
-        render.columns(
-            list(_facts(hw)), ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])
-        )
-    )
-    print()
-    columns = render.columns(
-        list(hw.rates.items()),
-        ("<format", lambda item: item[0]),
-        ("dense", lambda item: _tflops(item[1].flop_per_s)),
-        ("<accumulate", lambda item: item[1].accumulate),
-        ("2:4", lambda item: f"x{item[1].sparse_factor:g}"),
-        ("ridge point", lambda item: f"{item[1].flop_per_s / hw.bandwidth_bytes_per_s:.0f} FLOP/B"),
-    )
-    render.show(columns)
-    print("\nsources")
-    values: dict[str, list[str]] = {}
-    for key, text in hw.sources.items():
-        values.setdefault(text, []).append(key)
-    for text, keys in values.items():
-        print(f"  {', '.join(keys)}:\n    {text}")
+    for line in lines_of(facts_of(hw)):
+        render.say(line, "      ")
+    print(f"\ndrawn: {_drawn(hw)}")
+    if hw.link is not None:
+        print(f"other links (--link): {', '.join(link_choices(hw.link, hw.bridge)[1:])}")
     print()
     if hw.local_update is not None:
         about = hw.local_update.provenance
@@ -123,26 +108,6 @@ def _show_devices(
         print(f"not calibrated: {of} and wide intervals")
 
 
-def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
-    from simulator.hardware.profile import link_choices
-
-    boost, highest = hw.boost_clock_hz / 1e9, hw.max_clock_hz / 1e9
-    bandwidth = render.rate(hw.bandwidth_bytes_per_s, "B/s")
-    yield "architecture", hw.architecture
-    yield "SMs", str(hw.sm_count)
-    yield "clocks", f"{boost:.3g} GHz boost, {highest:.3g} GHz highest"
-    yield "memory", f"{render.size(hw.memory_bytes)} at {bandwidth}"
-    yield "L2", render.size(hw.l2_bytes)
-    yield "power", f"{hw.power_w:.0f} W"
-    yield "drawn", _drawn(hw)
-    if hw.link is not None:
-        others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
-        yield "link", f"{hw.link.text}, {_speed(hw.link)}; others with --link: {others}"
-    if hw.bridge is not None:
-        speed = _speed(hw.bridge)
-        yield "bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"
-
-
 def _drawn(hw: HardwareProfile) -> str:
     """Return what the device draws idle and at its full rates, and how that is known."""
     from simulator.power import Power
@@ -154,11 +119,6 @@ def _drawn(hw: HardwareProfile) -> str:
     known = f"{section.status}: {about.source.partition(' (')[0]}" if about else "assumed"
     full = f"{moving:.0f} W at full bandwidth, {computing:.0f} W at full arithmetic"
     return f"{idle:.0f} W idle, {full} ({known})"
-
-
-def _speed(link: Link) -> str:
-    rate = render.rate(link.bandwidth_bytes_per_s, "B/s")
-    return f"{rate} one way, {render.seconds(link.latency_s)}"
 
 
 def _show_engine_times(engine: str, times: EngineTimes) -> None:

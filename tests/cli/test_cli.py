@@ -252,10 +252,10 @@ def test_lists_and_shows(cli: Any, tmp_path: Path) -> None:
     assert shown["name"] == "h100_sxm"
     assert shown["sources"]
     assert "989" in cli.out("hardware show h100")
-    power = r"drawn +\d\d W idle, \d{3} W at full bandwidth, 700 W at full arithmetic \(calibrated: ml-energy"
+    power = r"drawn: \d\d W idle, \d{3} W at full bandwidth, 700 W at full arithmetic \(calibrated: ml-energy"
     assert re.search(power, cli.out("hardware show h100"))
     assert re.search(
-        r"drawn .* 400 W at full arithmetic \(assumed\)", cli.out("hardware show a100")
+        r"drawn: .* 400 W at full arithmetic \(assumed\)", cli.out("hardware show a100")
     )
     assert re.search(r"gemm +bf16 +trtllm [\d.]+ %\n", cli.out("hardware show h100@trtllm"))
     assert re.search(r"\nvllm, [\d,]+ rows: as h100_sxm vllm\n", cli.out("hardware show h800"))
