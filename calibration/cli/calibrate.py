@@ -19,7 +19,7 @@ import typer
 from calibration.cli.fit import conclude, part_row, record_verdict, show_fitted
 from simulator.arguments import SIZE, number
 from simulator.cli import options, parsing, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, opt, option
 from simulator.errors import InputError, one_line
 from simulator.request import DEFAULT_DTYPE, DEFAULT_ENGINE, Name
 
@@ -41,26 +41,14 @@ Folder = Annotated[
 
 @dataclass(frozen=True)
 class Measuring:
-    budget: Annotated[str, opt("--budget", "TIME", "Time for the measurement: 2min, 90s, 1h.")] = (
-        "3min"
+    budget: str = option("TIME", "Time for the measurement: 2min, 90s, 1h.", "3min")
+    hardware: str = option(
+        "NAME", "Profile with the datasheet. Default: found by the device's name, or measured.", ""
     )
-    hardware: Annotated[
-        str,
-        opt(
-            "--hardware",
-            "NAME",
-            "Profile with the datasheet. Default: found by the device's name, or measured.",
-        ),
-    ] = ""
-    threads: Annotated[
-        int | None,
-        opt(
-            "--threads",
-            "N",
-            "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process.",
-        ),
-    ] = None
-    seed: Annotated[int, opt("--seed", "N", "Seed of the choice and order of the shapes.")] = 0
+    threads: int | None = option(
+        "N", "Threads of a CPU. Default: OMP_NUM_THREADS, else the CPUs of this process."
+    )
+    seed: int = option("N", "Seed of the choice and order of the shapes.", 0)
 
     def __post_init__(self) -> None:
         number("--seed", self.seed, SIZE)
@@ -68,36 +56,25 @@ class Measuring:
 
 @dataclass(frozen=True)
 class EngineRun:
-    engine: Annotated[
-        str,
-        opt(
-            "--engine",
-            "NAME",
-            "vllm, hf (Transformers) or none. Default: vLLM if installed, else Transformers.",
-        ),
-    ] = ""
-    vllm_python: Annotated[
-        str,
-        opt(
-            "--vllm-python",
-            "PATH",
-            "Python that has vLLM. Default: the one that runs this command.",
-        ),
-    ] = ""
+    engine: str = option(
+        "NAME",
+        "vllm, hf (Transformers) or none. Default: vLLM if installed, else Transformers.",
+        "",
+    )
+    vllm_python: str = option(
+        "PATH", "Python that has vLLM. Default: the one that runs this command.", ""
+    )
 
 
 @dataclass(frozen=True)
 class Target:
-    model: Annotated[
-        str | None,
-        opt("--for", "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first."),
-    ] = None
-    family: Annotated[str, opt("--family", "LIST", "With --for: pruning families.")] = (
-        "depth,width,width_cross,low_rank"
+    model: str | None = option(
+        "MODEL", "Measure the dense and pruned GEMMs of this model exactly, first.", flags="--for"
     )
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "With --for: removed fractions.")] = (
-        "0.25,0.5"
+    family: str = option(
+        "LIST", "With --for: pruning families.", "depth,width,width_cross,low_rank"
     )
+    sparsity: str = option("LIST", "With --for: removed fractions.", "0.25,0.5")
 
 
 @dataclass(frozen=True)
@@ -165,13 +142,12 @@ def command(
     target: Target = Target(),
     runner: EngineRun = EngineRun(),
     run: options.Run = REQUESTS,
-    quick: Annotated[
-        bool,
-        opt("--quick", None, "Re-anchor --hardware with a few measured rows instead of a fit."),
-    ] = False,
-    measure_only: Annotated[
-        bool, opt("--measure-only", None, "Write RUN/records.jsonl only: no fit, no validation.")
-    ] = False,
+    quick: bool = option(
+        None, "Re-anchor --hardware with a few measured rows instead of a fit.", False
+    ),
+    measure_only: bool = option(
+        None, "Write RUN/records.jsonl only: no fit, no validation.", False
+    ),
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Calibrate a device in one step.
@@ -230,7 +206,7 @@ def command(
     operators = replace(how, budget_s=how.budget_s * (OPERATORS if stage.runs else 1.0))
     found = measured(device, output, measure, operators, measuring.threads)
     if measure_only:
-        if render.Output(out.json).write([outcome_row(found)]):
+        if out.write([outcome_row(found)]):
             print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
         finish(found.outcome, verbose=out.verbose)
         return
@@ -429,13 +405,13 @@ def _show_engine(compared: Sequence[ComparedPass], title: str = "") -> tuple[str
     render.show(
         render.columns(
             compared,
-            ("<phase", lambda r: r.phase),
+            ("<phase", "phase"),
             ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"),
-            ("layers", lambda r: r.layers),
-            ("measured", lambda r: render.seconds(r.seconds)),
+            ("layers", "layers"),
+            ("measured", "seconds", render.seconds),
             ("interval\n+-%", lambda r: f"{100 * r.half:.1f}"),
-            ("before", lambda r: render.seconds(r.before_s)),
-            ("after", lambda r: render.seconds(r.after_s)),
+            ("before", "before_s", render.seconds),
+            ("after", "after_s", render.seconds),
             ("error\n%", lambda r: f"{100 * (r.after_s / r.seconds - 1):+.1f}"),
             ("left out\nerror %", lambda r: f"{100 * (r.held_out_s / r.seconds - 1):+.1f}"),
         ),
@@ -451,12 +427,12 @@ def _show_compared(check: EngineCheck) -> None:
     render.show(
         render.columns(
             check.rows,
-            ("<pruning", lambda r: r.pruning),
-            ("<phase", lambda r: r.phase),
-            ("dense", lambda r: render.seconds(r.dense_s)),
-            ("predicted", lambda r: render.seconds(r.predicted_dense_s)),
-            ("measured\nspeedup", lambda r: render.ratio(r.measured)),
-            ("\npredicted", lambda r: render.ratio(r.predicted)),
+            ("<pruning", "pruning"),
+            ("<phase", "phase"),
+            ("dense", "dense_s", render.seconds),
+            ("predicted", "predicted_dense_s", render.seconds),
+            ("measured\nspeedup", "measured", render.ratio),
+            ("\npredicted", "predicted", render.ratio),
             (
                 "interval",
                 lambda r: f"{render.ratio(r.predicted_lower)}-{render.ratio(r.predicted_upper)}",

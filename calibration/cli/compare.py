@@ -9,64 +9,40 @@ import textwrap
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from calibration.cli.calibrate import Folder, in_format, restart_if_needed
+from calibration.cli.calibrate import EngineRun, Folder, in_format, restart_if_needed
 from calibration.cli.upper_bound import SETTINGS, CaseOptions, case_columns, ratio_of
 from simulator.cli import options, render
-from simulator.cli.options import opt
-from simulator.errors import InputError
+from simulator.cli.options import option
 from simulator.files.csv import csv_text
 from simulator.request import Name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from calibration.runners.cases import Case
-    from calibration.runners.compare import ComparedCases, ComparedSpeedup
-    from simulator.hardware.profile import HardwareProfile
+    from calibration.runners.compare import ComparedSpeedup
 
 
 REQUESTS: options.Run = options.run_options(*SETTINGS, phase="prefill,decode", dtype=None)
 
 
 @dataclass(frozen=True)
-class Runner:
-    engine: Annotated[
-        str,
-        opt(
-            "--engine",
-            "NAME",
-            "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.",
-        ),
-    ] = "reference"
-    bench: Annotated[
-        list[str] | None,
-        opt(
-            "--bench",
-            "FILE",
-            "With --engine vllm: results of vllm bench, of the dense model, then of each --prune.",
-        ),
-    ] = None
-    vllm_python: Annotated[
-        str,
-        opt(
-            "--vllm-python",
-            "PATH",
-            "Python that has vLLM. Default: the one that runs this command.",
-        ),
-    ] = ""
+class Runner(EngineRun):
+    engine: str = option(
+        "NAME",
+        "What runs the model: reference (our decoder), hf or compile (Transformers), vllm.",
+        "reference",
+    )
 
 
 @options.expanded("csv", "figure")
 def command(
     model: options.Model,
     output: Folder,
-    device: Annotated[
-        str, opt("--device", "DEVICE", "cpu, cuda or cuda:1. With --bench: none.")
-    ] = "",
+    device: str = option("DEVICE", "cpu, cuda or cuda:1.", options.REQUIRED),
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="10min"),  # noqa: B008 - frozen
     runner: Runner = Runner(),
@@ -77,8 +53,7 @@ def command(
     Begins with whether the predictions hold, next to the roofline bound as prediction, and the
     worst case. Runs a model with random weights, dense and pruned: our own decoder, which has the
     families that decide during a pass, the model of Transformers, eagerly (hf) or under
-    torch.compile (compile), or that of vLLM. With --bench it reads result files of vllm bench
-    instead, and --hardware names the GPU that wrote them. The profile is --hardware, else
+    torch.compile (compile), or that of vLLM. The profile is --hardware, else
     RUN/profile.yaml of a calibration. Writes RUN/decoder.jsonl, comparison.csv, comparison.md and
     comparison.png, for a library with the name of its engine. Run the command again to resume. The
     default of --dtype is bf16, or fp32 on a CPU without bf16 instructions.
@@ -101,49 +76,32 @@ def command(
     run = in_format(run, device)
     dtype, engine = run.text("dtype"), runner.engine
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
-    if runner.bench:
-        if engine != "vllm":
-            raise InputError(
-                f"--bench: expected --engine vllm, which wrote the files, got {engine}"
-            )
-        name, hw, cases, notes, found = _of_files(runner.bench, model, run, selection)
-        folder.mkdir(exist_ok=True)
-    else:
-        if not device:
-            raise InputError(
-                "--device: expected cpu, cuda or cuda:1; result files of vllm bench (--bench) need"
-                " none"
-            )
-        settings = {**run.asked().settings, "engine": runs.lowered}
-        config, cases, notes = selection.cases(model, settings, kernels_on(device), runs.phases)
-        with (
-            selection.opened(device, folder, dtype) as (opened, hw, left),
-            render.progress("running") as report,
-        ):
-            name = opened.describe().device
-            render.status(
-                f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases"
-            )
-            python = runner.vllm_python or sys.executable
-            how = ModelRun(config, dtype, engine, content_of(model), python, selection.seed)
-            found = compare(folder, opened, how, cases, left, report)
-        restart_if_needed(found, render.status)
+    settings = {**run.asked().settings, "engine": runs.lowered}
+    config, cases, notes = selection.cases(model, settings, kernels_on(device), runs.phases)
+    with (
+        selection.opened(device, folder, dtype) as (opened, hw, left),
+        render.progress("running") as report,
+    ):
+        name = opened.describe().device
+        render.status(
+            f"{name}; {opened.describe().software}; {dtype}; {runs.title}; {len(cases)} cases"
+        )
+        python = runner.vllm_python or sys.executable
+        how = ModelRun(config, dtype, engine, content_of(model), python, selection.seed)
+        found = compare(folder, opened, how, cases, left, report)
+    restart_if_needed(found, render.status)
     bounds = measured_bounds(folder / RECORDS, cases, dtype)
     rows = rows_of(
         cases, found.records, hw, device=name, dtype=dtype, engine=engine, measured_bounds=bounds
     )
-    table, agreement, title = (
-        [asdict(row) for row in rows],
-        _agreement(rows),
-        "",
-    )
+    table, agreement, title = [asdict(row) for row in rows], _agreement(rows), ""
     if rows:
         title = (
             f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
         )
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
         _write(folder, engine, rows, title, agreement)
-    if render.Output(out.json).write(table) and rows:
+    if out.write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), title)
         print("\n" + "\n".join(agreement))
@@ -152,44 +110,9 @@ def command(
     left_over = (
         (f"{found.left} cases left{why}; run the command again to resume",) if found.left else ()
     )
-    render.notes((*left_over, *found.notes, *doubts(rows, found.records), *notes), out.verbose)
+    render.notes((*left_over, *found.notes, *doubts(rows), *notes), out.verbose)
     if found.stopped not in ("", "budget") or not rows:
         raise typer.Exit(130 if found.stopped == "interrupted" else 1)
-
-
-def _of_files(
-    files: list[str], model: str, run: options.Run, selection: CaseOptions
-) -> tuple[str, HardwareProfile, list[Case], list[str], ComparedCases]:
-    """Return GPU, profile, cases, notes and comparison of result files of ``vllm bench``. Options
-    supply batch, length and new tokens (none for a prefill) if the files do not state them."""
-    from calibration.runners.compare import ENGINES, compare_files
-    from simulator.hardware.library import load_hardware
-    from simulator.prediction.benchmarks import read_bench, request_of
-
-    if not selection.hardware:
-        raise InputError("--bench: expected --hardware with the GPU that wrote the files")
-    hw, runs, asked = (
-        load_hardware(selection.hardware),
-        [read_bench(file) for file in files],
-        run.asked().settings,
-    )
-    for one in runs:
-        if one.engine not in ("vllm", ""):
-            raise InputError(f"{one.source}: engine: expected vllm, got {one.engine}")
-    given: dict[str, int] = {}
-    if runs[0].kind == "batch":
-        batch, seq = asked["batch"], asked["seq"]
-        if len(batch) != 1 or len(seq) != 1:
-            raise InputError("--bench: expected one --batch and one --seq, those of the files")
-        output = 1 if asked["phase"] == ["prefill"] else asked["new_tokens"] + 1
-        given = {"batch": batch[0], "seq": seq[0], "output": output}
-    phase, many, length, steps = request_of(runs[0], **given)
-    asked |= {"phase": phase, "batch": many, "seq": length, "new_tokens": max(steps, 1)}
-    vllm = ENGINES["vllm"]
-    _, cases, notes = selection.cases(model, {**asked, "engine": vllm.lowered}, phases=vllm.phases)
-    if notes:  # the files belong to the prunings by their order
-        raise InputError(notes[0])
-    return hw.title, hw, cases, notes, compare_files(cases, runs, run.text("dtype"))
 
 
 def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
@@ -197,8 +120,8 @@ def _columns(rows: list[ComparedSpeedup]) -> list[render.Column]:
     return render.columns(
         rows,
         *case_columns(rows),
-        ("dense", lambda r: render.seconds(r.dense_s)),
-        ("pruned", lambda r: render.seconds(r.pruned_s)),
+        ("dense", "dense_s", render.seconds),
+        ("pruned", "pruned_s", render.seconds),
         ("measured\nspeedup", ratio_of("measured")),
         (
             "measured\ninterval",

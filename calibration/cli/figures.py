@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from calibration.cli.fit import load_rows, single
+from calibration.cli.fit import load_rows
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
@@ -66,7 +66,7 @@ def command(
             Name(tuple(FIGURES)).check("figure", name) for name in parsing.names("--only", only)
         ]
     suffixes = [f".{known.check('format', name)}" for name in parsing.names("--format", formats)]
-    asked = single(run.asked().settings)
+    asked = options.single(run.asked().settings)
     about = paper(model, parsing.names("--hardware", hardware), **asked)
     missing: list[str] = []
     if set(chosen) & set(MEASURED):

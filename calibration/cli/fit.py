@@ -3,7 +3,7 @@ records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, opt, option
 from simulator.errors import InputError
-from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
     from calibration.fit.local_update import Updated
@@ -32,7 +31,7 @@ Map = Annotated[
 @dataclass(frozen=True)
 class Csv:
     column_map: Map = None
-    device: Annotated[str, opt("--device", "TEXT", "For a CSV: the measured device.")] = ""
+    device: str = option("TEXT", "For a CSV: the measured device.", "")
 
 
 @options.expanded("csv", "figure")
@@ -52,19 +51,13 @@ def command(
         str, opt("--hardware", "NAME", "Profile with the datasheet of the device.")
     ],
     table: Csv = Csv(),
-    dtype: Annotated[
-        str | None, opt("--dtype", "NAME", "Number format to fit. Default: all.")
-    ] = None,
-    prior: Annotated[
-        str | None,
-        opt(
-            "--prior", "NAME", "Calibrated profile of a related GPU or other stack, used as prior."
-        ),
-    ] = None,
-    anchor: Annotated[
-        bool,
-        opt("--anchor", None, "Re-anchor --hardware with 20 to 400 rows measured on this machine."),
-    ] = False,
+    dtype: str | None = option("NAME", "Number format to fit. Default: all."),
+    prior: str | None = option(
+        "NAME", "Calibrated profile of a related GPU or other stack, used as prior."
+    ),
+    anchor: bool = option(
+        None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.", False
+    ),
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Calibrate a profile on records.
@@ -138,22 +131,12 @@ def conclude(
 ) -> None:
     """Print a judgement, the tables of ``show`` (which returns further notes) and all notes; exit
     with ``status``, else with that of the judgement."""
-    if render.Output(out.json).write([judged.as_row() | row for row in found]):
+    if out.write([judged.as_row() | row for row in found]):
         render.conclude(*judged.sentences)
         notes += show()
     render.notes((*notes, *problems), out.verbose)
     if status or judged.status:
         raise typer.Exit(status or judged.status)
-
-
-def single(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one request; InputError if an option has several values."""
-    for name, value in settings.items():
-        if isinstance(value, list) and len(value) > 1:
-            raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
-    return {
-        name: value[0] if isinstance(value, list) else value for name, value in settings.items()
-    }
 
 
 def load_rows(
@@ -226,8 +209,8 @@ def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
 
     columns = render.columns(
         fit.parts,
-        ("<fitted part", lambda p: p.operator),
-        ("<format", lambda p: p.dtype),
+        ("<fitted part", "operator"),
+        ("<format", "dtype"),
         ("rows", lambda p: f"{p.rows:,}"),
         ("unseen MAPE", accuracy("mape")),
         ("median", accuracy("median")),
@@ -253,7 +236,7 @@ def _show_update(done: Updated) -> None:
 
     effects = render.columns(
         done.effects,
-        ("<error factor", lambda e: e.name),
+        ("<error factor", "name"),
         ("before", lambda e: f"{percent(-e.prior_sd, '+')} to {percent(e.prior_sd, '+')}"),
         (
             "after",
@@ -262,7 +245,7 @@ def _show_update(done: Updated) -> None:
                 f" {percent(e.mean + e.sd, '+')})"
             ),
         ),
-        ("<meaning", lambda e: e.meaning),
+        ("<meaning", "meaning"),
     )
     render.show(
         effects,
@@ -271,14 +254,14 @@ def _show_update(done: Updated) -> None:
     print()
     fits = render.columns(
         done.fits,
-        ("<operator", lambda f: f.name),
+        ("<operator", "name"),
         ("rows", lambda f: f"{f.rows:,}"),
-        ("error\nbefore", lambda f: percent(f.error_before)),
-        ("\nafter", lambda f: percent(f.error_after)),
-        ("90 % interval\nover time before", lambda f: ends(f.half_before)),
-        ("\nafter", lambda f: ends(f.half_after)),
-        ("coverage\nbefore", lambda f: percent(f.inside_before)),
-        ("\nafter", lambda f: percent(f.inside_after)),
+        ("error\nbefore", "error_before", percent),
+        ("\nafter", "error_after", percent),
+        ("90 % interval\nover time before", "half_before", ends),
+        ("\nafter", "half_after", ends),
+        ("coverage\nbefore", "inside_before", percent),
+        ("\nafter", "inside_after", percent),
         ("\nz", lambda f: f"{f.z:.2f}"),
     )
     render.show(

@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.display import with_and
 from simulator.errors import InputError
 
@@ -28,26 +28,20 @@ MARGIN = (
     " does not."
 )
 
-Column = tuple[str, Callable[[Any], object]]
 _LABELS = (
     ("<family", lambda r: r[0]),
     ("removed", lambda r: f"{100 * r[1]:.0f} %"),
 )
 
 
+@options.expanded()
 def command(
-    hardware: Annotated[
-        str, opt("--hardware", "NAMES", "Other GPUs for the predicted table, separated by commas.")
-    ] = "a100,h100,rtx_4090",
-    engine: Annotated[
-        str, opt("--engine", "NAMES", "Engines to predict it in there.")
-    ] = "reference,vllm",
-    claims: Annotated[
-        bool, opt("--claims", None, "Test the paper's two claims on these GPUs and engines.")
-    ] = False,
-    figure: Annotated[
-        str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
-    ] = None,
+    hardware: str = option(
+        "NAMES", "Other GPUs for the predicted table, separated by commas.", "a100,h100,rtx_4090"
+    ),
+    engine: str = option("NAMES", "Engines to predict it in there.", "reference,vllm"),
+    claims: bool = option(None, "Test the paper's two claims on these GPUs and engines.", False),
+    figure: str | None = option("FILE", "Also draw a figure: .pdf, .svg or .png."),
     json: options.Json = False,
 ) -> None:
     """Predict the table of the taxonomy paper.
@@ -83,7 +77,7 @@ def command(
         "elsewhere": [*map(record, others)],
         "figure 2": split,
     }
-    if not render.Output(json).write(
+    if not options.Output(json).write(
         [{"what": what, **row} for what, part in parts.items() for row in part]
     ):
         return
@@ -104,15 +98,15 @@ def command(
     _print_columns(
         "Time of the dense model by part, batch 1 at 32768 tokens (Figure 2)",
         split,
-        ("<phase", lambda p: p["phase"]),
-        ("<part", lambda p: p["part"]),
-        ("published", lambda p: render.seconds(p["measured_s"])),
-        ("predicted", lambda p: render.seconds(p["predicted_s"])),
+        ("<phase", "phase"),
+        ("<part", "part"),
+        ("published", "measured_s", render.seconds),
+        ("predicted", "predicted_s", render.seconds),
         ("error", lambda p: f"{round(100 * (p['predicted_s'] / p['measured_s'] - 1)):+d} %"),
     )
 
 
-def _print_columns(title: str, rows: Sequence[Any], *columns: Column) -> None:
+def _print_columns(title: str, rows: Sequence[Any], *columns: render.Described[Any]) -> None:
     print()
     render.show(render.columns(rows, *columns), title)
 
@@ -134,13 +128,13 @@ def _rows(cells: Sequence[Cell]) -> list[tuple[str, float]]:
     return list(dict.fromkeys((c.family, c.sparsity) for c in cells))
 
 
-def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
+def _phase_columns(cells: Sequence[Cell], phase: str) -> list[render.Described[Any]]:
     def predicted(r: tuple[str, float]) -> str:
         c = at[r]
         return f"{c.predicted:.2f} ({c.lower:.2f}-{c.upper:.2f})" + ("" if c.inside else " *")
 
     at = {(c.family, c.sparsity): c for c in cells if c.phase == phase}
-    published: Column = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
+    published: render.Described[Any] = f"{phase}:\npaper", lambda r: f"{at[r].published:.2f}"
     return [
         published,
         ("<predicted", predicted),
@@ -148,7 +142,7 @@ def _phase_columns(cells: Sequence[Cell], phase: str) -> list[Column]:
     ]
 
 
-def _by_device(cells: Sequence[Cell]) -> list[Column]:
+def _by_device(cells: Sequence[Cell]) -> list[render.Described[Any]]:
     at = {(c.hardware, c.phase, (c.family, c.sparsity)): f"{c.predicted:.2f}" for c in cells}
 
     def both(name: str, r: tuple[str, float]) -> str:
@@ -169,7 +163,7 @@ def _show_claims(devices: Sequence[str], engines: Sequence[str], json: bool) -> 
 
     with render.progress("testing") as report:
         found = claim_outcomes([HARDWARE, *devices], engines, report)
-    if render.Output(json).write([asdict(o) for o in found]):
+    if options.Output(json).write([asdict(o) for o in found]):
         outcomes = {
             letter: [o for o in found if o.claim == claim] for letter, claim in zip("ab", CLAIMS)
         }
@@ -209,16 +203,16 @@ def _claim_columns(some: Sequence[ClaimOutcome]) -> list[render.Column]:
     sparsities = dict.fromkeys(s for o in some for s, _ in o.margins)
     columns = render.columns(
         some,
-        ("<hardware", lambda o: o.hardware),
-        ("<engine", lambda o: o.engine),
-        ("<phase", lambda o: o.phase),
-        ("<verdict", lambda o: o.verdict),
+        ("<hardware", "hardware"),
+        ("<engine", "engine"),
+        ("<phase", "phase"),
+        ("<verdict", "verdict"),
         ("margin", lambda o: margin(o, o.margin)),
         *(
             (f"at {render.percent(s)}", lambda o, s=s: margin(o, dict(o.margins).get(s)))
             for s in sparsities
         ),
-        ("<bottleneck", lambda o: o.bottleneck),
+        ("<bottleneck", "bottleneck"),
     )
     columns[3] = replace(columns[3], styles=[STYLES.get(o.verdict, "") for o in some])
     return render.narrowed(columns if sparsities else columns[:-1], 5)

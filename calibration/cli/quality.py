@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, option
 from simulator.errors import InputError, needs_extra
 
 if TYPE_CHECKING:
@@ -17,28 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrunedModels:
-    pruned: Annotated[
-        str | None,
-        opt(
-            "--pruned",
-            "FOLDER",
-            "Pruned checkpoint to score; --family and --sparsity name what was removed.",
-        ),
-    ] = None
-    family: Annotated[
-        str, opt("--family", "LIST", "Pruning families: the smallest weights are removed.")
-    ] = "depth,width"
-    sparsity: Annotated[str, opt("--sparsity", "LIST", "Fractions removed.")] = "0.1,0.2"
+    pruned: str | None = option(
+        "FOLDER", "Pruned checkpoint to score; --family and --sparsity name what was removed."
+    )
+    family: str = option(
+        "LIST", "Pruning families: the smallest weights are removed.", "depth,width"
+    )
+    sparsity: str = option("LIST", "Fractions removed.", "0.1,0.2")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    text: Annotated[
-        str | None,
-        opt("--text", "FILE", "Text to score (UTF-8). Default: Python's own help texts."),
-    ] = None
-    windows: Annotated[int, opt("--windows", "N", "Windows of text.")] = 8
-    length: Annotated[int, opt("--length", "N", "Tokens per window.")] = 512
+    text: str | None = option("FILE", "Text to score (UTF-8). Default: Python's own help texts.")
+    windows: int = option("N", "Windows of text.", 8)
+    length: int = option("N", "Tokens per window.", 512)
 
     def read(self, folder: str, times: int = 1) -> tuple[Any, str, str]:
         """Return tokens of ``times`` x ``windows`` windows, the name of the text, and the
@@ -58,30 +50,17 @@ class Corpus:
 def command(
     model: Annotated[str, arg("MODEL", "Hugging Face folder of the dense model.", "FOLDER")],
     models: PrunedModels = PrunedModels(),
-    output: Annotated[
-        str | None,
-        opt(
-            "-o --output",
-            "FILE",
-            "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer.",
-        ),
-    ] = None,
-    per_layer: Annotated[
-        bool,
-        opt(
-            "--per-layer",
-            None,
-            "Score each variant of each layer's attention and MLP alone, into --output.",
-        ),
-    ] = False,
-    choices: Annotated[
-        str | None,
-        opt(
-            "--choices",
-            "FILE",
-            "With --per-layer: variants of each layer (CSV). Default: usual ones.",
-        ),
-    ] = None,
+    output: str | None = option(
+        "FILE",
+        "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer.",
+        flags="-o --output",
+    ),
+    per_layer: bool = option(
+        None, "Score each variant of each layer's attention and MLP alone, into --output.", False
+    ),
+    choices: str | None = option(
+        "FILE", "With --per-layer: variants of each layer (CSV). Default: usual ones."
+    ),
     corpus: Corpus = Corpus(),
     json: options.Json = False,
 ) -> None:
@@ -124,7 +103,7 @@ def command(
     except ModuleNotFoundError as error:
         raise needs_extra("this command", "calibrate", str(error.name), " transformers") from None
     if per_layer and output:
-        _per_layer(model, choices, output, corpus, render.Output(json))
+        _per_layer(model, choices, output, corpus, options.Output(json))
         return
 
     tokens, text_name, protocol = corpus.read(model)
@@ -141,11 +120,11 @@ def command(
         write_whole(
             output, table_text(s.row(name.lower(), protocol, source) for s in found).encode()
         )
-    if render.Output(json).write([{"model": name, **asdict(s)} for s in found]):
+    if options.Output(json).write([{"model": name, **asdict(s)} for s in found]):
         columns = render.columns(
             found,
-            ("<family", lambda s: s.family),
-            ("pruned", lambda s: render.percent(s.sparsity)),
+            ("<family", "family"),
+            ("pruned", "sparsity", render.percent),
             ("perplexity", lambda s: f"{s.perplexity:.4g}"),
             ("KL (nats/token)", lambda s: f"{s.kl_nats:.3g}"),
             ("accepted\nsampled", lambda s: f"{s.sampled_acceptance:.3f}"),
@@ -157,7 +136,7 @@ def command(
 
 
 def _per_layer(
-    folder: str, choices: str | None, file: str, corpus: Corpus, output: render.Output
+    folder: str, choices: str | None, file: str, corpus: Corpus, output: options.Output
 ) -> None:
     from calibration.runners import quality
     from simulator.models.library import load_model

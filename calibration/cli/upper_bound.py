@@ -21,7 +21,7 @@ from calibration.cli.calibrate import (
     seconds,
 )
 from simulator.cli import options, render
-from simulator.cli.options import opt
+from simulator.cli.options import opt, option
 from simulator.errors import InputError, one_line
 from simulator.files.csv import csv_text
 
@@ -35,18 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CaseOptions(Measuring):
-    family: Annotated[
-        str | None,
-        opt("--family", "LIST", "Pruning families, or all. Default: all, or none with --prune."),
-    ] = None
-    sparsity: Annotated[
-        str | None, opt("--sparsity", "LIST", "Removed fractions of families. Default: 0.25,0.5.")
-    ] = None
+    family: str | None = option(
+        "LIST", "Pruning families, or all. Default: all, or none with --prune."
+    )
+    sparsity: str | None = option("LIST", "Removed fractions of families. Default: 0.25,0.5.")
     prune: options.Prune = None
     pruned: options.Pruned = None
-    layers: Annotated[
-        int | None, opt("--layers", "N", "Use only the first N layers of the model.")
-    ] = None
+    layers: int | None = option("N", "Use only the first N layers of the model.")
 
     def cases(
         self,
@@ -127,7 +122,7 @@ def command(
     file = folder / "upper_bound.csv"
     records = [asdict(row) for row in rows]
     write_whole(file, csv_text(records).encode())
-    if render.Output(out.json).write(records):
+    if out.write(records):
         render.conclude(*_conclusion(rows, bound_errors(rows)))
         first = rows[0]
         columns = render.columns(
@@ -185,12 +180,13 @@ def _conclusion(rows: Sequence[Bound], errors: Mapping[str, float]) -> list[str]
     ]
 
 
-def case_columns(rows: Sequence[Any]) -> list[tuple[str, Callable[[Any], object]]]:
+def case_columns(rows: Sequence[Any]) -> list[render.Described[Any]]:
     """Return the columns of a case: its pruning and phase, and its shape if that varies."""
-    columns: list[tuple[str, Callable[[Any], object]]] = [
-        ("<pruning", lambda r: one_line(r.pruning, 40))
+    columns: list[render.Described[Any]] = [
+        ("<pruning", lambda r: one_line(r.pruning, 40)),
+        ("<phase", "phase"),
+        ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}"),
     ]
-    columns += [("<phase", lambda r: r.phase), ("batch\nx seq", lambda r: f"{r.batch} x {r.seq}")]
     return columns if len({(r.batch, r.seq) for r in rows}) > 1 else columns[:2]
 
 

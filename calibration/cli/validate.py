@@ -3,13 +3,13 @@ serving benchmarks."""
 
 from __future__ import annotations
 
-from dataclasses import make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from calibration.cli.fit import Map, conclude, load_rows, single
+from calibration.cli.fit import Map, conclude, load_rows
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, option
 from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 
@@ -17,47 +17,30 @@ if TYPE_CHECKING:
     from calibration.validation.runs import RunResult
     from calibration.validation.validate import Report
 
-# conditions of result files: settings of a request, with the meaning of their options here
-CONDITIONS = {
-    "engine": ("NAME", "With a FOLDER: engine. Default: that of the tool."),
-    "weight_dtype": ("NAME", "With a FOLDER: format of weights. Default: that of the file."),
-    "kv_dtype": ("NAME", "With a FOLDER: format of the K/V cache. Default: that of the file."),
-    "devices": ("N", "With a FOLDER: GPUs that share the model. Default: 1."),
-    "batch": ("N", "With a FOLDER: batch of files that do not state it."),
-    "seq": ("N", "With a FOLDER: prompt tokens of files that do not state them."),
-    "new_tokens": (
-        "N",
-        "With a FOLDER: decode steps of files that do not state them; 0 is a prefill.",
-    ),
-}
-GIVEN: Any = make_dataclass(
-    "Given",
-    [
-        (
-            "model",
-            Annotated[
-                str | None,
-                opt(
-                    "--model",
-                    "MODEL",
-                    "With a FOLDER: model of files that do not name a known one.",
-                ),
-            ],
-            None,
-        ),
-        (
-            "hardware",
-            Annotated[
-                str | None,
-                opt("--hardware", "NAME", "With a FOLDER: GPU. Default: that of the file."),
-            ],
-            None,
-        ),
-        *((name, options.setting_option(name, *texts), None) for name, texts in CONDITIONS.items()),
-    ],
-    bases=(options.Run,),
-    frozen=True,
-)()
+
+@dataclass(frozen=True)
+class Given(options.Run):
+    """Conditions that result files may lack: settings of a request, with their meaning here."""
+
+    model: str | None = option(
+        "MODEL", "With a FOLDER: model of files that do not name a known one."
+    )
+    hardware: str | None = option("NAME", "With a FOLDER: GPU. Default: that of the file.")
+    engine: str | None = option("NAME", "With a FOLDER: engine. Default: that of the tool.")
+    weight_dtype: str | None = option(
+        "NAME", "With a FOLDER: format of weights. Default: that of the file."
+    )
+    kv_dtype: str | None = option(
+        "NAME", "With a FOLDER: format of the K/V cache. Default: that of the file."
+    )
+    devices: str | None = options.setting_option(
+        "devices", "N", "With a FOLDER: GPUs that share the model. Default: 1."
+    )
+    batch: str | None = option("N", "With a FOLDER: batch of files that do not state it.")
+    seq: str | None = option("N", "With a FOLDER: prompt tokens of files that do not state them.")
+    new_tokens: str | None = option(
+        "N", "With a FOLDER: decode steps of files that do not state them; 0 is a prefill."
+    )
 
 
 @options.expanded("csv", "figure")
@@ -73,13 +56,9 @@ def command(
         list[str] | None, arg("TABLE...", "Tables, run folders, or names of shipped measurements.")
     ] = None,
     column_map: Map = None,
-    dtype: Annotated[
-        str | None, opt("--dtype", "NAME", "Number format to evaluate. Default: all.")
-    ] = None,
-    markdown: Annotated[
-        str | None, opt("--markdown", "FILE", "Write a report, with plots in the same folder.")
-    ] = None,
-    given: options.Run = GIVEN,
+    dtype: str | None = option("NAME", "Number format to evaluate. Default: all."),
+    markdown: str | None = option("FILE", "Write a report, with plots in the same folder."),
+    given: Given = Given(),
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Evaluate a profile on measurements.
@@ -96,11 +75,11 @@ def command(
                 f"{profile}: is a folder of result files; expected no TABLE, --map or --markdown"
                 " with it"
             )
-        names = {"model": given.text("model"), "hardware": given.text("hardware"), "dtype": dtype}
+        names = {"model": given.model, "hardware": given.hardware, "dtype": dtype}
         conditions = {name: text for name, text in names.items() if text}
-        _runs(profile, conditions | single(given.asked().settings), out)
+        _runs(profile, conditions | options.single(given.asked().settings), out)
         return
-    if given != GIVEN:
+    if given != Given():
         got = f"{profile}, which is not a folder" if profile else "none"
         raise InputError(
             "--model, --hardware and other conditions: expected a FOLDER of result files, got"
@@ -161,7 +140,7 @@ def show_report(report: Report, title: str = "") -> tuple[str, ...]:
         ("coverage\n%", lambda p: number(p["coverage"][0]["coverage"], 2)),
         ("roofline\nMAPE %", lambda p: number(p["roofline"]["mape"], 2)),
         ("0.8 bw + 3 us\nMAPE %", lambda p: number(p["simple"]["mape"], 2)),
-        ("<section", lambda p: p["status"]),
+        ("<section", "status"),
     )
     about = title or f"on measurements of {report.device}, {report.software}"
     render.show(render.narrowed(columns, 6), f"{report.hardware} {about}")
@@ -187,7 +166,7 @@ def _runs(folder: str, given: dict[str, Any], out: options.Output) -> None:
     skipped = [f"{r.source}: skipped: {r.reason}" for r in results if r.compared is None]
     if len(skipped) == len(results):
         raise InputError(f"{folder}: expected a result that can be predicted; {skipped[0]}")
-    if render.Output(out.json).write([r.as_row() for r in results]):
+    if out.write([r.as_row() for r in results]):
         render.conclude(*of_runs(results, folder))
         columns = render.columns(
             [(r, r.compared) for r in results if r.compared is not None],

@@ -211,22 +211,11 @@ def cases_of(
     those that can run.
     """
     config = load_model(model) if isinstance(model, str) else model
-    given = {
-        name: settings[name]
-        for name in ("family", "sparsity", "prune", "pruned")
-        if settings.get(name)
-    }
-    family = given.pop("family", None)
-    sparsity = given.pop("sparsity", None)
-    prunings: tuple[Pruning, ...] = ()
-    for name, value in given.items():
-        prunings += prunings_of(
-            (config,), **{name: value}, sparsity=sparsity if family is None else None
-        )
-    if family is not None or not prunings:
-        prunings += prunings_of(
-            (), family or ("all",), sparsity=SPARSITIES if sparsity is None else sparsity
-        )
+    names = ("family", "sparsity", "prune", "pruned")
+    given = {name: settings[name] for name in names if settings.get(name)}
+    if "family" in given or not given.keys() & {"prune", "pruned"}:
+        given.setdefault("sparsity", SPARSITIES)
+    prunings = prunings_of([config], **given)
     requests = requests_of(
         [config], {name: value for name, value in settings.items() if name in SETTINGS}
     )

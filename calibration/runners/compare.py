@@ -1,16 +1,14 @@
 """Run a model, dense and pruned, and compare its times with predictions.
 
 :func:`compare` times each pruned model in alternation with the dense model, so a slower machine
-slows both, and keeps every result in a run folder; :func:`compare_files` reads result files of
-``vllm bench`` instead. :func:`rows_of` adds predictions and bounds to the records,
-:func:`conclusions` states how measured and predicted speedups agree. torch and the libraries are
-imported only to run a model.
+slows both, and keeps every result in a run folder. :func:`rows_of` adds predictions and bounds to
+the records, :func:`conclusions` states how measured and predicted speedups agree. torch and the
+libraries are imported only to run a model.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -34,7 +32,6 @@ from calibration.measure.timing import OK, median_interval
 from calibration.records.store import Store
 from calibration.records.timing_table import Row
 from calibration.runners.cases import (
-    ENOUGH,
     MOST,
     PRECISION,
     Case,
@@ -47,13 +44,13 @@ from calibration.runners.cases import (
 from calibration.runners.runs import begin
 from calibration.validation.scoring import errors, spearman
 from calibration.validation.validate import verdict_of
+from simulator.arrays import FloatArray
 from simulator.codes import PHASES
 from simulator.display import few
 from simulator.engines.engine import load_engine, numbers
 from simulator.errors import InputError
 from simulator.hardware.profile import HardwareProfile
-from simulator.prediction.benchmarks import BenchRun, pass_seconds
-from simulator.units import ratio, seconds
+from simulator.units import ratio
 
 # engine files of our decoder in plain PyTorch (with families, and with methods of files) and of
 # Transformers under torch.compile
@@ -306,60 +303,6 @@ def file_name(name: str, engine: str) -> str:
     return name if engine == "reference" else name.replace(".", f".{engine}.", 1)
 
 
-def compare_files(cases: Sequence[Case], files: Sequence[BenchRun], dtype: str) -> ComparedCases:
-    """Compare cases with files of ``vllm bench``: the dense model's, then one per case."""
-    if len(files) != len(cases) + 1:
-        expected = f"{len(cases) + 1} files, of the dense model and of each pruning in its order"
-        raise InputError(f"--bench: expected {expected}, got {len(files)}")
-    records = [
-        {
-            "key": name_of(case, dtype, "vllm"),
-            "dtype": dtype,
-            **case.identity,
-            **bench_record(case, files[0], file),
-        }
-        for case, file in zip(cases, files[1:])
-    ]
-    notes = dict.fromkeys(str(r["reason"]) for r in records if r["reason"])
-    return ComparedCases(tuple(records), 0, tuple(notes))
-
-
-def bench_record(case: Case, dense: BenchRun, pruned: BenchRun) -> Row:
-    """Return the record of a case; the longer file loses its last samples."""
-    for what in ("tool", "concurrency"):
-        a = getattr(dense, what)
-        b = getattr(pruned, what)
-        if a != b:
-            raise InputError(
-                f"{pruned.source}: {what}: expected {a}, as in {dense.source}, got {b}"
-            )
-    kinds = ("serve",) if dense.kind == "serve" else ("prefill", "generate")
-    if case.phase not in kinds:
-        raise InputError(
-            f"{dense.source}: phase: expected {' or '.join(kinds)} for {dense.tool}, got"
-            f" {case.phase}"
-        )
-    for run in (dense, pruned):
-        pass_seconds(run, case.dense.meta.asked)
-    count = min(len(dense.samples_s), len(pruned.samples_s))
-    return {
-        "status": OK,
-        "reason": "; ".join(dict.fromkeys(run.note for run in (dense, pruned) if run.note)),
-        "runtime": dense.tool,
-        "loops": 1,
-        "dense_s": list(dense.samples_s[:count]),
-        "pruned_s": list(pruned.samples_s[:count]),
-        "settings": {
-            name: {
-                "file": os.path.basename(run.source),
-                "model": run.model,
-                "percentiles_s": dict(run.percentiles_s),
-            }
-            for name, run in (("dense", dense), ("pruned", pruned))
-        },
-    }
-
-
 def runner_of(device: Device, model: ModelRun) -> Runner:
     engine = model.engine
     if engine == "reference":
@@ -485,11 +428,10 @@ def _measured(record: Mapping[str, Any]) -> Row:
     pair = int(np.argsort(ratios, kind="stable")[(len(ratios) - 1) // 2])
     _, low, high = median_interval(ratios.tolist())
     if not math.isfinite(high):
-        low = float(ratios.min())
-        high = float(ratios.max())
-    times = {"dense_s": float(dense_s[pair]), "pruned_s": float(pruned_s[pair])}
+        low, high = float(ratios.min()), float(ratios.max())
     return {
-        **times,
+        "dense_s": float(dense_s[pair]),
+        "pruned_s": float(pruned_s[pair]),
         "measured": float(ratios[pair]),
         "measured_lower": low,
         "measured_upper": high,
@@ -539,27 +481,20 @@ def summary(rows: Sequence[ComparedSpeedup]) -> dict[str, float]:
     ("dense_time")."""
     if not rows:
         raise InputError("comparison: expected at least one measured case, got none")
-    names = (
-        "predicted",
-        "measured",
-        "predicted_lower",
-        "predicted_upper",
-        "predicted_dense_s",
-        "dense_s",
-    )
-    predicted, measured, low, high, dense, dense_s = (
-        np.array([getattr(r, name) for r in rows]) for name in names
-    )
-    found = {
+
+    def values(name: str) -> FloatArray:
+        return np.array([getattr(r, name) for r in rows])
+
+    predicted, measured = values("predicted"), values("measured")
+    low, high = values("predicted_lower"), values("predicted_upper")
+    return {
         "count": len(rows),
         "spearman": spearman(predicted, measured),
         **errors(predicted, measured),
-    }
-    found |= {
         "bias": float(np.median(predicted / measured)) - 1.0,
-        "dense_time": errors(dense, dense_s)["median"],
+        "dense_time": errors(values("predicted_dense_s"), values("dense_s"))["median"],
+        "inside": float(np.mean((low <= measured) & (measured <= high))),
     }
-    return {**found, "inside": float(np.mean((low <= measured) & (measured <= high)))}
 
 
 def by_phase(rows: Sequence[ComparedSpeedup]) -> dict[str, dict[str, float]]:
@@ -604,43 +539,17 @@ def _in_words(r: ComparedSpeedup) -> str:
     return f"{r.pruning} in {r.phase}, {values} {ends}"
 
 
-def doubts(rows: Sequence[ComparedSpeedup], records: Iterable[Mapping[str, Any]]) -> list[str]:
+def doubts(rows: Sequence[ComparedSpeedup]) -> list[str]:
     """Return notes on measured speedups that noise made: those above what FLOPs, bytes and the
-    number of operators allow, and samples of one model that fall into two groups. A prediction may
-    be above that bound, as recurrences in plain torch move results that no bound counts."""
+    number of operators allow. A prediction may be above that bound, as recurrences in plain torch
+    move results that no bound counts."""
     bounds = [max(r.flop_bound, r.byte_bound, r.operator_bound, r.predicted) for r in rows]
-    found = [
+    return [
         f"{r.pruning} in {r.phase}, batch {r.batch}: measured {ratio(r.measured)}x is above"
         f" {ratio(bound)}x, the bound of its FLOPs, bytes and number of operators: noise"
         for r, bound in zip(rows, bounds)
         if r.measured_lower > (1.0 + REPEATS) * bound
     ]
-    for r in records:
-        for model in ("dense", "pruned") if r.get("status") == OK else ():
-            if (two := two_groups(r[f"{model}_s"])) is not None:
-                times = (
-                    f"times of the {model} model fall into two groups,"
-                    f" {' and '.join(map(seconds, two))}"
-                )
-                found.append(f"{r['prune']} in {r['phase']}, batch {r['batch']}: {times}")
-    return found
-
-
-def two_groups(samples: Sequence[float]) -> tuple[float, float] | None:
-    """Return the medians of two groups of samples, or None if they are one group: the best split of
-    the sorted samples explains under nine tenths of their variance (two halves of a normal
-    distribution: 64 %), or moves under 5 %."""
-    x = np.sort(np.asarray(samples, dtype=np.float64))
-    if len(x) < ENOUGH:
-        return None
-    n = np.arange(2, len(x) - 1)  # size of the lower group; each has at least two samples
-    low = np.cumsum(x)[n - 1] / n
-    high = np.cumsum(x[::-1])[len(x) - n - 1] / (len(x) - n)
-    between = n * (len(x) - n) * (high - low) ** 2 / len(x)
-    best = int(np.argmax(between))
-    a = float(np.median(x[: n[best]]))
-    b = float(np.median(x[n[best] :]))
-    return (a, b) if between[best] > 0.9 * ((x - x.mean()) ** 2).sum() and b > 1.05 * a else None
 
 
 def known_within(rows: Sequence[ComparedSpeedup]) -> float:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, option
 from simulator.display import with_and
 from simulator.errors import InputError
 from simulator.request import DEFAULT_DTYPE, Request
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from simulator.engines.engine import Engine
     from simulator.hardware.profile import EngineTimes, HardwareProfile
     from simulator.models.model import Model
-    from simulator.operators.base import Link
 
 hardware = typer.Typer(help="Devices: list them, show one, check a profile.")
 
@@ -47,13 +46,13 @@ def _list_devices(json: options.Json = False) -> None:
 
     columns = render.columns(
         profiles,
-        ("<name", lambda hw: hw.name),
-        ("<architecture", lambda hw: hw.architecture),
+        ("<name", "name"),
+        ("<architecture", "architecture"),
         (
             "bf16 dense",
             lambda hw: _tflops(hw.rates["bf16"].flop_per_s if "bf16" in hw.rates else None),
         ),
-        ("memory", lambda hw: render.size(hw.memory_bytes)),
+        ("memory", "memory_bytes", render.size),
         ("bandwidth", lambda hw: render.rate(hw.bandwidth_bytes_per_s, "B/s")),
         ("<stacks", _stacks),
         ("<also", also),
@@ -68,10 +67,14 @@ def _show_devices(
 ) -> None:
     """Show one device: datasheet, sources, fits.
 
-    Prints datasheet facts with their sources, and per operator and engine the software stack whose
-    fit is used, with its mean error on held-out rows. "datasheet": no fit is used, only defaults.
+    Prints datasheet facts with their sources, as a profile states them, and per operator and engine
+    the software stack whose fit is used, with its mean error on held-out rows. "datasheet": no fit
+    is used, only defaults.
     """
+    from simulator.files.fields import lines_of
     from simulator.hardware.library import load_hardware
+    from simulator.hardware.profile import link_choices
+    from simulator.hardware.save import facts_of
     from simulator.operators.base import unfitted
     from simulator.operators.gemm import GEMM_CONSTANTS
 
@@ -79,31 +82,13 @@ def _show_devices(
     if json:
         render.show_json([{**hw.to_dict(), "served": _served(hw)}])
         return
-    also = f" (also {', '.join(hw.aliases)})" if hw.aliases else ""
-    print(f"{hw.title}: {hw.label}{also}\n")
     if hw.verdict:
         print(f"its calibration advised against this profile: {hw.verdict}\n")
-    render.show(
-        render.columns(
-            list(_facts(hw)), ("<datasheet", lambda fact: fact[0]), ("<", lambda fact: fact[1])
-        )
-    )
-    print()
-    columns = render.columns(
-        list(hw.rates.items()),
-        ("<format", lambda item: item[0]),
-        ("dense", lambda item: _tflops(item[1].flop_per_s)),
-        ("<accumulate", lambda item: item[1].accumulate),
-        ("2:4", lambda item: f"x{item[1].sparse_factor:g}"),
-        ("ridge point", lambda item: f"{item[1].flop_per_s / hw.bandwidth_bytes_per_s:.0f} FLOP/B"),
-    )
-    render.show(columns)
-    print("\nsources")
-    values: dict[str, list[str]] = {}
-    for key, text in hw.sources.items():
-        values.setdefault(text, []).append(key)
-    for text, keys in values.items():
-        print(f"  {', '.join(keys)}:\n    {text}")
+    for line in lines_of(facts_of(hw)):
+        render.say(line, "      ")
+    print(f"\ndrawn: {_drawn(hw)}")
+    if hw.link is not None:
+        print(f"other links (--link): {', '.join(link_choices(hw.link, hw.bridge)[1:])}")
     print()
     if hw.local_update is not None:
         about = hw.local_update.provenance
@@ -123,26 +108,6 @@ def _show_devices(
         print(f"not calibrated: {of} and wide intervals")
 
 
-def _facts(hw: HardwareProfile) -> Iterator[tuple[str, str]]:
-    from simulator.hardware.profile import link_choices
-
-    boost, highest = hw.boost_clock_hz / 1e9, hw.max_clock_hz / 1e9
-    bandwidth = render.rate(hw.bandwidth_bytes_per_s, "B/s")
-    yield "architecture", hw.architecture
-    yield "SMs", str(hw.sm_count)
-    yield "clocks", f"{boost:.3g} GHz boost, {highest:.3g} GHz highest"
-    yield "memory", f"{render.size(hw.memory_bytes)} at {bandwidth}"
-    yield "L2", render.size(hw.l2_bytes)
-    yield "power", f"{hw.power_w:.0f} W"
-    yield "drawn", _drawn(hw)
-    if hw.link is not None:
-        others = ", ".join(link_choices(hw.link, hw.bridge)[1:])
-        yield "link", f"{hw.link.text}, {_speed(hw.link)}; others with --link: {others}"
-    if hw.bridge is not None:
-        speed = _speed(hw.bridge)
-        yield "bridge", f"{hw.bridge.kind} between two devices, {speed}; --link bridge"
-
-
 def _drawn(hw: HardwareProfile) -> str:
     """Return what the device draws idle and at its full rates, and how that is known."""
     from simulator.power import Power
@@ -154,11 +119,6 @@ def _drawn(hw: HardwareProfile) -> str:
     known = f"{section.status}: {about.source.partition(' (')[0]}" if about else "assumed"
     full = f"{moving:.0f} W at full bandwidth, {computing:.0f} W at full arithmetic"
     return f"{idle:.0f} W idle, {full} ({known})"
-
-
-def _speed(link: Link) -> str:
-    rate = render.rate(link.bandwidth_bytes_per_s, "B/s")
-    return f"{rate} one way, {render.seconds(link.latency_s)}"
 
 
 def _show_engine_times(engine: str, times: EngineTimes) -> None:
@@ -188,9 +148,7 @@ def _show_fits(rows: Sequence[Mapping[str, Any]]) -> None:
     for engine in rows[0]["engines"]:
         cells = tuple(_fit_text(row["engines"][engine]) for row in rows)
         groups.setdefault(cells, []).append(engine)
-    columns = render.columns(
-        rows, ("<fitted part", lambda r: r["operator"]), ("<format", lambda r: r["dtype"])
-    )
+    columns = render.columns(rows, ("<fitted part", "operator"), ("<format", "dtype"))
     for cells, engines in groups.items():
         title = textwrap.fill(", ".join(engines), 14) if len(groups) > 1 else "every engine"
         columns.append(render.Column(title, cells))
@@ -276,9 +234,10 @@ def _check_devices(
 
 
 @hardware.command("new")
+@options.expanded()
 def _new_devices(
     name: Annotated[str, arg("NAME", "Name of the GPU: lower-case letters, digits, _ - and .")],
-    out: Annotated[str, opt("--output -o", "FILE", "File to write. Default: NAME.yaml.")] = "",
+    out: str = option("FILE", "File to write. Default: NAME.yaml.", "", flags="--output -o"),
     as_json: options.Json = False,
 ) -> None:
     """Write a commented profile of a GPU to fill in."""
@@ -324,16 +283,16 @@ def _list_models(json: options.Json = False) -> None:
         return
     columns = render.columns(
         models,
-        ("<name", lambda m: m.name),
+        ("<name", "name"),
         ("parameters", lambda m: f"{m.parameters:,}"),
         ("active", lambda m: f"{m.active_parameters / 1e9:.3g}e9" if m.experts else ""),
-        ("layers", lambda m: len(m.layers)),
-        ("hidden", lambda m: m.hidden),
+        ("layers", "layers", len),
+        ("hidden", "hidden"),
         ("heads", lambda m: f"{m.heads}/{m.kv_heads}"),
         ("inner", lambda m: m.inner or ""),
         ("experts", lambda m: f"{m.experts}/{m.active:g}" if m.experts else ""),
         ("vocabulary", lambda m: f"{m.vocab:,}"),
-        ("<architecture", lambda m: m.architecture),
+        ("<architecture", "architecture"),
     )
     render.show(render.narrowed(columns, 2))
 
@@ -359,12 +318,13 @@ def _shapes(model: Model) -> str:
 
 
 @models.command("show")
+@options.expanded()
 def _show_models(
     name: Annotated[
         str, arg("NAME", "Name of a model, or its config.json (file or folder).", "MODEL")
     ],
-    batch: Annotated[int, opt("--batch", "N", "Sequences in a batch.")] = 1,
-    seq: Annotated[int, opt("--seq", "N", "Prompt tokens of a sequence.")] = 2048,
+    batch: int = option("N", "Sequences in a batch.", 1),
+    seq: int = option("N", "Prompt tokens of a sequence.", 2048),
     json: options.Json = False,
 ) -> None:
     """Show one model: shapes, parameters, GEMMs."""
@@ -405,10 +365,10 @@ def _show_models(
         print(f"number formats: {stated}\n")
     columns = render.columns(
         list(rows.values()),
-        ("<GEMM", lambda r: r["role"]),
-        ("M", lambda r: r["m"]),
-        ("N", lambda r: r["n"]),
-        ("K", lambda r: r["k"]),
+        ("<GEMM", "role"),
+        ("M", "m"),
+        ("N", "n"),
+        ("K", "k"),
         ("times", lambda r: f"{r['count']:g}"),
         ("share of FLOPs", lambda r: render.percent(r["flops"] / total)),
     )
@@ -418,9 +378,6 @@ def _show_models(
 
 
 engines = typer.Typer(help="Engines: list them, show one, check a file.")
-
-
-_EXPERTS = {"grouped": "together", "touched": "one by one: those in use", "all": "one by one: all"}
 
 
 @engines.command("list")
@@ -435,7 +392,7 @@ def _list_engines(as_json: options.Json = False) -> None:
     columns = render.columns(
         engines,
         ("<name", lambda e: e.name + (" (default)" if e.name == Request.engine else "")),
-        ("<software", lambda e: e.title),
+        ("<software", "title"),
         (
             "<older releases",
             lambda e: ", ".join(
@@ -459,38 +416,47 @@ def _show_engines(
     name: Annotated[str, arg("NAME", "Name, alias or YAML file.", "--engine")],
     as_json: options.Json = False,
 ) -> None:
-    """Show one engine: each value with its source."""
-    from simulator.engines.engine import load_engine
+    """Show one engine as a file: each value with its source.
+
+    To change an engine, redirect the output into a file, which --engine and engines check accept.
+    """
+    from simulator.engines.engine import SCHEMA_VERSION, Behaviour, HostBlock, load_engine
+    from simulator.files.fields import kind_of, quoted
 
     engine = load_engine(name)
     if as_json:
         render.show_json([engine.to_dict()])
         return
-    also = f" (also {', '.join(engine.aliases)})" if engine.aliases else ""
-    print(f"{engine.title}: {engine.name}{also}\n")
+    own = engine.name.partition("@")[0]
+    print(f"# {', '.join((engine.name, *engine.aliases))}")
     for one in engine.generations:
         current = " (these values)" if one.name == engine.generation else ""
-        print(
-            f"{engine.name.partition('@')[0]}@{one.name}, from {one.since}: {one.title}"
-            f" [{one.source}]{current}"
-        )
-    if engine.generations:
-        print()
-    rows = list(_values(engine))
-    columns = render.columns(
-        rows, ("<", lambda r: r[0]), ("<value", lambda r: r[1]), ("<host sd", lambda r: r[2])
+        print(f"# {own}@{one.name}, from {one.since}: {one.title} [{one.source}]{current}")
+    # defaults without a source
+    unstated: dict[str, Any] = {
+        part.name: None
+        for part in fields(Behaviour)
+        if is_dataclass(part.default) and getattr(engine, part.name) == part.default
+    }
+    host = HostBlock(
+        **{
+            part.name: time
+            for part in fields(HostBlock)
+            if (time := getattr(engine, part.name)).source
+        }
     )
-    room = max(render.width() - render.table_width(columns) - 2, 20)
-    sources = [textwrap.shorten(r[3], room, placeholder="...") for r in rows]
-    render.show([*columns, render.Column("source", sources, right=False)])
-    fill = partial(
-        textwrap.fill, width=render.width(), break_long_words=False, break_on_hyphens=False
+    lines = (
+        f"schema_version: {SCHEMA_VERSION}",
+        f"name: {own}",
+        f"title: {quoted(engine.title)}",
+        f"stacks: [{', '.join(engine.stacks)}]",
+        *kind_of(Behaviour).lines(replace(engine, **unstated), ""),
+        *(("host:", *kind_of(HostBlock).lines(host, "  ")) if host != HostBlock() else ()),
+        "sources:",
+        *(f"  {short}: {quoted(text)}" for short, text in engine.sources.items()),
     )
-    print("\nsources")
-    for short, text in engine.sources.items():
-        print(fill(f"  {short}: {text}", subsequent_indent="    "))
-    for line in engine.notes:
-        print(f"\n{fill(line)}")
+    for line in lines:
+        render.say(line, "      ")
 
 
 @engines.command("check")
@@ -511,89 +477,3 @@ def _host(e: Engine) -> str:
     parts += [f"{render.seconds(e.each_pass.value)}/pass"] if e.each_pass.value else []
     parts += [f"{render.seconds(e.each_sequence.value)}/sequence"] if e.each_sequence.value else []
     return " + ".join(parts) or "hidden"
-
-
-def _cited(value: Any) -> str:
-    return f"{value.source}: {value.note}" if value.note else str(value.source)
-
-
-Value = tuple[str, str, str, str]  # name, value, spread over hosts, source
-
-
-def _values(e: Engine) -> Iterator[Value]:
-    """Yield each value of an engine."""
-    yield "kernels of", ", ".join(e.stacks), "", "the first that a profile has"
-    yield "one GEMM for", ", ".join(e.fuse) or "each projection", "", ""
-    yield "CUDA graph", ", ".join(e.graph) or "none", "", ""
-    if (c := e.captured) is not None:
-        sizes = f"{', '.join(map(str, c.sizes))}, multiples of {c.multiple} up to {c.most}"
-        yield "batches of these graphs", sizes, "", c.source
-    yield "prompt logits", e.logits, "", ""
-    yield "cache", e.cache, "", ""
-    yield "routed experts", _EXPERTS[e.experts], "", ""
-    for role, many in e.launches.items():
-        yield f"launches, {role}", str(many) if many else "none: part of another kernel", "", ""
-    yield from _host_values(e)
-    yield from _schedule_values(e)
-    shares = {
-        "memory of a server": e.memory,
-        "GEMM of one token": e.one_token,
-        "wait for other prompts": e.prefill_wait,
-        "wait of first tokens": e.first_wait,
-        "custom modelling code": e.own_code,
-        "unexplained (log sd)": e.log_sd,
-    }
-    for name, share in shares.items():
-        if share.source:
-            yield name, f"{share.value:g}", "", _cited(share)
-    inputs = ", ".join(e.quantize.inputs) or "none"
-    yield "activations converted by a kernel", inputs, "", _cited(e.quantize)
-    yield "weight-only formats", ", ".join(e.weight_only) or "none", "", ""
-    yield from _kernel_values(e)
-    for dtype, width in e.widths.items():
-        yield f"widths, {dtype}", f"multiples of {width.multiple}", "", width.source
-    for feature, loading in e.loads.items():
-        answer = "yes" if loading.value else "no"
-        yield f"loads, {feature}", answer, "", f"{loading.source}: {loading.how}"
-
-
-def _host_values(e: Engine) -> Iterator[Value]:
-    times = {"host per pass": e.each_pass, "host per sequence": e.each_sequence}
-    times |= {"server per request": e.each_request, "gap in a graph": e.gap}
-    for name, time in times.items():
-        if time.value:
-            spread = f"x{math.exp(time.log_sd):.2f}"
-            slower = f", x{time.workstation:g} on workstations" if time.workstation != 1 else ""
-            yield name, f"{render.seconds(time.value)}{slower}", spread, _cited(time)
-    if e.host_correlation.source:
-        value = f"{e.host_correlation.value:g}"
-        yield "correlation of host times", value, "", _cited(e.host_correlation)
-
-
-def _schedule_values(e: Engine) -> Iterator[Value]:
-    if (schedule := e.schedule) is None:
-        return
-    for limit in schedule.limits:
-        unless = f" except {', '.join(limit.not_on)}" if limit.not_on else ""
-        where = f", GPUs from {render.size(limit.memory)}{unless}" if limit.memory else ""
-        value = f"{limit.tokens:,} tokens, {limit.sequences:,} sequences"
-        yield f"step{where}", value, "", schedule.source
-    yield "longer prompts", "in chunks" if schedule.chunked else "whole", "", schedule.source
-    clustered = f"together up to {schedule.clustered:,} tokens"
-    yield "prompts of neighbouring steps", clustered, "", schedule.note
-
-
-def _kernel_values(e: Engine) -> Iterator[Value]:
-    for library, kernels in e.sparse24.items():
-        plan = "" if kernels.searched else "one plan for all shapes"
-        about = "; ".join(filter(None, (plan, kernels.note)))
-        source = f"{kernels.source}{f': {about}' if about else ''}"
-        yield f"2:4, {library}", ", ".join(kernels.formats), _on(kernels.on), source
-    if not e.sparse24:
-        yield "2:4 formats", "none", "", ""
-    for family, dynamic in e.dynamic.items():
-        yield f"kernels, {family}", "yes", _on(dynamic.on), f"{dynamic.source}: {dynamic.how}"
-
-
-def _on(architectures: Sequence[str]) -> str:
-    return f"on {', '.join(architectures)}" if architectures else ""

@@ -31,14 +31,14 @@ def claims(
     a slow host, cached prompts, or custom modelling code, with the speedup that it would give.
     --verbose prints the likeliest of each kind.
     """
-    output = render.Output(out.json, out.csv)
+    out.check()
     from simulator.prediction.claims import judged_file
     from simulator.prediction.notes import uncalibrated
 
     found = judged_file(file)
     rows = [one.to_dict() for one in found]
     flat = [{name: row[name] for name in row if name != "causes"} for row in rows]
-    if output.write(rows, flat):
+    if out.write(rows, flat):
         unlikely = [one for one in found if one.unlikely]
         broken = sum(one.breaks_bound for one in found)
         render.conclude(
@@ -56,13 +56,13 @@ def _print_claims(found: Sequence[Judgement]) -> None:
 
     columns = render.columns(
         found,
-        ("<model", lambda j: j.result.model),
-        ("<pruning", lambda j: j.result.pruning),
+        ("<model", "result.model"),
+        ("<pruning", "result.pruning"),
         ("claimed", lambda j: f"{j.claimed:g}"),
-        ("predicted", lambda j: render.interval(j.result)),
-        ("prob-\nability", lambda j: probability_text(j.probability)),
-        ("bound", lambda j: render.ratio(j.result.roofline_bound)),
-        ("<request", lambda j: j.result.request),
+        ("predicted", "result", render.interval),
+        ("prob-\nability", "probability", probability_text),
+        ("bound", "result.roofline_bound", render.ratio),
+        ("<request", "result.request"),
     )
     render.show(render.narrowed(columns, 6))
 
@@ -75,7 +75,7 @@ def print_judgement(one: Judgement, verbose: bool) -> None:
     if verbose and one.causes:
         columns = render.columns(
             one.each_kind,
-            ("<other condition", lambda cause: cause.name),
+            ("<other condition", "name"),
             ("speedup", render.interval),
             ("probability", lambda cause: probability_text(one.of_cause(cause))),
         )

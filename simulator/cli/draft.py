@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
-from simulator.errors import InputError
+from simulator.cli.options import option
 from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
@@ -17,31 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drafting:
-    draft: Annotated[
-        str | None,
-        opt(
-            "--draft",
-            "MODEL",
-            "Model of the draft, with the vocabulary of the target. Default: the target.",
-        ),
-    ] = None
-    prune: Annotated[str, opt("--prune", "TEXT", "Pruning of the draft, such as 'depth 0.5'.")] = ""
-    target_prune: Annotated[str, opt("--target-prune", "TEXT", "Pruning of the target.")] = ""
-    drafted: Annotated[str, opt("--drafted", "LIST", "Tokens that the draft adds per round.")] = (
-        "1:8:1"
+    draft: str | None = option(
+        "MODEL", "Model of the draft, with the vocabulary of the target. Default: the target."
     )
-    acceptance: Annotated[
-        str,
-        opt("--acceptance", "LIST", "Probabilities with which the target accepts a drafted token."),
-    ] = "0.6:0.9"
-    by_position: Annotated[
-        str | None,
-        opt(
-            "--by-position",
-            "LIST",
-            "Measured acceptances of the first, second, ... drafted token instead.",
-        ),
-    ] = None
+    prune: str = option("TEXT", "Pruning of the draft, such as 'depth 0.5'.", "")
+    target_prune: str = option("TEXT", "Pruning of the target.", "")
+    drafted: str = option("LIST", "Tokens that the draft adds per round.", "1:8:1")
+    acceptance: str = option(
+        "LIST", "Probabilities with which the target accepts a drafted token.", "0.6:0.9"
+    )
+    by_position: str | None = option(
+        "LIST", "Measured acceptances of the first, second, ... drafted token instead."
+    )
 
 
 # decode has none
@@ -64,34 +50,22 @@ def command(
     and the acceptance from which this is a gain. --json and --csv have all numbers of drafted
     tokens.
     """
-    output = render.Output(out.json, out.csv)
+    out.check()
     from simulator.prediction.draft import draft
 
-    settings = run.asked().settings
-    several = [
-        name for name, value in settings.items() if name != "batch" and isinstance(value, list)
-    ]
-    for name in several:
-        if len(settings[name]) != 1:
-            raise InputError(
-                f"--{name.replace('_', '-')}: expected one value, got {len(settings[name])}"
-            )
-        settings[name] = settings[name][0]
-    if len(profiles := devices.profiles) != 1:
-        raise InputError(f"--hardware: expected one device, got {len(profiles)}")
     measured = drafting.by_position
     found = draft(
         model,
         drafting.prune,
-        profiles[0],
+        devices.one,
         draft=drafting.draft,
         target_prune=drafting.target_prune,
         drafted=parsing.integers("--drafted", drafting.drafted),
         acceptance=parsing.fractions("--acceptance", drafting.acceptance),
         by_position=parsing.fractions("--by-position", measured) if measured else (),
-        **settings,
+        **options.single(run.asked().settings, "batch"),
     )
-    if output.write([vars(row) for row in found]):
+    if out.write([vars(row) for row in found]):
         render.conclude(*sentences(found))
         _print(found, out.verbose)
     render.notes(found.notes, out.verbose)
@@ -186,12 +160,12 @@ def _print(found: Drafts, verbose: bool) -> None:
 def _print_all(rows: Sequence[Draft]) -> None:
     columns = render.columns(
         rows,
-        ("batch", lambda r: r.batch),
-        ("accepted", lambda r: render.percent(r.acceptance)),
+        ("batch", "batch"),
+        ("accepted", "acceptance", render.percent),
         ("drafted", lambda r: f"{r.drafted}{' *' if r.best else ''}"),
         ("tokens\nper round", lambda r: f"{r.tokens:.2f}"),
         ("speedup", _speedup),
         ("pays from\nacceptance", lambda r: "never" if r.pays_from is None else _from(r)),
-        ("check", lambda r: render.seconds(r.check_s)),
+        ("check", "check_s", render.seconds),
     )
     render.show(columns, "* fastest")

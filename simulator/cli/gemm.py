@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, option
 from simulator.request import DEFAULT_DTYPE
 
 if TYPE_CHECKING:
@@ -26,17 +26,14 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Product:
-    dtype: options.setting_option(  # type: ignore[valid-type]
-        "dtype", text="Number format of activations and arithmetic."
-    ) = DEFAULT_DTYPE
-    weight_dtype: options.setting_option("weight_dtype") = None  # type: ignore[valid-type]
-    semi_structured: Annotated[
-        bool, opt("--semi-structured", None, "Weights with 2:4 sparsity on sparse tensor cores.")
-    ] = False
-    warm: Annotated[
-        bool,
-        opt("--warm", None, "Weights already in the L2 cache; by default they come from memory."),
-    ] = False
+    dtype: str = options.setting_option(
+        "dtype", text="Number format of activations and arithmetic.", default=DEFAULT_DTYPE
+    )
+    weight_dtype: str | None = options.setting_option("weight_dtype")
+    semi_structured: bool = option(None, "Weights with 2:4 sparsity on sparse tensor cores.", False)
+    warm: bool = option(
+        None, "Weights already in the L2 cache; by default they come from memory.", False
+    )
 
 
 @options.expanded("csv", "verbose")
@@ -46,9 +43,7 @@ def gemm(
     k: Annotated[str, arg("K", "Input features; a comma list for several.")],
     devices: options.Devices = options.DEVICES,
     product: Product = Product(),
-    explain: Annotated[
-        bool, opt("--explain", None, "Show the steps from the roofline to the predicted time.")
-    ] = False,
+    explain: bool = option(None, "Show the steps from the roofline to the predicted time.", False),
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Predict the time of a matrix product.
@@ -58,11 +53,11 @@ def gemm(
     --hardware GPU@STACK selects another.
     """
     sizes = parsing.integers("M", m), parsing.integers("N", n), parsing.integers("K", k)
-    output = render.Output(out.json, figures=[out.figure], width=out.width, font=out.font)
+    out.check()
     from simulator.prediction.gemms import gemm_table
 
     rows = gemm_table(*sizes, devices.profiles, **asdict(product))
-    if output.write([asdict(r) for r in rows]):
+    if out.write([asdict(r) for r in rows]):
         _print(rows)
         for row in rows if explain else ():
             print()
@@ -70,21 +65,21 @@ def gemm(
     if out.figure:
         from simulator.figures.gemms import gemms_of
 
-        output.draw(lambda: gemms_of(rows), out.figure)
+        out.draw(lambda: gemms_of(rows))
 
 
 def _print(rows: Sequence[GemmRecord]) -> None:
     columns = render.columns(
         rows,
-        ("M", lambda r: r.m),
-        ("N", lambda r: r.n),
-        ("K", lambda r: r.k),
-        ("<hardware", lambda r: r.hardware),
-        ("time", lambda r: render.seconds(r.seconds)),
+        ("M", "m"),
+        ("N", "n"),
+        ("K", "k"),
+        ("<hardware", "hardware"),
+        ("time", "seconds", render.seconds),
         ("90 % interval", lambda r: f"{render.seconds(r.lower_s)} - {render.seconds(r.upper_s)}"),
-        ("<bottleneck", lambda r: r.bottleneck),
+        ("<bottleneck", "bottleneck"),
         ("<kernels", lambda r: "not fitted" if r.status == "default" else r.stack or "own"),
-        ("roofline", lambda r: render.seconds(r.roofline_s)),
+        ("roofline", "roofline_s", render.seconds),
         ("TFLOP/s", lambda r: f"{r.flop_per_s / 1e12:.3g}"),
         ("of peak", lambda r: render.percent(round(r.flop_per_s / r.peak_flop_per_s, 3))),
     )

@@ -11,9 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, opt, option
 from simulator.display import as_plain
-from simulator.errors import InputError
 from simulator.request import SETTINGS
 
 if TYPE_CHECKING:
@@ -61,9 +60,9 @@ def _list_methods(as_json: options.Json = False) -> None:
         return
     columns = render.columns(
         found,
-        ("<method", lambda m: m.name),
-        ("<family", lambda m: m.family),
-        ("<arXiv", lambda m: m.arxiv),
+        ("<method", "name"),
+        ("<family", "family"),
+        ("<arXiv", "arxiv"),
     )
     room = render.width() - render.table_width(columns) - 2
     if room >= 24:
@@ -139,13 +138,9 @@ _RUN: options.Run = options.run_options(*_ONE_PASS, phase=None)
 @options.expanded()
 def _check_methods(
     file: Annotated[str, arg("FILE", "YAML file of a method, or a published method.")],
-    model: Annotated[
-        str, opt("--model", "MODEL", "Name of a model, or its config.json.")
-    ] = "llama-3.1-8b",
+    model: str = option("MODEL", "Name of a model, or its config.json.", "llama-3.1-8b"),
     devices: options.Devices = _H100,
-    sparsity: Annotated[
-        float | None, opt("--sparsity", "X", "Value of s. Default: the first of the paper, or 0.5.")
-    ] = None,
+    sparsity: float | None = option("X", "Value of s. Default: the first of the paper, or 0.5."),
     run: options.Run = _RUN,
     as_json: options.Json = False,
 ) -> None:
@@ -160,9 +155,7 @@ def _check_methods(
 
     if problems := problems_of(file):
         render.checked(file, problems, as_json)
-    if len(profiles := devices.profiles) != 1:
-        raise InputError(f"--hardware: expected one device, got {len(profiles)}")
-    found = check_method(file, model, profiles[0], sparsity, **run.asked().settings)
+    found = check_method(file, model, devices.one, sparsity, **run.asked().settings)
     if as_json:
         render.show_json(as_plain(found))
         return
@@ -183,10 +176,10 @@ def _check_methods(
 def _print_phase(phase: PhaseCheck, layers: int) -> None:
     columns = render.columns(
         phase.operators,
-        ("<operator", lambda r: r.operator),
-        ("M", lambda r: _sizes(r.m)),
-        ("N", lambda r: _sizes(r.n)),
-        ("K", lambda r: _sizes(r.k)),
+        ("<operator", "operator"),
+        ("M", "m", _sizes),
+        ("N", "n", _sizes),
+        ("K", "k", _sizes),
         ("FLOP", lambda r: _signed(r.flops, partial(render.rate, unit=""))),
         ("bytes", lambda r: _signed(r.bytes, render.size)),
         ("time", lambda r: _signed(r.seconds, render.seconds)),

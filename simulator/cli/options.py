@@ -7,8 +7,9 @@ Options that belong together are a dataclass (:data:`RUN`: the settings of a req
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cached_property, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 import typer
 
 from simulator.cli import render
-from simulator.cli.parsing import checked, fractions, integers, names, settings
+from simulator.cli.parsing import checked, fractions, integers, names
 from simulator.errors import InputError
 from simulator.names import BENCHMARKS
 from simulator.request import SETTINGS, Flag, Setting, Whole
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from simulator.figures.style import PaperSize
     from simulator.prediction.tariff import Tariff
 
 # option or argument -> place of the names for shell completion
@@ -83,6 +87,12 @@ def _not_empty(context: typer.Context, option: typer.CallbackParam, value: Any) 
     return value
 
 
+def option(metavar: str | None, text: str, default: Any = None, *, flags: str = "") -> Any:
+    """Declare an option and its default, as a field of a group of options or as a parameter of an
+    :func:`expanded` command. Its name is that of the field, or ``flags``."""
+    return field(default=default, metadata={"option": (flags, metavar, text)})
+
+
 def arg(metavar: str, text: str, like: str = "") -> Any:
     """Declare an argument; shell completion uses the entry ``like`` of :data:`NAMES`, else that of
     ``metavar``."""
@@ -123,22 +133,12 @@ REQUIRED = "<required>"  # default of an option in a group that has none
 
 @dataclass(frozen=True)
 class Devices:
-    hardware: Annotated[
-        str,
-        opt(
-            "--hardware",
-            "LIST",
-            "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.",
-        ),
-    ] = REQUIRED
-    same_stack: Annotated[
-        bool,
-        opt(
-            "--same-stack",
-            None,
-            "Your stack is the one the profile was fitted on; narrows the intervals.",
-        ),
-    ] = False
+    hardware: str = option(
+        "LIST", "Devices: names, aliases or YAML files, NAME@STACK, separated by commas.", REQUIRED
+    )
+    same_stack: bool = option(
+        None, "Your stack is the one the profile was fitted on; narrows the intervals.", False
+    )
 
     @cached_property
     def profiles(self) -> list[Any]:
@@ -156,28 +156,24 @@ class Devices:
         )
         return found
 
+    @property
+    def one(self) -> Any:
+        if len(found := self.profiles) != 1:
+            raise InputError(f"--hardware: expected one device, got {len(found)}")
+        return found[0]
+
 
 @dataclass(frozen=True)
 class Prunings:
-    family: Annotated[str | None, opt("--family", "LIST", "Pruning families. Default: all.")] = None
-    method: Annotated[
-        str | None,
-        opt("--method", "LIST", "Published methods instead of families: see prunesim methods."),
-    ] = None
+    family: str | None = option("LIST", "Pruning families. Default: all.")
+    method: str | None = option(
+        "LIST", "Published methods instead of families: see prunesim methods."
+    )
     pruned: Pruned = None
     prune: Prune = None
-    sparsity: Annotated[
-        str | None,
-        opt(
-            "--sparsity",
-            "LIST",
-            "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper.",
-        ),
-    ] = None
-    option: Annotated[
-        list[str] | None,
-        opt("--option", "NAME=VALUE", "Option of the family, such as inner=8810; may be repeated."),
-    ] = None
+    sparsity: str | None = option(
+        "LIST", "Fractions removed, in [0, 1). Default: 0.1,0.25,0.5, or those of a method's paper."
+    )
 
     @property
     def named(self) -> bool:
@@ -188,36 +184,20 @@ class Prunings:
         given: dict[str, Any] = {
             name: names(f"--{name}", text) for name, text in texts.items() if text is not None
         }
-        given |= {"prune": self.prune} if self.prune else {}
-        given |= (
-            {} if self.sparsity is None else {"sparsity": fractions("--sparsity", self.sparsity)}
-        )
-        if self.option:
-            families = given.get("family", ["all"])
-            if not self.method and (len(families) > 1 or families == ["all"]):
-                raise InputError("--option: expected one family: options belong to a family")
-            given["options"] = settings("--option", self.option)
+        if self.prune:
+            given["prune"] = self.prune
+        if self.sparsity is not None:
+            given["sparsity"] = fractions("--sparsity", self.sparsity)
         return given
 
 
 @dataclass(frozen=True)
 class Metered:
-    energy: Annotated[
-        bool, opt("--energy", None, "Also show energy: joules per token, energy saved, watts.")
-    ] = False
-    electricity: Annotated[
-        float | None, opt("--electricity", "X", "Price of a kWh, for the cost; implies --energy.")
-    ] = None
-    carbon: Annotated[
-        float | None, opt("--carbon", "X", "CO2 per kWh, g, for carbon; implies --energy.")
-    ] = None
-    pue: Annotated[
-        float | None,
-        opt("--pue", "X", "Energy with cooling over energy of servers; implies --energy."),
-    ] = None
-    host_watts: Annotated[
-        float | None, opt("--host-watts", "X", "Power of the host per GPU, W; implies --energy.")
-    ] = None
+    energy: bool = option(None, "Also show energy: joules per token, energy saved, watts.", False)
+    electricity: float | None = option("X", "Price of a kWh, for the cost; implies --energy.")
+    carbon: float | None = option("X", "CO2 per kWh, g, for carbon; implies --energy.")
+    pue: float | None = option("X", "Energy with cooling over energy of servers; implies --energy.")
+    host_watts: float | None = option("X", "Power of the host per GPU, W; implies --energy.")
 
     @property
     def tariff(self) -> Tariff | None:
@@ -239,16 +219,67 @@ Font = Annotated[
 
 @dataclass(frozen=True)
 class Output:
+    """Output of a command: --json, --csv or a table, and figures."""
+
     json: Json = False
-    csv: Annotated[
-        str | None, opt("--csv", "FILE", "Also write CSV with exact numbers; - is standard output.")
-    ] = None
-    figure: Annotated[
-        str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
-    ] = None
+    csv: str | None = option("FILE", "Also write CSV with exact numbers; - is standard output.")
+    figure: str | None = option("FILE", "Also draw a figure: .pdf, .svg or .png.")
     width: Width = None
     font: Font = None
     verbose: Verbose = False
+
+    @cached_property
+    def paper(self) -> PaperSize:
+        from simulator.figures.style import PaperSize
+
+        return PaperSize.read(self.width, self.font)
+
+    def check(self, *figures: str | None) -> None:
+        """Refuse output that cannot be written, before any work; ``figures`` are files of further
+        figures."""
+        if self.json and self.csv:
+            raise InputError("--json and --csv: expected one of them")
+        drawn = [path for path in (self.figure, *figures) if path]
+        for path in drawn:
+            from simulator.figures.style import check_figure
+
+            check_figure(path)
+        for option in ("width", "font"):
+            if getattr(self, option) is not None and not drawn:
+                raise InputError(f"--{option}: expected with --figure FILE")
+        if drawn:
+            _ = self.paper  # refuses a bad size
+        if self.csv and self.csv != "-":
+            from simulator.files.write import check_target
+
+            check_target(self.csv)
+
+    def draw(self, figure: Callable[[], Figure], path: str | None = None) -> None:
+        """Draw a figure in the size of --width and --font, and write it to ``path`` or --figure."""
+        from simulator.figures.style import save_figure
+
+        with self.paper.applied():
+            save_figure(figure(), path or self.figure or "")
+
+    def write(
+        self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None
+    ) -> bool:
+        """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After
+        CSV on standard output, it goes to standard error."""
+        if self.json:
+            render.show_json(rows)
+        elif self.csv:
+            from simulator.files.csv import csv_text
+
+            text = csv_text(rows if for_csv is None else for_csv)
+            if self.csv == "-":
+                print(text, end="", flush=True)
+                sys.stdout = sys.stderr  # until the end of :func:`simulator.cli.program.run`
+            else:
+                from simulator.files.write import write_whole
+
+                write_whole(self.csv, text.encode())
+        return not self.json
 
 
 class Asked(NamedTuple):
@@ -258,26 +289,20 @@ class Asked(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# other ways to state the batch and a measured time
-_OTHERS: Mapping[str, Any] = {
-    "concurrency": Annotated[
+# other ways to state the batch and a measured time: option -> type of its value, declaration
+_OTHERS: Mapping[str, tuple[Any, Any]] = {
+    "concurrency": (
         str | None,
-        opt("--concurrency", "LIST", "Requests in flight for --phase serve (replaces --batch)."),
-    ],
-    "dense_tokens_per_s": Annotated[
+        option("LIST", "Requests in flight for --phase serve (replaces --batch)."),
+    ),
+    "dense_tokens_per_s": (
         float | None,
-        opt(
-            "--dense-tokens-per-s", "X", "Instead of --dense-time: new tokens/s over all sequences."
-        ),
-    ],
-    "dense_from": Annotated[
+        option("X", "Instead of --dense-time: new tokens/s over all sequences."),
+    ),
+    "dense_from": (
         str | None,
-        opt(
-            "--dense-from",
-            "FILE",
-            f"Instead of --dense-time: result of {BENCHMARKS} for this request.",
-        ),
-    ],
+        option("FILE", f"Instead of --dense-time: result of {BENCHMARKS} for this request."),
+    ),
 }
 
 
@@ -353,6 +378,19 @@ def _able(parsed: dict[str, Any], model: str, devices: Devices, prunings: Prunin
     return Asked(parsed | {"engine": engines}, notes)
 
 
+def single(settings: Mapping[str, Any], *several: str) -> dict[str, Any]:
+    """Return the settings of one request; only the settings ``several`` may have several values."""
+    lists = {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, list) and name not in several
+    }
+    for name, value in lists.items():
+        if len(value) != 1:
+            raise InputError(f"{SETTINGS[name].flags[0]}: expected one value, got {len(value)}")
+    return {**settings, **{name: value for name, (value,) in lists.items()}}
+
+
 def _parsed(setting: Setting, given: Any) -> Any:
     option = setting.flags[0]
     if isinstance(setting.accepts, Flag):
@@ -363,34 +401,27 @@ def _parsed(setting: Setting, given: Any) -> Any:
     return setting.check(checked(option, given, setting.accepts.parse), option)
 
 
-def setting_option(name: str, metavar: str = "", text: str = "") -> Any:
-    """Return the annotation of a setting's option; ``metavar`` and ``text`` replace its own."""
+def setting_option(name: str, metavar: str = "", text: str = "", default: Any = None) -> Any:
+    """Declare the option of a setting; ``metavar`` and ``text`` replace its own."""
     setting = SETTINGS[name]
-    kind = bool if isinstance(setting.accepts, Flag) else str | None
-    return Annotated[
-        kind, opt(" ".join(setting.flags), metavar or setting.metavar, text or setting.help)
-    ]
-
-
-def _default(setting: Setting) -> Any:
-    if isinstance(setting.accepts, Flag):
-        return setting.default
-    return None if setting.default in (None, 0.0) else str(setting.default)
+    flags = " ".join(setting.flags)
+    return option(metavar or setting.metavar, text or setting.help, default, flags=flags)
 
 
 def run_options(*chosen: str, others: bool = False, **defaults: str | None) -> Any:
     """Return a :class:`Run` with the options of some settings, as a dataclass of their defaults."""
-    # the help of a setting without its usual default
-    texts = {name: SETTINGS[name].help.partition(" Default:")[0] for name in defaults}
-    parts = [
-        (
-            n,
-            setting_option(n, text=texts.get(n, "")),
-            field(default=defaults.get(n, _default(SETTINGS[n]))),
-        )
-        for n in chosen
-    ]
-    parts += [(n, annotation, field(default=None)) for n, annotation in _OTHERS.items() if others]
+    parts = []
+    for name in chosen:
+        setting = SETTINGS[name]
+        flag = isinstance(setting.accepts, Flag)
+        default: Any = setting.default
+        if not flag:
+            default = None if default in (None, 0.0) else str(default)
+        # the help of a setting without its usual default
+        text = setting.help.partition(" Default:")[0] if name in defaults else ""
+        declared = setting_option(name, text=text, default=defaults.get(name, default))
+        parts.append((name, bool if flag else str | None, declared))
+    parts += [(name, *declared) for name, declared in _OTHERS.items() if others]
     return make_dataclass("Settings", parts, bases=(Run,), frozen=True)()
 
 
@@ -408,18 +439,16 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
         types, parameters = inspect.get_annotations(command, eval_str=True), []
         groups: dict[str, tuple[Any, list[str]]] = {}
         for p in inspect.signature(command).parameters.values():
-            parts = [(p.name, p.default, types[p.name])]
-            if is_dataclass(p.default):
-                hints = get_type_hints(type(p.default), include_extras=True)
-                without = {*omitted, *(("width", "font") if "figure" in omitted else ())}
-                shared = [f.name for f in fields(p.default) if f.name not in without]
-                groups[p.name] = p.default, shared
-                parts = [(name, getattr(p.default, name), hints[name]) for name in shared]
-            for name, default, kind in parts:
-                value = inspect.Parameter.empty if default == REQUIRED else default
-                parameters.append(
-                    inspect.Parameter(name, p.KEYWORD_ONLY, default=value, annotation=kind)
-                )
+            if not is_dataclass(p.default):
+                parameters.append(_parameter(p.name, types[p.name], p.default, p.default))
+                continue
+            hints = get_type_hints(type(p.default), include_extras=True)
+            without = {*omitted, *(("width", "font") if "figure" in omitted else ())}
+            shared = [f for f in fields(p.default) if f.name not in without]
+            groups[p.name] = p.default, [f.name for f in shared]
+            parameters += [
+                _parameter(f.name, hints[f.name], f, getattr(p.default, f.name)) for f in shared
+            ]
 
         @wraps(command)
         def called(**given: Any) -> None:
@@ -434,3 +463,19 @@ def expanded(*omitted: str) -> Callable[[Callable[..., None]], Callable[..., Non
         return called
 
     return decorate
+
+
+def _parameter(name: str, kind: Any, declared: Any, default: Any) -> inspect.Parameter:
+    """Return a parameter of a command as typer reads it; ``declared`` may be an :func:`option`."""
+    if isinstance(declared, Field):
+        default = declared.default if default is declared else default
+        if "option" in declared.metadata:
+            flags, metavar, text = declared.metadata["option"]
+            kind = Annotated[kind, opt(flags or f"--{name.replace('_', '-')}", metavar, text)]
+    empty = inspect.Parameter.empty
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=empty if default == REQUIRED else default,
+        annotation=kind,
+    )

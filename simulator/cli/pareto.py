@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quality:
-    quality: Annotated[
-        str | None,
-        opt("--quality", "FILE", "Quality table, or list of lm-evaluation-harness results."),
-    ] = None
-    metric: Annotated[str, opt("--metric", "NAME", "Metric, or a part of its name.")] = ""
-    protocol: Annotated[str, opt("--protocol", "NAME", "Protocol, or a part of its name.")] = ""
-    quality_model: Annotated[
-        str | None, opt("--quality-model", "NAME", "Use the quality rows of this model instead.")
-    ] = None
+    quality: str | None = option("FILE", "Quality table, or list of lm-evaluation-harness results.")
+    metric: str = option("NAME", "Metric, or a part of its name.", "")
+    protocol: str = option("NAME", "Protocol, or a part of its name.", "")
+    quality_model: str | None = option("NAME", "Use the quality rows of this model instead.")
 
 
 @options.expanded(
@@ -38,12 +33,8 @@ def pareto(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     rows: Quality = Quality(),
-    measured: Annotated[
-        str | None, opt("--measured", "FILE", "CSV of measured speedups to use.")
-    ] = None,
-    max_loss: Annotated[
-        str | None, opt("--max-loss", "FRACTION", "Name the fastest model with at most this loss.")
-    ] = None,
+    measured: str | None = option("FILE", "CSV of measured speedups to use."),
+    max_loss: str | None = option("FRACTION", "Name the fastest model with at most this loss."),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -55,7 +46,7 @@ def pareto(
     lm-evaluation-harness (a CSV with the columns results, family, sparsity). Speed is predicted,
     unless --measured has a value.
     """
-    output = render.Output(out.json, out.csv, [out.figure], out.width, out.font)
+    out.check()
     from simulator.models.library import load_model
     from simulator.prediction.notes import uncalibrated
     from simulator.prediction.pareto import fronts, read_measured
@@ -71,7 +62,7 @@ def pareto(
     asked = run.asked(model, devices)
     found, notes = fronts(config, devices.profiles, table, axis, measured=known, **asked.settings)
     records = [{**asdict(f), "axis": str(f.axis)} for f in found]
-    if output.write(records, [asdict(p) for f in found for p in f.points]):
+    if out.write(records, [asdict(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
         if out.verbose or len(found) <= MOST_SENTENCES:
             for front in found:
@@ -85,7 +76,7 @@ def pareto(
     if out.figure:
         from simulator.figures.pareto import fronts_of
 
-        output.draw(lambda: fronts_of(found), out.figure)
+        out.draw(lambda: fronts_of(found))
     lines = list(asked.notes)
     if table.models[0] != config.name.lower():
         lines.append(f"quality: measured on {table.models[0]}; speed: predicted for {config.name}")
@@ -120,7 +111,7 @@ def _show_trades(found: Sequence[Front]) -> None:
 
 
 def _front_text(front: Front) -> str:
-    columns = render.first_fitting(_layouts(front), render.width())
+    columns = render.first_fitting(_columns(front, detail) for detail in (3, 2, 1, 0))
     where = (
         f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq},"
         f" {front.engine}"
@@ -144,36 +135,23 @@ def _band_text(band: Band) -> str:
     return f"{budget} {band.family} ({'-'.join(speeds)}x{'' if band.sure else ', uncertain'})"
 
 
-def _layouts(front: Front) -> Iterator[list[render.Column]]:
-    """Yield layouts from the widest, with sources, to the narrowest."""
+def _columns(front: Front, detail: int) -> list[render.Column]:
+    """Return the table with sources (detail 3), without them (2), without the points that beat
+    others (1), and without intervals (0)."""
     points = front.points
-
-    def layout(source: bool, beaten: bool, interval: bool) -> list[render.Column]:
-        rows = render.columns(
-            points,
-            ("<method", lambda p: p.method),
-            ("<family", lambda p: p.family),
-            ("pruned", lambda p: render.percent(p.sparsity)),
-            ("loss", lambda p: render.percent(p.loss)),
-            ("speedup", render.interval if interval else lambda p: render.ratio(p.speedup)),
-            ("<optimal", lambda p: "yes *" if p.sure else "yes" if p.optimal else ""),
-            ("<speed", lambda p: "measured" if p.measured else "predicted"),
-            ("<beaten by", lambda p: p.beaten_by),
-            ("<source", lambda p: p.source),
-        )
-        omitted = {
-            "speed": not any(p.measured for p in points),
-            "beaten by": not beaten,
-            "source": not source,
-        }
-        dense = {"method": "dense", "loss": "0 %", "speedup": "1.00"}
-        return [
-            render.Column(c.title, [dense.get(c.title, ""), *c.cells], c.right)
-            for c in rows
-            if not omitted.get(c.title)
-        ]
-
-    yield layout(True, True, True)
-    yield layout(False, True, True)
-    yield layout(False, False, True)
-    yield layout(False, False, False)
+    shown = render.columns(
+        points,
+        ("<method", "method"),
+        ("<family", "family"),
+        ("pruned", "sparsity", render.percent),
+        ("loss", "loss", render.percent),
+        ("speedup", render.interval if detail else lambda p: render.ratio(p.speedup)),
+        ("<optimal", lambda p: "yes *" if p.sure else "yes" if p.optimal else ""),
+        ("<speed", lambda p: "measured" if p.measured else "predicted"),
+        ("<beaten by", "beaten_by"),
+        ("<source", "source"),
+    )[: (7, 7, 8, 9)[detail]]
+    if not any(p.measured for p in points):
+        del shown[6:7]
+    dense = {"method": "dense", "loss": "0 %", "speedup": "1.00"}
+    return [replace(c, cells=[dense.get(c.title, ""), *c.cells]) for c in shown]

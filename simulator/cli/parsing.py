@@ -1,12 +1,12 @@
-"""Parse texts of options: comma lists, ranges, numbers with units, NAME=VALUE pairs."""
+"""Parse texts of options: comma lists, ranges, numbers with units, pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from simulator.errors import InputError
-from simulator.units import parse_count, parse_fraction, parse_value
+from simulator.units import parse_count, parse_fraction
 
 T = TypeVar("T")
 
@@ -72,24 +72,7 @@ def checked(option: str, text: str, parse: Callable[[str], T]) -> T:
         raise InputError(f"{option} {text!r}: {error}") from None
 
 
-def settings(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse NAME=VALUE pairs; a value is a whole number, a number, true or false, a comma list of
-    these, or a word."""
-    out: dict[str, Any] = {}
-    for text in texts or ():
-        name, value = pair(option, text)
-        name = name.replace("-", "_")
-        if name in out:
-            raise InputError(f"{option} {text!r}: {name} is given twice")
-        out[name] = (
-            [parse_value(part) for part in names(option, value)]
-            if "," in value
-            else parse_value(value)
-        )
-    return out
-
-
-def pair(option: str, text: str, expected: str = "NAME=VALUE") -> tuple[str, str]:
+def pair(option: str, text: str, expected: str) -> tuple[str, str]:
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (name and equals and value):
         raise InputError(f"{option} {text!r}: expected {expected}")

@@ -16,14 +16,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from operator import attrgetter, itemgetter
+from typing import Any, TypeAlias, TypeVar
 
 import typer
 
 from simulator.display import few, one_percentage
-from simulator.errors import InputError, one_line
+from simulator.errors import one_line
 from simulator.units import finite as finite
 from simulator.units import percent as percent
 from simulator.units import rate as rate
@@ -31,11 +30,6 @@ from simulator.units import ratio as ratio
 from simulator.units import seconds as seconds
 from simulator.units import seconds_between as seconds_between
 from simulator.units import size as size
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from simulator.figures.style import PaperSize
 
 T = TypeVar("T")
 
@@ -78,11 +72,26 @@ def table_width(columns: Sequence[Column]) -> int:
     return sum(c.width for c in columns) + 2 * (len(columns) - 1)
 
 
-def columns(rows: Sequence[T], *described: tuple[str, Callable[[T], object]]) -> list[Column]:
-    return [
-        Column(title.removeprefix("<"), [str(text(row)) for row in rows], not title.startswith("<"))
-        for title, text in described
-    ]
+# title, after "<" with cells to the left; attribute, key or function of a row; text of its value
+Described: TypeAlias = (
+    tuple[str, str | Callable[[T], object]] | tuple[str, str, Callable[[Any], object]]
+)
+
+
+def columns(rows: Sequence[T], *described: Described[T]) -> list[Column]:
+    return [_column(rows, *parts) for parts in described]
+
+
+def _column(
+    rows: Sequence[T],
+    title: str,
+    part: str | Callable[[T], object],
+    text: Callable[[Any], object] = str,
+) -> Column:
+    getter: Any = itemgetter if rows and isinstance(rows[0], Mapping) else attrgetter
+    value = part if callable(part) else getter(part)
+    cells = [str(text(value(row))) for row in rows]
+    return Column(title.removeprefix("<"), cells, not title.startswith("<"))
 
 
 def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
@@ -93,10 +102,20 @@ def narrowed(columns: Sequence[Column], least: int) -> list[Column]:
     return kept
 
 
-def first_fitting(layouts: Iterator[list[Column]], available: int) -> list[Column]:
+def show_in_parts(names: Sequence[Column], others: Sequence[Column], title: str = "") -> None:
+    """Print tables that begin with the columns ``names``, each with as many others as fit."""
+    left = list(others)
+    while left:
+        shown = narrowed([*names, *left], len(names) + 1)
+        print()
+        show(shown, title)
+        left = left[len(shown) - len(names) :]
+
+
+def first_fitting(layouts: Iterator[list[Column]]) -> list[Column]:
     columns: list[Column] = []
     for columns in layouts:
-        if table_width(columns) <= available:
+        if table_width(columns) <= width():
             break
     return columns
 
@@ -238,67 +257,6 @@ def checked(
             typer.echo(f"prunesim: {problem}", err=True)
     if problems:
         raise typer.Exit(2)
-
-
-@dataclass(frozen=True)
-class Output:
-    """Output of a command: --json, --csv or a table, and figures; checked before any work."""
-
-    json: bool
-    csv: str | None = None
-    figures: Sequence[str | None] = ()
-    width: str | None = None
-    font: float | None = None
-
-    @cached_property
-    def paper(self) -> PaperSize:
-        from simulator.figures.style import PaperSize
-
-        return PaperSize.read(self.width, self.font)
-
-    def draw(self, figure: Callable[[], Figure], path: str | Path) -> None:
-        """Draw a figure in the size of --width and --font, and write it."""
-        from simulator.figures.style import save_figure
-
-        with self.paper.applied():
-            save_figure(figure(), path)
-
-    def __post_init__(self) -> None:
-        if self.json and self.csv:
-            raise InputError("--json and --csv: expected one of them")
-        for path in filter(None, self.figures):
-            from simulator.figures.style import check_figure
-
-            check_figure(path)
-        for option in ("width", "font"):
-            if getattr(self, option) is not None and not any(self.figures):
-                raise InputError(f"--{option}: expected with --figure FILE")
-        if any(self.figures):
-            _ = self.paper  # refuses a bad size before any work
-        if self.csv and self.csv != "-":
-            from simulator.files.write import check_target
-
-            check_target(self.csv)
-
-    def write(
-        self, rows: Sequence[Mapping[str, Any]], for_csv: Sequence[Mapping[str, Any]] | None = None
-    ) -> bool:
-        """Write rows (CSV: ``for_csv``, if given); return whether to print the answer too. After
-        CSV on standard output, it goes to standard error."""
-        if self.json:
-            show_json(rows)
-        elif self.csv:
-            from simulator.files.csv import csv_text
-
-            text = csv_text(rows if for_csv is None else for_csv)
-            if self.csv == "-":
-                print(text, end="", flush=True)
-                sys.stdout = sys.stderr  # until the end of :func:`simulator.cli.program.run`
-            else:
-                from simulator.files.write import write_whole
-
-                write_whole(self.csv, text.encode())
-        return not self.json
 
 
 @contextlib.contextmanager

@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import Annotated
 
 from simulator.cli import options, render
-from simulator.cli.options import arg, opt
+from simulator.cli.options import arg, opt, option
 from simulator.cli.serve import Rate, Tpot, Ttft, limits
 from simulator.errors import InputError, needs_extra
 
 HOST = "127.0.0.1"
 
 # settings of Streamlit, which override its configuration files and environment variables
-SERVER = {
-    "server.address": HOST,
-    "server.headless": "true",  # opens no browser, and asks for no e-mail address
-    "server.enableXsrfProtection": "true",
-    "server.enableCORS": "true",  # pages of other hosts cannot connect
-    "server.fileWatcherType": "none",
-    "browser.gatherUsageStats": "false",
-    "client.showErrorDetails": "none",
-    "client.toolbarMode": "minimal",
-}
+SERVER = (
+    ("server.address", HOST),
+    ("server.headless", "true"),  # opens no browser, and asks for no e-mail address
+    ("server.enableXsrfProtection", "true"),
+    ("server.enableCORS", "true"),  # pages of other hosts cannot connect
+    # nor pages of a name that resolves to this machine
+    ("server.allowedHosts", HOST),
+    ("server.allowedHosts", "localhost"),
+    ("server.fileWatcherType", "none"),
+    ("browser.gatherUsageStats", "false"),
+    ("client.showErrorDetails", "none"),
+    ("client.toolbarMode", "minimal"),
+)
 
 
+@options.expanded()
 def sweep(
     grid: Annotated[
         str,
@@ -39,15 +43,11 @@ def sweep(
         ),
     ],
     output: Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")],
-    jobs: Annotated[
-        int | None, opt("--jobs", "N", "Processes on this machine. Default: one per core.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, opt("--scheduler", "ADDRESS", "Compute on the workers of a Dask scheduler.")
-    ] = None,
-    most: Annotated[
-        int, opt("--max", "N", "Largest number of configurations to accept.")
-    ] = 100_000_000,
+    jobs: int | None = option("N", "Processes on this machine. Default: one per core."),
+    scheduler: str | None = option("ADDRESS", "Compute on the workers of a Dask scheduler."),
+    most: int = option(
+        "N", "Largest number of configurations to accept.", 100_000_000, flags="--max"
+    ),
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -68,7 +68,7 @@ def sweep(
         )
     with render.progress("predicting") as report:
         done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
-    if render.Output(json).write([vars(done)]):
+    if options.Output(json).write([vars(done)]):
         again = (
             f", {done.resumed_parts} of {done.parts} parts from an earlier run"
             if done.resumed_parts
@@ -136,8 +136,9 @@ def report(
     render.notes(asked.notes)
 
 
+@options.expanded()
 def explore(
-    port: Annotated[int, opt("--port", "N", "Port on 127.0.0.1; 0 selects a free port.")] = 8501,
+    port: int = option("N", "Port on 127.0.0.1; 0 selects a free port.", 8501),
 ) -> None:
     """Explore predictions in the browser.
 
@@ -158,10 +159,6 @@ def explore(
             ) from None
         port = probe.getsockname()[1]
     page = Path(__file__).parents[1] / "explore" / "app.py"
-    settings = [
-        part
-        for name, value in {**SERVER, "server.port": port}.items()
-        for part in (f"--{name}", str(value))
-    ]
+    settings = [f"--{name}={value}" for name, value in (*SERVER, ("server.port", port))]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *settings])

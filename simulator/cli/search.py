@@ -3,15 +3,14 @@ choose a variant of each layer under targets, price every variant."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.errors import InputError
 from simulator.units import parameters, parse_parameters, parse_quantity, parse_ratio
 
@@ -27,25 +26,16 @@ MOST_ROWS = 24  # rows of the table of costs without --verbose
 
 @dataclass(frozen=True)
 class Scored:
-    scores: Annotated[
-        str | None,
-        opt(
-            "--scores",
-            "FILE",
-            "Scores per layer and variant: a CSV, such as of prunesim quality --per-layer, or"
-            " smollm2-135m, which ships.",
-        ),
-    ] = None
-    metric: Annotated[
-        str, opt("--metric", "NAME", "Column of the scores, if several could be scores.")
-    ] = ""
-    maximise: Annotated[
-        bool, opt("--maximise", None, "A higher value of the metric is better.")
-    ] = False
-    uniform: Annotated[
-        bool,
-        opt("--uniform", None, "One shape for all remaining layers, which stock engines load."),
-    ] = False
+    scores: str | None = option(
+        "FILE",
+        "Scores per layer and variant: a CSV, such as of prunesim quality --per-layer, or"
+        " smollm2-135m, which ships.",
+    )
+    metric: str = option("NAME", "Column of the scores, if several could be scores.", "")
+    maximise: bool = option(None, "A higher value of the metric is better.", False)
+    uniform: bool = option(
+        None, "One shape for all remaining layers, which stock engines load.", False
+    )
 
 
 _seconds = partial(parse_quantity, unit="s")
@@ -62,18 +52,10 @@ PARSERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
 
 @dataclass(frozen=True)
 class Aim:
-    target: Annotated[
-        str | None, opt("--target", "X", "Least speedup, above 1, such as 1.5 or 1.5x.")
-    ] = None
-    latency: Annotated[
-        str | None, opt("--latency", "TIME", "Longest time of a pass, such as 12ms.")
-    ] = None
-    tokens_per_s: Annotated[
-        float | None, opt("--tokens-per-s", "X", "Fewest new tokens/s over all sequences.")
-    ] = None
-    confidence: Annotated[
-        float, opt("--confidence", "P", "Least probability of reaching each target on time.")
-    ] = 0.5
+    target: str | None = option("X", "Least speedup, above 1, such as 1.5 or 1.5x.")
+    latency: str | None = option("TIME", "Longest time of a pass, such as 12ms.")
+    tokens_per_s: float | None = option("X", "Fewest new tokens/s over all sequences.")
+    confidence: float = option("P", "Least probability of reaching each target on time.", 0.5)
 
     def parsed(self) -> dict[str, float]:
         """Return the targets by their names in Python."""
@@ -89,16 +71,10 @@ class Aim:
 
 @dataclass(frozen=True)
 class Wanted(Aim):
-    ttft: Annotated[
-        str | None, opt("--ttft", "TIME", "Longest time to first token, such as 500ms.")
-    ] = None
-    tpot: Annotated[
-        str | None, opt("--tpot", "TIME", "Longest time per further token, such as 30ms.")
-    ] = None
-    memory: Annotated[
-        str | None, opt("--memory", "SIZE", "Most memory on the fullest device, such as 40GiB.")
-    ] = None
-    params: Annotated[str | None, opt("--params", "N", "Most parameters, such as 49B.")] = None
+    ttft: str | None = option("TIME", "Longest time to first token, such as 500ms.")
+    tpot: str | None = option("TIME", "Longest time per further token, such as 30ms.")
+    memory: str | None = option("SIZE", "Most memory on the fullest device, such as 40GiB.")
+    params: str | None = option("N", "Most parameters, such as 49B.")
 
 
 @options.expanded("csv", "figure")
@@ -106,17 +82,10 @@ def advise(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     aim: Aim = Aim(),
-    family: Annotated[
-        str | None, opt("--family", "LIST", "Pruning families to consider. Default: all.")
-    ] = None,
-    write: Annotated[
-        str | None,
-        opt(
-            "--write",
-            "FOLDER",
-            "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it.",
-        ),
-    ] = None,
+    family: str | None = option("LIST", "Pruning families to consider. Default: all."),
+    write: str | None = option(
+        "FOLDER", "Write FOLDER/FAMILY/config.json for depth, width and both, where they reach it."
+    ),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -140,7 +109,7 @@ def advise(
         model, devices.profiles, target, names, probability=aim.confidence, **asked.settings
     )
     written = _configurations(write, model, found) if write else []
-    if not render.Output(out.json).write(found.rows()):
+    if not out.write(found.rows()):
         return
     render.conclude(" ".join(of_advice(found, target)))
     _families(found, out.verbose)
@@ -164,18 +133,18 @@ def _families(found: Advised, verbose: bool) -> None:
         return
     columns = render.columns(
         rows,
-        ("<setting", lambda a: a.result.request),
-        ("<least pruning", lambda a: a.result.pruning),
-        ("realised", lambda a: render.percent(a.result.realised_sparsity)),
+        ("<setting", "result.request"),
+        ("<least pruning", "result.pruning"),
+        ("realised", "result.realised_sparsity", render.percent),
         ("<target", lambda a: "reached" if a.reached else "missed"),
-        ("speedup", lambda a: render.interval(a.result)),
-        ("probability", lambda a: probability_text(a.probability)),
-        ("time", lambda a: render.seconds(a.result.pruned_s)),
+        ("speedup", "result", render.interval),
+        ("probability", "probability", probability_text),
+        ("time", "result.pruned_s", render.seconds),
         (
             "<runs in stock",
             lambda a: {True: a.result.engine, False: "no", None: "not known"}[a.runs],
         ),
-        ("<bottleneck", lambda a: a.result.bottleneck),
+        ("<bottleneck", "result.bottleneck"),
     )
     render.show(render.narrowed(columns[1:] if one else columns, 5))
     for line in of_budgets(rows) if one else ():
@@ -221,10 +190,7 @@ def search(
     devices: options.Devices = options.DEVICES,
     wanted: Wanted = Wanted(),
     scored: Scored = Scored(),
-    write: Annotated[
-        str | None,
-        opt("--write", "FOLDER", "Write the plan: plan.yaml for --prune, and config.json."),
-    ] = None,
+    write: str | None = option("FOLDER", "Write the plan: plan.yaml for --prune, and config.json."),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -244,7 +210,7 @@ def search(
     20,0.013
     21,0.010
     """
-    output = render.Output(out.json, None, [out.figure], out.width, out.font)
+    out.check()
     if write is not None and Path(write).expanduser().is_file():
         raise InputError(f"--write {write}: is a file; expected a folder")
     if not (given := wanted.parsed()):
@@ -266,8 +232,8 @@ def search(
     if out.figure:
         from simulator.figures.plan import plan_figure
 
-        output.draw(lambda: plan_figure(plan), out.figure)
-    if not output.write([plan.to_dict()]):
+        out.draw(lambda: plan_figure(plan))
+    if not out.write([plan.to_dict()]):
         return
     from simulator.prediction.notes import uncalibrated
 
@@ -317,13 +283,13 @@ def _targets(plan: Plan) -> None:
 
     columns = render.columns(
         plan.targets,
-        ("<hardware", lambda t: t.hardware),
-        ("<engine", lambda t: t.engine),
+        ("<hardware", "hardware"),
+        ("<engine", "engine"),
         ("<request", lambda t: f"{t.phase} {t.batch} x {t.seq}"),
         ("<target", lambda t: NAMES[t.target]),
         ("wanted", lambda t: target_text(t.target, t.wanted)),
         ("reached", lambda t: target_text(t.target, t.reached)),
-        ("probability", lambda t: probability_text(t.probability)),
+        ("probability", "probability", probability_text),
     )
     print()
     render.show(columns, "targets")
@@ -341,8 +307,8 @@ def _frontier(plan: Plan, verbose: bool) -> None:
         points,
         (plan.metric, lambda p: f"{p.score:.4g}"),
         ("speedup", render.interval),
-        ("time", lambda p: render.seconds(p.pruned_s)),
-        ("parameters", lambda p: parameters(p.parameters)),
+        ("time", "pruned_s", render.seconds),
+        ("parameters", "parameters", parameters),
         ("<", lambda p: "chosen" if p.chosen else ""),
     )
     hidden = len(plan.frontier) - len(points)
@@ -353,27 +319,18 @@ def _frontier(plan: Plan, verbose: bool) -> None:
     )
 
 
-@options.expanded("csv", "figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
+@options.expanded("figure", "ideal", "dense_s", "dense_tokens_per_s", "dense_from")
 def costs(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
-    choices: Annotated[
-        str | None,
-        opt(
-            "--choices",
-            "FILE",
-            "Variants: a file as --scores of search. Default: the usual ones.",
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        opt(
-            "-o --output",
-            "FILE",
-            "Write all costs: .csv, .parquet, or .json as ModelOpt's subblock_stats.json "
-            "(with --phase generate).",
-        ),
-    ] = None,
+    choices: str | None = option(
+        "FILE", "Variants: a file as --scores of search. Default: the usual ones."
+    ),
+    output: str | None = option(
+        "FILE.json",
+        "Also write ModelOpt's subblock_stats.json, with --phase generate.",
+        flags="-o --output",
+    ),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -382,46 +339,48 @@ def costs(
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer
     experts, a linear product, or none. Its cost is the difference of a pass with it and a pass
     without that attention or MLP, in the engine, with host time that is not hidden, and with its
-    interval. Layers with equal shapes cost the same and share a row. -o writes a row per layer. As
-    subblock_stats.json, with --phase generate, it has the prefill and decode times that ModelOpt's
-    Puzzletron needs for its latency targets.
+    interval. Layers with equal shapes cost the same and share a row. --csv writes a row per layer,
+    and -o the prefill and decode times that ModelOpt's Puzzletron needs for its latency targets.
     """
+    from simulator.files.write import write_whole
+    from simulator.plans.costs import costs as priced
+    from simulator.plans.write import stats_text
+
+    out.check()
     asked = run.asked(model, devices)
     if output is not None:
-        _checked(output, asked.settings["phase"])
-    from simulator.plans.costs import costs as priced
-
+        _check_stats(output, asked.settings["phase"])
     found = priced(model, devices.profiles, choices, **asked.settings)
     lines = list(asked.notes)
     if output is not None:
-        _write(found, output)
+        write_whole(output, stats_text(found).encode())
         lines.append(f"written: {output}: {len(found)} costs")
-    if not render.Output(out.json).write(found.rows):
+    if not out.write(found.rows):
         return
     groups = _together(found)
     render.conclude(_shares(found))
     rows = groups if out.verbose else groups[:MOST_ROWS]
     several = len(found.settings) > 1
     place = [
-        ("<hardware", lambda row: row["hardware"]),
-        ("<engine", lambda row: row["engine"]),
+        ("<hardware", "hardware"),
+        ("<engine", "engine"),
         ("<request", lambda row: f"{row['phase']} {row['batch']} x {row['seq']}"),
     ]
     columns = render.columns(
         rows,
         *(place if several else ()),
-        ("<layers", lambda row: row["layers"]),
-        ("<part", lambda row: row["sublayer"]),
-        ("<variant", lambda row: row["variant"]),
+        ("<layers", "layers"),
+        ("<part", "sublayer"),
+        ("<variant", "variant"),
         (
             "time of a layer",
             lambda row: render.seconds_between(
                 row["seconds"], row["lower"], row["upper"], short=True
             ),
         ),
-        ("of dense", lambda row: render.percent(row["share"])),
+        ("of dense", "share", render.percent),
         ("parameters", lambda row: f"{row['parameters']:,.0f}"),
-        ("cache", lambda row: render.size(row["cache_bytes"])),
+        ("cache", "cache_bytes", render.size),
     )
     hidden = (
         f"; {len(groups) - len(rows)} more rows with --verbose" if len(groups) > len(rows) else ""
@@ -434,41 +393,17 @@ def costs(
     render.notes(lines, out.verbose)
 
 
-def _checked(output: str, phases: Sequence[str]) -> None:
-    """Reject a target of an unknown format or in a missing folder before any work."""
+def _check_stats(output: str, phases: Sequence[str]) -> None:
+    """Reject other files than JSON, phases that ModelOpt cannot use and missing folders before any
+    work."""
     from simulator.files.write import check_target
 
-    kind = Path(output).suffix
-    if kind not in (".csv", ".json", ".parquet"):
-        raise InputError(f"--output {output}: expected a name that ends in .csv, .json or .parquet")
-    if kind == ".json" and (alone := {"prefill", "decode"} & set(phases)):
+    if Path(output).suffix != ".json":
+        raise InputError(f"--output {output}: expected a name that ends in .json; --csv writes CSV")
+    if alone := {"prefill", "decode"} & set(phases):
         wanted = "expected --phase generate, because ModelOpt needs prefill and decode times"
         raise InputError(f"--output {output}: {wanted}, got {min(alone)}")
     check_target(output)
-
-
-def _write(found: Costs, output: str) -> None:
-    from simulator.files.write import write_whole
-
-    kind = Path(output).suffix
-    if kind == ".parquet":
-        from simulator.files.read import load_pyarrow
-
-        pa, pq = load_pyarrow()
-        out = io.BytesIO()
-        pq.write_table(
-            pa.table({name: column.tolist() for name, column in found.columns.items()}), out
-        )
-        content = out.getvalue()
-    elif kind == ".json":
-        from simulator.plans.write import stats_text
-
-        content = stats_text(found).encode()
-    else:
-        from simulator.files.csv import csv_text
-
-        content = csv_text(found.rows).encode()
-    write_whole(output, content)
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import opt, option
 from simulator.errors import InputError
 from simulator.request import SETTINGS
 from simulator.units import parse_count, parse_quantity
@@ -41,61 +41,35 @@ Rate = Annotated[
 
 @dataclass(frozen=True)
 class Server:
-    concurrency: Annotated[
-        str | None,
-        opt(
-            "--concurrency",
-            "LIST",
-            "Requests in flight of the comparison at equal concurrency, such as 1,16,64. "
-            "Default: the most that fit the dense model.",
-        ),
-    ] = None
+    concurrency: str | None = option(
+        "LIST",
+        "Requests in flight of the comparison at equal concurrency, such as 1,16,64. "
+        "Default: the most that fit the dense model.",
+    )
     ttft: Ttft = None
     tpot: Tpot = None
-    confidence: Annotated[
-        float, opt("--confidence", "P", "Probability with which the limits must hold.")
-    ] = 0.5
-    price: Annotated[
-        float | None, opt("--price", "X", "Price of a GPU-hour, for the cost of a million tokens.")
-    ] = None
+    confidence: float = option("P", "Probability with which the limits must hold.", 0.5)
+    price: float | None = option("X", "Price of a GPU-hour, for the cost of a million tokens.")
 
 
 @dataclass(frozen=True)
 class Arrivals:
     rate: Rate = None
-    requests: Annotated[
-        str | None,
-        opt(
-            "--requests",
-            "N",
-            "Requests: 1,000 with --rate; alone all at once; with --concurrency as clients send.",
-        ),
-    ] = None
-    trace: Annotated[
-        str | None,
-        opt("--trace", "FILE", "CSV of requests: arrival (s), prompt, output (tokens)."),
-    ] = None
-    length_sd: Annotated[
-        float,
-        opt("--length-sd", "X", "Deviation of the logs of prompt and output lengths; 0: fixed."),
-    ] = 0.0
-    goodput: Annotated[
-        float, opt("--goodput", "P", "Share of the requests that must keep the limits.")
-    ] = 0.99
-    replicas: Annotated[
-        int | None,
-        opt("--replicas", "N", "Replicas. Default: as many as the limits need at the rate."),
-    ] = None
-    seed: Annotated[int, opt("--seed", "N", "Seed of arrivals and lengths.")] = 0
-    timeline: Annotated[
-        str | None,
-        opt("--timeline", "FILE", "Also draw each request of a short run: .pdf, .svg or .png."),
-    ] = None
+    requests: str | None = option(
+        "N", "Requests: 1,000 with --rate; alone all at once; with --concurrency as clients send."
+    )
+    trace: str | None = option("FILE", "CSV of requests: arrival (s), prompt, output (tokens).")
+    length_sd: float = option(
+        "X", "Deviation of the logs of prompt and output lengths; 0: fixed.", 0.0
+    )
+    goodput: float = option("P", "Share of the requests that must keep the limits.", 0.99)
+    replicas: int | None = option("N", "Replicas. Default: as many as the limits need at the rate.")
+    seed: int = option("N", "Seed of arrivals and lengths.", 0)
+    timeline: str | None = option(
+        "FILE", "Also draw each request of a short run: .pdf, .svg or .png."
+    )
 
 
-TP = options.setting_option(
-    "devices", "LIST", "Numbers of devices that share the model, such as 1,2,4,8."
-)
 # a server has its own concurrency, and can have several numbers of devices
 LOAD: options.Run = options.run_options(
     *(name for name in SETTINGS if name not in ("phase", "batch", "dense_s", "devices"))
@@ -108,7 +82,9 @@ def command(
     model: options.Model,
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
-    tp: TP = "1",  # type: ignore[valid-type]
+    tp: str = options.setting_option(
+        "devices", "LIST", "Numbers of devices that share the model, such as 1,2,4,8.", "1"
+    ),
     server: Server = Server(),
     arrivals: Arrivals = Arrivals(),
     run: options.Run = LOAD,
@@ -129,8 +105,7 @@ def command(
     of requests, goodput within the limits, the largest rate, and the GPUs that --rate needs. Other
     options are those of the engine's server, such as --max-num-seqs 64.
     """
-    figures = [out.figure, arrivals.timeline]
-    output = render.Output(out.json, out.csv, figures, out.width, out.font)
+    out.check(arrivals.timeline)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.service import serve
 
@@ -165,7 +140,7 @@ def command(
         **asked.settings,
     )
     curves = [point for service in found.services for point in service.curve] if out.verbose else []
-    if output.write([point.to_dict() for point in (*found.points, *curves)]):
+    if out.write([point.to_dict() for point in (*found.points, *curves)]):
         if found.loads:
             _print_loads(found.loads, out.verbose)
         else:
@@ -174,15 +149,15 @@ def command(
         if found.loads:
             from simulator.figures.load import loads_of
 
-            output.draw(lambda: loads_of(found.loads), out.figure)
+            out.draw(lambda: loads_of(found.loads))
         else:
             from simulator.figures.speedup import services_of
 
-            output.draw(lambda: services_of(found.services), out.figure)
+            out.draw(lambda: services_of(found.services))
     if arrivals.timeline:
         from simulator.figures.load import timeline_of
 
-        output.draw(lambda: timeline_of(found.loads[0]), arrivals.timeline)
+        out.draw(lambda: timeline_of(found.loads[0]), arrivals.timeline)
     of_energy = energy_notes(metered.tariff, devices.profiles)
     render.notes((*asked.notes, *of_energy, *found.notes), out.verbose)
 
@@ -220,25 +195,21 @@ def _print_loads(loads: Sequence[LoadService], verbose: bool) -> None:
         shown = [point for point in points if not point.refused]
         columns = [render.Column(*column) for column in load_columns(shown).items()]
         render.show(render.narrowed([*_names(shown), *columns], 4), group[0].title)
-        if energy := [render.Column(*column) for column in load_columns(shown, ENERGY).items()]:
-            print()
-            render.show([*_names(shown), *energy], "energy per output token")
+        energy = [render.Column(*column) for column in load_columns(shown, ENERGY).items()]
+        render.show_in_parts(_names(shown), energy, "energy per output token")
         print(f"\nintervals of {render.percent(points[0].level)}")
         for point in points:
             if point.refused:
                 several = f" on {point.devices} devices" if point.devices > 1 else ""
                 render.say(f"{point.name}{several} does not run: {point.refused}", "  ")
-        for start in range(0, len(NUMBERS) if verbose else 0, 4):
-            names = {name: name for name in NUMBERS[start : start + 4]}
-            some = [render.Column(*column) for column in load_columns(shown, names).items()]
-            print()
-            render.show([*_names(shown), *some])
+        numbers = load_columns(shown, {name: name for name in NUMBERS if verbose})
+        render.show_in_parts(_names(shown), [render.Column(*one) for one in numbers.items()])
 
 
 def _names(points: Sequence[LoadPoint]) -> list[render.Column]:
     return render.columns(
         points,
-        ("<model", lambda point: point.name),
+        ("<model", "name"),
         ("replicas", lambda point: f"{point.replicas} x {point.devices}"),
     )
 
@@ -271,7 +242,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     more = f"; {hidden} more prunings with --verbose" if hidden else ""
     layouts = _layouts(_rows(service, shown), verbose)
     title = f"{first.model} on {first.setting}{more}"
-    render.show(render.first_fitting(layouts, render.width()), title)
+    render.show(render.first_fitting(layouts), title)
     if first.numbers:
         _print_energy([row for row in _rows(service, shown) if not isinstance(row, str)])
     print(
@@ -297,7 +268,7 @@ def _print_one(service: Service, verbose: bool) -> None:
     if verbose:
         print()
         render.show(
-            render.first_fitting(_layouts(service.curve, True, named=True), render.width()),
+            render.first_fitting(_layouts(service.curve, True, named=True)),
             "every concurrency",
         )
 
@@ -389,13 +360,12 @@ def _print_energy(points: Sequence[OperatingPoint]) -> None:
 
     names = render.columns(
         points,
-        ("<at", lambda p: p.point),
-        ("<model", lambda p: p.name),
+        ("<at", "point"),
+        ("<model", "name"),
         ("in\nflight", lambda p: f"{p.concurrency:,}"),
     )
     energy = [render.Column(*column) for column in load_columns(points, ENERGY).items()]
-    print()
-    render.show([*names, *energy], "energy per output token")
+    render.show_in_parts(names, energy, "energy per output token")
 
 
 def _rate(p: OperatingPoint) -> str:

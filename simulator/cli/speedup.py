@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from simulator.cli import options, parsing, render
-from simulator.cli.options import opt
+from simulator.cli.options import option
 from simulator.display import as_plain, with_and
 from simulator.errors import InputError
 from simulator.units import parse_ratio
@@ -36,13 +36,10 @@ def speedup(
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = options.PRUNINGS,
     run: options.Run = options.RUN,
-    memory: Annotated[
-        bool, opt("--memory", None, "Also show memory against the device's capacity.")
-    ] = False,
-    claim: Annotated[
-        str | None,
-        opt("--claim", "X", "A claimed speedup, such as 2.1: its probability, bound, explanation."),
-    ] = None,
+    memory: bool = option(None, "Also show memory against the device's capacity.", False),
+    claim: str | None = option(
+        "X", "A claimed speedup, such as 2.1: its probability, bound, explanation."
+    ),
     metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -54,7 +51,7 @@ def speedup(
     --pruned, existing models are compared with the dense one. --claim judges a stated speedup of
     one prediction.
     """
-    output = render.Output(out.json, out.csv, [out.figure], out.width, out.font)
+    out.check()
     claimed = None if claim is None else parsing.checked("--claim", claim, parse_ratio)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
@@ -86,7 +83,7 @@ def speedup(
 
         judged = judge(Claim.of(claimed, found, profiles))
         rows = [{**row, **judged.to_dict()} for row in rows]
-    if output.write(rows):
+    if out.write(rows):
         if judged is not None:
             from simulator.cli.claims import print_judgement
 
@@ -98,9 +95,7 @@ def speedup(
         from simulator.figures.speedup import speedups_of
 
         named = [replace(r, family=r.name) for r in found]
-        output.draw(
-            lambda: energies_of(named, tariff) if tariff else speedups_of(named), out.figure
-        )
+        out.draw(lambda: energies_of(named, tariff) if tariff else speedups_of(named))
     defaults = uncalibrated(found, asked.settings.get("dense_s") is not None)
     render.notes(
         (*asked.notes, *energy_notes(tariff, profiles), *defaults, *found.notes), out.verbose
@@ -211,17 +206,17 @@ def _print_tables(results: Sequence[Result], memory: bool) -> None:
     side."""
     from simulator.prediction.requests import by_key, device_text
 
-    available = render.width()
     first = True
     counts = {r.devices: r.parallel for r in results}
     if len(counts) > 1:
         results = [replace(r, hardware=device_text(r)) for r in results]
     scenario = partial(_scenario, counts=counts)
     for title, group in by_key(results, scenario).items():
-        for part in _chunks(group, available):
+        for part in _chunks(group):
             if not first:
                 print()
-            render.show(render.first_fitting(speedup_layouts(part), available), title)
+            layouts = (speedup_columns(part, detail) for detail in range(MOST_DETAIL, -1, -1))
+            render.show(render.first_fitting(layouts), title)
             first = False
         if group[0].new_tokens:
             print()
@@ -239,7 +234,7 @@ def _scenario(r: Result, counts: Mapping[int, str]) -> str:
     return f"{replace(r, devices=1).scenario}, {numbers} devices ({counts[max(counts)]})"
 
 
-def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]:
+def _chunks(results: Sequence[Result]) -> Iterator[list[Result]]:
     """Split results into tables of as many devices as fit in the narrowest layout with intervals,
     equally many each."""
     names = list(dict.fromkeys(r.hardware for r in results))
@@ -250,7 +245,7 @@ def _chunks(results: Sequence[Result], available: int) -> Iterator[list[Result]]
             for i in range(0, len(names), count)
         ]
         if count == 1 or all(
-            render.table_width(list(speedup_layouts(part))[-2]) <= available for part in parts
+            render.table_width(speedup_columns(part, 1)) <= render.width() for part in parts
         ):
             yield from parts
             return
@@ -288,77 +283,62 @@ class _Crossed:
         return [next(filter(None, cells)) for cells in zip(*columns)]
 
 
-@dataclass(frozen=True)
-class _Layout:
-    detail: int
-    bottleneck: str  # full, short or none
-    interval: bool = True
-
-    def text(self, r: Result) -> str:
-        return render.interval(r) if self.interval else render.ratio(r.speedup)
-
-    def dense_text(self, r: Result, short: bool) -> str:
-        return _dense_text(r, short=short) if self.interval else render.seconds(r.dense_s)
-
-    def bottleneck_of(self, r: Result) -> str:
-        names = render.BOTTLENECKS_SHORT if self.bottleneck == "short" else {}
-        return names.get(r.bottleneck, r.bottleneck)
+MOST_DETAIL = 7  # of a table of speedups; each step down omits or shortens a column
 
 
-_LAYOUTS = (
-    *(_Layout(detail, "full") for detail in (4, 3, 2, 1)),
-    *(_Layout(1, "short"), _Layout(0, "short"), _Layout(0, "")),
-    _Layout(0, "", interval=False),
-)
-
-
-def speedup_layouts(results: Sequence[Result]) -> Iterator[list[render.Column]]:
-    """Yield layouts of a speedup table from the most detailed to the narrowest; the first row is
-    the dense model."""
+def speedup_columns(results: Sequence[Result], detail: int) -> list[render.Column]:
+    """Return a table of speedups; the first row is the dense model. ``detail`` is from 0, the
+    narrowest, to :data:`MOST_DETAIL`."""
     table = _Crossed(results)
-    for layout in _LAYOUTS:
-        columns = _row_columns(table, layout)
-        for device in table.hardware:
-            columns += _device_columns(table, device, layout)
-        yield columns
+    columns = _row_columns(table, detail)
+    for device in table.hardware:
+        columns += _device_columns(table, device, detail)
+    return columns
 
 
-def _row_columns(table: _Crossed, layout: _Layout) -> list[render.Column]:
+def _row_columns(table: _Crossed, detail: int) -> list[render.Column]:
     """Return the columns that the devices share."""
     first = {name: table.rows.index((name, s)) for name, s in reversed(table.rows)}
     labels = [name if first[name] == i else "" for i, (name, _) in enumerate(table.rows)]
-    shared = render.columns(
-        table.any_of,
-        ("pruned", lambda r: render.percent(r.sparsity)),
-        ("realised", lambda r: render.percent(r.realised_sparsity)),
-        ("FLOP\nbound", lambda r: render.ratio(r.flop_bound)),
-        ("byte\nbound", lambda r: render.ratio(r.byte_bound)),
+    described = (
+        (0, ("pruned", "sparsity", render.percent)),
+        (5, ("realised", "realised_sparsity", render.percent)),
+        (0, ("FLOP\nbound", "flop_bound", render.ratio)),
+        (3, ("byte\nbound", "byte_bound", render.ratio)),
     )
-    if layout.detail < 2:
-        del shared[1]
-    if layout.detail < 1:
-        del shared[-1]
+    shown = (column for least, column in described if detail >= least)
+    shared = render.columns(table.any_of, *shown)
     return [
         render.Column(_kind(table.results), ["dense", *labels], right=False),
         *(render.Column(c.title, ["", *c.cells]) for c in shared),
     ]
 
 
-def _device_columns(table: _Crossed, device: str, layout: _Layout) -> list[render.Column]:
+def _device_columns(table: _Crossed, device: str, detail: int) -> list[render.Column]:
     results, columns = table.on(device), list[render.Column]()
-    if layout.detail > 2:
+    if detail >= 6:
         bounds = [render.ratio(r.roofline_bound) if r else "-" for r in results]
         columns.append(render.Column("roofline\nbound", ["", *bounds]))
-    if layout.detail > 3:
+    if detail >= 7:
         times = [render.seconds(r.pruned_s) if r else "-" for r in results]
         columns.append(render.Column(f"{device}\ntime", ["", *times]))
-    dense = layout.dense_text(table.first_on(device), len(table.hardware) > 1)
-    cells = [dense, *(layout.text(r) if r else "-" for r in results)]
+    text = render.interval if detail else lambda r: render.ratio(r.speedup)
+    dense = table.first_on(device)
+    dense_s = _dense_text(dense, short=len(table.hardware) > 1)
+    cells = [
+        dense_s if detail else render.seconds(dense.dense_s),
+        *(text(r) if r else "-" for r in results),
+    ]
     styles = ["", *map(_style, results)]
     columns.append(render.Column(f"{device}\nspeedup", cells, styles=styles))
-    if layout.bottleneck:
-        bottlenecks = [layout.bottleneck_of(r) if r else "" for r in results]
-        columns.append(render.Column("bottle-\nneck", ["", *bottlenecks], right=False))
+    if detail >= 2:
+        short = render.BOTTLENECKS_SHORT if detail <= 3 else {}
+        names = [r.bottleneck if r else "" for r in results]
+        columns.append(
+            render.Column(
+                "bottle-\nneck", ["", *(short.get(name, name) for name in names)], right=False
+            )
+        )
     return columns
 
 
@@ -421,12 +401,8 @@ def _print_energy(results: Sequence[Result], tariff: Tariff) -> None:
             if len({*(cells := [str(getattr(r, name)) for r in some])}) > 1
         ]
         names.append(render.Column("pruning", [r.pruning for r in some], right=False))
-        left = [render.Column(*column) for column in energy_table(some, tariff).items()]
-        while left:
-            shown = render.narrowed([*names, *left], len(names) + 1)
-            print()
-            render.show(shown, f"energy per {token}")
-            left = left[len(shown) - len(names) :]
+        energy = [render.Column(*column) for column in energy_table(some, tariff).items()]
+        render.show_in_parts(names, energy, f"energy per {token}")
 
 
 def _print_memory(results: Sequence[Result]) -> None:
@@ -457,9 +433,7 @@ def _memory_columns(table: _Crossed, device: str) -> list[render.Column]:
 
 @dataclass(frozen=True)
 class Explained(options.Prunings):
-    family: Annotated[
-        str | None, opt("--family", "NAME", "One pruning family, with one --sparsity.")
-    ] = None
+    family: str | None = option("NAME", "One pruning family, with one --sparsity.")
 
 
 @options.expanded("csv")
@@ -468,16 +442,10 @@ def explain(
     devices: options.Devices = options.DEVICES,
     prunings: options.Prunings = Explained(),
     run: options.Run = options.RUN,
-    roofline: Annotated[
-        str | None,
-        opt(
-            "--roofline", "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline."
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        opt("--target", "X", "Speedup of the kernel budget, such as 1.2. Default: 1."),
-    ] = None,
+    roofline: str | None = option(
+        "FILE", "Also draw the layers' GEMMs, dense and pruned, on the roofline."
+    ),
+    target: str | None = option("X", "Speedup of the kernel budget, such as 1.2. Default: 1."),
     metered: options.Metered = options.METERED,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -491,8 +459,7 @@ def explain(
     roofline bound. With more than three predictions only the conclusions are printed, and the
     tables with --verbose.
     """
-    figures = [out.figure, roofline]
-    output = render.Output(out.json, None, figures, out.width, out.font)
+    out.check(roofline)
     if prunings.family is not None and "," in prunings.family:
         raise InputError(f"--family {prunings.family!r}: expected one family to explain")
     from simulator.prediction.advise import Target
@@ -524,7 +491,7 @@ def explain(
         }
         for e in (found if out.json else ())
     ]
-    if output.write(rows):
+    if out.write(rows):
         energy = of_energy([e.result for e in found], tariff) if tariff else ()
         render.conclude(*conclusions(found), *energy)
         many = len(found) > MOST_SENTENCES
@@ -550,9 +517,9 @@ def explain(
         from simulator.figures.waterfall import waterfalls_of
 
         if out.figure:
-            output.draw(lambda: waterfalls_of(found), out.figure)
+            out.draw(lambda: waterfalls_of(found))
         if roofline:
-            output.draw(lambda: rooflines_of(found), roofline)
+            out.draw(lambda: rooflines_of(found), roofline)
 
 
 def _notes(found: Sequence[Explanation]) -> list[str]:
@@ -617,12 +584,12 @@ def _print_operators(e: Explanation) -> None:
 
     columns = render.columns(
         by_operator(e),
-        ("<operator", lambda one: one.name),
-        ("dense", lambda one: render.seconds(one.dense_s)),
-        ("pruned", lambda one: render.seconds(one.pruned_s)),
+        ("<operator", "name"),
+        ("dense", "dense_s", render.seconds),
+        ("pruned", "pruned_s", render.seconds),
         ("speedup", lambda one: _ratio(one.dense_s, one.pruned_s)),
         ("roofline\nbound", lambda one: render.ratio(one.bound) if one.bound > 0.0 else "-"),
-        ("<cause", lambda one: one.cause),
+        ("<cause", "cause"),
     )
     print()
     render.show(columns, f"{e.result.engine}: time by operator")

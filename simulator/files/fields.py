@@ -163,6 +163,9 @@ class Truth(Scalar):
             raise ValueError(f"expected true or false, got {node}")
         return node.text == "true"
 
+    def text(self, value: bool) -> str:
+        return str(value).lower()
+
 
 @dataclass(frozen=True)
 class Checked(Scalar):
@@ -256,7 +259,8 @@ class ListOf:
         return BAD if BAD in items else items
 
     def text(self, value: Any) -> str:
-        return f"[{', '.join(map(self.item.text, value))}]"
+        text = self.item.flow if isinstance(self.item, Object) else self.item.text
+        return f"[{', '.join(map(text, value))}]"
 
 
 class MapOf:
@@ -344,11 +348,15 @@ class Object:
 
     def text(self, value: Any) -> str:
         """Return an object with a member ``value`` as one line, "" for others."""
-        if "value" not in self.members:
-            return ""
-        parts = ((key, getattr(value, name), kind) for key, (name, kind, _) in self.members.items())
-        stated = ((key, value, kind) for key, value, kind in parts if value not in (None, ""))
-        return f"{{{', '.join(f'{key}: {kind.text(value)}' for key, value, kind in stated)}}}"
+        return self.flow(value) if "value" in self.members else ""
+
+    def flow(self, value: Any) -> str:
+        parts = (
+            f"{key}: {kind.text(part)}"
+            for key, (name, kind, default) in self.members.items()
+            if (part := getattr(value, name)) not in (None, "") and (part or part != default)
+        )
+        return f"{{{', '.join(parts)}}}"
 
     def lines(self, value: Any, indent: str) -> Iterator[str]:
         for key, (name, kind, default) in self.members.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -46,11 +47,28 @@ def write_whole(path: str | Path, content: bytes) -> None:
     target = check_target(path)
     try:
         if target.exists() and not target.is_file():
-            target.write_bytes(content)
+            _write_directly(target, content)
         else:
             _replace(target.resolve(), content)
     except OSError as error:
         error.filename = str(target)  # errors of write and sync lack the name
+        raise
+
+
+def _write_directly(target: Path, content: bytes) -> None:
+    """Write into a device or a pipe."""
+
+    def opened(path: str, flags: int) -> int:
+        # without O_NONBLOCK, opening a pipe waits for a reader
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    try:
+        with open(target, "wb", opener=opened) as file:
+            os.set_blocking(file.fileno(), True)
+            file.write(content)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise InputError(f"{target}: expected a pipe that a process reads") from None
         raise
 
 

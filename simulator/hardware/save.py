@@ -65,7 +65,7 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
     whole = replace(
-        _facts(profile), calibrated=calibrated, local_update=entry, engines=profile.engines
+        facts_of(profile), calibrated=calibrated, local_update=entry, engines=profile.engines
     )
     text = "\n".join([head, *lines_of(whole)]) + "\n"
     problems = Problems(str(path))
@@ -209,7 +209,7 @@ class _Cited:
         return {"bandwidth": bandwidth, "latency": self.fact(f"{key}.latency", link.latency_s)}
 
 
-def _facts(profile: HardwareProfile) -> schema.ProfileFile:
+def facts_of(profile: HardwareProfile) -> schema.ProfileFile:
     """Return the file of a profile without its fitted sections."""
     cited = _Cited.of(profile)
     facts = {

@@ -124,7 +124,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if os.path.lexists(index):
         parsed = parse_bounded(read_bounded(index, MAX_INDEX_BYTES), str(index), MAX_INDEX_BYTES)
         entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
         if not isinstance(entries, dict) or not entries:
@@ -145,9 +145,11 @@ def _files(folder: Path) -> list[Path]:
             f"{folder}: expected at most {MAX_FILES:,} safetensors files, got {len(names):,}"
         )
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        there = os.path.lexists(folder / missing[0])  # a pipe, a device or a link to nothing
+        what = "is not a file that can be read" if there else "is missing"
         raise InputError(
-            f"{folder}: {_short(missing[0])} is missing ({len(missing)} of {len(names)} are"
-            " missing)"
+            f"{folder}: {_short(missing[0])} {what} ({len(missing)} of {len(names)} files cannot"
+            " be read)"
         )
     return [folder / name for name in names]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 import simulator
 from simulator import Energy, Tariff
@@ -47,12 +48,12 @@ def test_prices_imply_energy_and_add_columns(cli: Any) -> None:
 
 @pytest.mark.parametrize(
     ("option", "error"),
-    [
-        ("--pue 0.5", "pue: expected a factor from 1 to 1e6, such as 1.3, got 0.5"),
-        ("--electricity nan", "electricity: expected the price of a kWh"),
-        ("--carbon much", "--carbon"),
-        ("--host-watts -1", "host_watts: expected W of the host per device"),
-    ],
+    rows_of("""
+--pue 0.5         | pue: expected a factor from 1 to 1e6, such as 1.3, got 0.5
+--electricity nan | electricity: expected the price of a kWh
+--carbon much     | --carbon
+--host-watts -1   | host_watts: expected W of the host per device
+"""),
 )
 @pytest.mark.parametrize("command", ["speedup", "explain", "serve"])
 def test_wrong_prices_are_refused_by_name(cli: Any, command: str, option: str, error: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import rows_of
 
 from calibration.records.importers import import_table
 from simulator.errors import InputError
@@ -94,12 +95,12 @@ def test_what_is_no_file_to_read_is_refused(reader: str, kind: str, cli: Any) ->
 
 @pytest.mark.parametrize(
     ("command", "option", "metavar"),
-    [
-        ("speedup llama-2-7b --hardware h100 --family depth --phase decode", "--csv", "FILE"),
-        ("speedup llama-2-7b --hardware h100", "--prune", "TEXT"),
-        ("search llama-2-7b --hardware h100 --target 1.2", "--scores", "FILE"),
-        ("validate h100", "--markdown", "FILE"),
-    ],
+    rows_of("""
+speedup llama-2-7b --hardware h100 --family depth --phase decode | --csv      | FILE
+speedup llama-2-7b --hardware h100                               | --prune    | TEXT
+search llama-2-7b --hardware h100 --target 1.2                   | --scores   | FILE
+validate h100                                                    | --markdown | FILE
+"""),
 )
 def test_a_variable_that_is_not_set_is_no_value(
     command: str, option: str, metavar: str, cli: Any

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 import simulator
 from simulator.cli import render
@@ -153,21 +154,21 @@ def test_json_and_csv_are_the_points_of_the_library(cli: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
-        ("--ttft 5", "the unit is missing"),
-        ("--phase decode", "server option --phase: expected with a rate, requests or a trace"),
-        ("--token-budget 16 --concurrency 32", "expected at least the 32 tokens of a decode step"),
-        ("--token-budget 16 --engine hf", "token_budget: expected an engine with a scheduler"),
-        ("--rate 5 --max-num-sqs 4", "did you mean --max-num-seqs"),
-        ("--rate 5 --ttf 30ms", "option '--ttf' is unknown; did you mean --ttft?"),
-        ("--rate 5 --engine sglang --max-num-seqs 4", "option of sglang '--max-num-seqs'"),
-        ("--rate 5 --concurrency 4", "concurrency: expected one, with requests"),
-        ("--rate 5 --requests 10M", "requests: expected a whole number from 1 to 1,000,000"),
-        ("--trace missing.csv", "missing.csv: cannot be read: No such file"),
-        ("--rate 5 --token-budget 1", "tokens of a step: expected at least 2"),
-        ("--timeline out.png", "--timeline: expected with --rate"),
-        ("--new-tokens 0", "new_tokens: expected at least 1"),
-    ],
+    rows_of("""
+--ttft 5                                  | the unit is missing
+--phase decode                            | server option --phase: expected with a rate, requests or a trace
+--token-budget 16 --concurrency 32        | expected at least the 32 tokens of a decode step
+--token-budget 16 --engine hf             | token_budget: expected an engine with a scheduler
+--rate 5 --max-num-sqs 4                  | did you mean --max-num-seqs
+--rate 5 --ttf 30ms                       | option '--ttf' is unknown; did you mean --ttft?
+--rate 5 --engine sglang --max-num-seqs 4 | option of sglang '--max-num-seqs'
+--rate 5 --concurrency 4                  | concurrency: expected one, with requests
+--rate 5 --requests 10M                   | requests: expected a whole number from 1 to 1,000,000
+--trace missing.csv                       | missing.csv: cannot be read: No such file
+--rate 5 --token-budget 1                 | tokens of a step: expected at least 2
+--timeline out.png                        | --timeline: expected with --rate
+--new-tokens 0                            | new_tokens: expected at least 1
+"""),
 )
 def test_bad_values_are_one_line(options: str, says: str, cli: Any) -> None:
     assert says in cli.refused(f"{LINE} {options}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 import simulator
 from simulator.errors import InputError
@@ -45,38 +46,20 @@ def test_an_engine_without_kernels_of_a_pruning_is_excluded_and_an_unknown_one_i
     assert "engine 'vlm' is unknown" in cli.refused(f"{line} vlm,trtllm")
 
 
-H100 = "speedup llama-3.1-8b --hardware h100"
+HINTS = """
+@ --hardware foo100                                  | prunesim hardware new foo100 writes a profile to fill in
+@ --hardware h100 --prune 'mlp=0.3 heads=0.2'        | before the part mlp, such as width mlp=0.3 heads=0.2
+@ --hardware h100 --prune 'heads 0.3'                | expected a family before the part heads, such as width heads=0.25
+advise llama-3.1-8b --hardware h100 --confidence abc | --confidence: expected a number, got 'abc'.
+models show llama-3.1-8b --batch=x                   | --batch: expected a whole number, got 'x'.
+@ --prune 'depth 0.25'                               | Missing option '--hardware'
+@ --hardware --prune 'depth 0.25'                    | --hardware: its value is missing; expected LIST
+"""
 
 
-@pytest.mark.parametrize(
-    ("line", "hint"),
-    [
-        (
-            "speedup llama-3.1-8b --hardware foo100",
-            "prunesim hardware new foo100 writes a profile to fill in",
-        ),
-        (
-            f"{H100} --prune 'mlp=0.3 heads=0.2'",
-            "before the part mlp, such as width mlp=0.3 heads=0.2",
-        ),
-        (
-            f"{H100} --prune 'heads 0.3'",
-            "expected a family before the part heads, such as width heads=0.25",
-        ),
-        (
-            "advise llama-3.1-8b --hardware h100 --confidence abc",
-            "--confidence: expected a number, got 'abc'.",
-        ),
-        ("models show llama-3.1-8b --batch=x", "--batch: expected a whole number, got 'x'."),
-        ("speedup llama-3.1-8b --prune 'depth 0.25'", "Missing option '--hardware'"),
-        (
-            "speedup llama-3.1-8b --hardware --prune 'depth 0.25'",
-            "--hardware: its value is missing; expected LIST",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("line", "hint"), rows_of(HINTS))
 def test_hints(line: str, hint: str, cli: Any) -> None:
-    error = cli.refused(line)
+    error = cli.refused(line.replace("@", "speedup llama-3.1-8b"))
     assert hint in error
     assert "Input should be" not in error
 

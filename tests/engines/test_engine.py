@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,15 @@ def test_a_path_runs_wherever_a_name_does(good: Path, cli: Any) -> None:
     )
     good.write_text(GOOD.replace("qkv", "qvk"))
     assert f"{path}:7:8: fuse.0: " in cli.refused(line)
+
+
+@pytest.mark.parametrize("name", [*list_engines(), "vllm@0.9"])
+def test_what_engines_show_prints_is_a_file_of_the_same_engine(
+    name: str, tmp_path: Path, cli: Any
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(cli.out(f"engines show {name}"))
+    printed, engine = load_engine(str(file)), load_engine(name)
+    others = ("name", "short_title", "aliases", "generations", "generation", "path")
+    for part in (field.name for field in fields(Engine) if field.name not in others):
+        assert getattr(printed, part) == getattr(engine, part), part

@@ -173,11 +173,23 @@ def test_a_port_in_use_is_one_line(url: str) -> None:
     assert out.count("\n") == 1
 
 
-@pytest.mark.parametrize(("origin", "status"), [("", 101), ("http://example.com", 403)])
-def test_pages_of_other_hosts_cannot_connect(url: str, origin: str, status: int) -> None:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("", "", 101),
+        ("", "http://example.com", 403),
+        # a name that resolves to this machine (DNS rebinding)
+        ("example.com:{port}", "http://example.com:{port}", 403),
+    ],
+)
+def test_pages_of_other_hosts_cannot_connect(
+    url: str, host: str, origin: str, status: int
+) -> None:
+    at = urlsplit(url)
+    host, origin = (text.format(port=at.port) for text in (host or at.netloc, origin or url))
+    connection = http.client.HTTPConnection(at.netloc, timeout=30)
     headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Origin": origin or url}
+    headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Origin": origin, "Host": host}
     connection.request("GET", "/_stcore/stream", headers=headers)
     assert connection.getresponse().status == status
     connection.close()

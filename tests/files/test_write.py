@@ -61,6 +61,14 @@ def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
     with pytest.raises(InputError, match="is a folder"):
         write_whole(tmp_path, b"x")
+    pipe = tmp_path / "pipe.html"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"pipe.html: expected a pipe that a process reads"):
+        write_whole(pipe, b"x")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"whole")
+    assert os.read(reader, 9) == b"whole"
+    os.close(reader)
 
 
 def test_no_cell_begins_as_a_formula() -> None:

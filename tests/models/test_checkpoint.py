@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -491,9 +492,19 @@ def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:
         link.symlink_to(target)
         with pytest.raises(
             InputError,
-            match=r"not a safetensors file: its header would not fit into it$|is missing",
+            match=r"its header would not fit into it$|'model.safetensors' is not a file",
         ):
             load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_an_index_that_cannot_be_read_does_not_count_as_absent(kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "llama-2-7b")
+    save(folder / "model.safetensors", tensors_of(LLAMA))
+    index = folder / "model.safetensors.index.json"
+    index.symlink_to("/nowhere") if kind == "link" else os.mkfifo(index)
+    with pytest.raises(InputError, match=r"model.safetensors.index.json: cannot be read: "):
+        load_model(folder)
 
 
 def entry(**changes: Any) -> bytes:

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 import decoder_reference  # noqa: E402
 import shaped  # noqa: E402
 from shaped import model_of, resized  # noqa: E402
+from tables import rows_of  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
@@ -82,15 +83,6 @@ def test_acceptance_is_the_share_that_speculative_sampling_accepts() -> None:
     # five standard errors
     assert found.sampled_acceptance == pytest.approx(float(accepted.double().mean()), abs=0.004)
     assert 0.1 < found.sampled_acceptance < 0.9
-
-
-@pytest.mark.parametrize("other", [0, 1])
-def test_acceptance_of_equal_and_of_opposite_models(other: int) -> None:
-    logits = torch.full((2, 5, 7), -60.0)
-    logits[0, :, 0] = logits[1, :, 1] = 60.0  # each model is certain of one token
-    found = score(lambda ids: logits[0], lambda ids: logits[other], [torch.arange(5)] * 3)
-    assert found.sampled_acceptance == pytest.approx(1.0 - other, abs=1e-6)
-    assert found.greedy_acceptance == 1.0 - other
 
 
 def test_greedy_acceptance_counts_tokens_whose_best_agree() -> None:
@@ -180,15 +172,15 @@ def test_command_scores_families_and_writes_a_table_for_pareto(folders: Path, cl
 
 @pytest.mark.parametrize(
     ("more", "expected"),
-    [
-        ("--family dynamic_depth", "family 'dynamic_depth' is unknown"),
-        ("--sparsity 1.5", "expected a fraction in (0, 1)"),
-        ("--windows 0", "expected at least 1 window"),
-        ("--length 4000", "too short"),
-        ("--text none.txt", "none.txt: cannot be read"),
-        ("-o no/folder/q.csv", "no/folder"),
-        ("--pruned x --family width --sparsity 0.2,0.5", "one --family and one --sparsity"),
-    ],
+    rows_of("""
+--family dynamic_depth                       | family 'dynamic_depth' is unknown
+--sparsity 1.5                               | expected a fraction in (0, 1)
+--windows 0                                  | expected at least 1 window
+--length 4000                                | too short
+--text none.txt                              | none.txt: cannot be read
+-o no/folder/q.csv                           | no/folder
+--pruned x --family width --sparsity 0.2,0.5 | one --family and one --sparsity
+"""),
 )
 def test_command_refuses(more: str, expected: str, folders: Path, cli: Any) -> None:
     where = f"{folders / 'Tiny-Llama'} --text {folders / 'text.txt'} --windows 2 --length 64"

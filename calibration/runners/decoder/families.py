@@ -611,14 +611,6 @@ def _removed(family: str, sparsity: Any, layers: Sequence[int] | None, many: int
     )
 
 
-def whole_share(share: float, of: int) -> int:
-    return rounded(share, of)
-
-
-def aligned(width: int, keep: float, align: int = ALIGN) -> int:
-    return sizes.aligned(width, 1.0 - keep, align)
-
-
 def depth(
     decoder: Decoder, removed: Removed, *, unit: str = "layer", early_exit: bool = False
 ) -> Decoder:
@@ -638,7 +630,7 @@ def depth(
             if any(getattr(layer, part) is not None for part in kind)
         ]
         some = there if removed.layers is None else [i for i in there if i in removed.layers]
-        count = whole_share(fraction, len(some))
+        count = rounded(fraction, len(some))
         spared = not early_exit and 0 < count < len(some) and some[-1] == there[-1]
         for i in some[len(some) - spared - count : len(some) - spared]:
             layers[i] = replace(layers[i], **dict.fromkeys(kind))
@@ -664,7 +656,7 @@ def width(
             if not share:
                 return part
             return part.channels(
-                best(size, aligned(len(size), 1.0 - share, align) if inner is None else inner)
+                best(size, sizes.aligned(len(size), share, align) if inner is None else inner)
             )
         shares = [removed.of(number, name) for name in ("attention", "heads", "kv")]
         return _fewer_heads(part, decoder.head_dim, size, *shares) if any(shares) else part
@@ -681,7 +673,7 @@ def _fewer_heads(
     of each feature."""
 
     def left(many: int, share: float) -> int:
-        return max(whole_share(1.0 - share, many), 1) if share else many
+        return max(rounded(1.0 - share, many), 1) if share else many
 
     ratio, groups = a.heads // a.kv_heads, left(a.kv_heads, both)
     heads = left(ratio * groups, alone)
@@ -722,7 +714,7 @@ def width_cross(decoder: Decoder, removed: Removed, *, align: int = ALIGN) -> De
 
 def _fewer_features(decoder: Decoder, sparsity: float, align: int) -> Decoder:
     before = decoder.hidden
-    kept = aligned(before, 1.0 - sparsity, align)
+    kept = sizes.aligned(before, sparsity, align)
     index = best(decoder.embedding.float().pow(2).sum(0), kept)
     # the mean square over fewer features is larger by the square of this
     scale = math.sqrt(before / kept)
@@ -789,7 +781,7 @@ def unstructured(decoder: Decoder, removed: Removed) -> Decoder:
 
     def zero(p: Projection, sparsity: float) -> Projection:
         flat = p.weight.flatten()
-        small = flat.abs().float().topk(whole_share(sparsity, len(flat)), largest=False).indices
+        small = flat.abs().float().topk(rounded(sparsity, len(flat)), largest=False).indices
         return Projection((flat.scatter(0, small, 0.0).view_as(p.weight),), p.bias)
 
     return _each_pruned(decoder, removed, zero)

@@ -227,42 +227,44 @@ def random_decoder(
     def near(value: float, size: int) -> Tensor:
         return (value + 0.1 * normal(size)).to(TORCH_DTYPE[dtype])
 
-    h = config.hidden
-    d = config.head_dim
-    weights: dict[str, Tensor] = {}
-    for number, layer in enumerate(config.layers):
-        # the order of these lines determines the random weights
-        grouped = layer.of("attention")
-        dense_mlp = layer.of("mlp")
-        known = grouped if isinstance(grouped, GroupedAttention) else None
-        at = f"model.layers.{number}"
-        q = 0
-        kv = 0
-        if known is not None:
-            q = known.heads * d
-            kv = known.kv_heads * d
-        inner = dense_mlp.inner if isinstance(dense_mlp, GatedMlp) else 0
-        normed = known is not None and known.norm
-        biased = known is not None and known.qkv_bias
-        qk_norms = ("self_attn.q_norm", "self_attn.k_norm") if normed else ()
-        weights |= {f"{at}.{name}.weight": near(1.0, d) for name in qk_norms if q}
-        attention = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)} if q else {}
-        mlp = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)} if inner else {}
-        for norm, part, shapes in (
-            ("input", "self_attn", attention),
-            ("post_attention", "mlp", mlp),
-        ):
-            if shapes:
-                weights[f"{at}.{norm}_layernorm.weight"] = near(1.0, h)
-            for role, shape in shapes.items():
-                weights[f"{at}.{part}.{role}_proj.weight"] = weight(*shape)
-                if biased and role in ("q", "k", "v"):
-                    weights[f"{at}.{part}.{role}_proj.bias"] = near(0.0, shape[0])
-    weights["model.embed_tokens.weight"] = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
-    if not config.tied:
-        weights["lm_head.weight"] = weight(config.vocab, h)
-    weights["model.norm.weight"] = near(1.0, h)
-    return from_weights(config.name, weights, head_dim=d, dtype=dtype, device=device)
+    def product(rows: int, columns: int, biased: bool = False) -> Projection:
+        return Projection((weight(rows, columns),), near(0.0, rows) if biased else None)
+
+    # the order of these lines determines the random weights
+    h, d, layers = config.hidden, config.head_dim, list[Layer]()
+    for layer in config.layers:
+        attention = mlp = None
+        if isinstance(a := layer.of("attention"), GroupedAttention):
+            attention = Attention(
+                q_norm=near(1.0, d) if a.norm else None,
+                k_norm=near(1.0, d) if a.norm else None,
+                norm=near(1.0, h),
+                q=product(a.heads * d, h, a.qkv_bias),
+                k=product(a.kv_heads * d, h, a.qkv_bias),
+                v=product(a.kv_heads * d, h, a.qkv_bias),
+                o=product(h, a.heads * d),
+                heads=a.heads,
+                kv_heads=a.kv_heads,
+            )
+        if isinstance(m := layer.of("mlp"), GatedMlp):
+            mlp = Mlp(
+                norm=near(1.0, h),
+                gate=product(m.inner, h),
+                up=product(m.inner, h),
+                down=product(h, m.inner),
+            )
+        layers.append(Layer(attention, mlp))
+    embedding = normal(config.vocab, h).to(TORCH_DTYPE[dtype])
+    return Decoder(
+        name=config.name,
+        dtype=dtype,
+        device=device,
+        head_dim=d,
+        embedding=embedding,
+        head=embedding if config.tied else weight(config.vocab, h),
+        final_norm=near(1.0, h),
+        layers=tuple(layers),
+    )
 
 
 def from_weights(
@@ -293,36 +295,27 @@ def from_weights(
             for role, key in keys.items()
         }
 
-    embedding = get("model.embed_tokens.weight")
     made = []
     numbers = [int(key.split(".")[2]) for key in weights if key.startswith("model.layers.")]
     for at in (f"model.layers.{number}" for number in range(max(numbers, default=-1) + 1)):
-        attention = None
-        mlp = None
-        if f"{at}.input_layernorm.weight" in weights:
-            own = {
-                "norm": get(f"{at}.input_layernorm.weight"),
-                **projections(f"{at}.self_attn", Attention.roles),
-            }
-            if f"{at}.self_attn.q_norm.weight" in weights:
-                own |= {f"{role}_norm": get(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
+        attention = mlp = None
+        if (norm := maybe(f"{at}.input_layernorm.weight")) is not None:
+            own = {"norm": norm, **projections(f"{at}.self_attn", Attention.roles)}
+            own |= {f"{role}_norm": maybe(f"{at}.self_attn.{role}_norm.weight") for role in "qk"}
             heads, kv_heads = (len(own[role].weight) // head_dim for role in "qk")
             attention = Attention(heads=heads, kv_heads=kv_heads, **own)
-        if f"{at}.post_attention_layernorm.weight" in weights:
-            norm = get(f"{at}.post_attention_layernorm.weight")
+        if (norm := maybe(f"{at}.post_attention_layernorm.weight")) is not None:
             mlp = Mlp(norm=norm, **projections(f"{at}.mlp", Mlp.roles))
         made.append(Layer(attention, mlp))
-    head = maybe("lm_head.weight")
-    final_norm = get("model.norm.weight")
-    head = embedding if head is None else head
+    embedding, head = get("model.embed_tokens.weight"), maybe("lm_head.weight")
     return Decoder(
         name=name,
         dtype=dtype,
         device=device,
         head_dim=head_dim,
         embedding=embedding,
-        final_norm=final_norm,
-        head=head,
+        final_norm=get("model.norm.weight"),
+        head=embedding if head is None else head,
         layers=tuple(made),
         **constants,
     )
