@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from simulator.arguments import shown
 from simulator.codes import Part
 from simulator.errors import one_line
 from simulator.models.architectures.architecture import (
     Rule,
     attention_of,
     dense_layers,
+    except_every,
     mlp_of,
     read_table,
     routed,
@@ -42,17 +44,16 @@ _OLD_NAMES = {"attention": _ATTENTION, "mamba": _LINEAR}
 _PATTERN = {"M": _LINEAR, "*": _ATTENTION, "-": "mlp", "E": "moe"}
 
 
-def _types(
-    read: Reader, layers: int, known: Sequence[str], usual: Callable[[int], str]
-) -> list[str]:
+def _types(read: Reader, known: Sequence[str], usual: Callable[[int], str]) -> list[str]:
     """Return the type of each layer: from a list of names, else by the rule ``usual``."""
+    layers = read["layers"]
     key = "layers_block_type" if read.raw("layers_block_type") is not None else "layer_types"
     stated = [_OLD_NAMES.get(name, name) for name in read.names(key)]
     if not stated:
         return [usual(layer) for layer in range(layers)]
     if len(stated) != layers or not set(stated) <= set(known):
         expected = f"a list of {layers} of {' or '.join(known)}"
-        raise read.fail(key, f"expected {expected}, got {read.data[key]!r:.200}")
+        raise read.fail(key, f"expected {expected}, got {shown(read.data[key])}")
     return stated
 
 
@@ -62,7 +63,7 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
 
 def _mixers_by_type(read: Reader, usual: Callable[[int], str], **kinds: Sublayer) -> ConfigFields:
     """Return the mixer of each layer, by its type."""
-    return _mixers(_types(read, read["layers"], (*kinds,), usual), **kinds)
+    return _mixers(_types(read, (*kinds,), usual), **kinds)
 
 
 def _rank(read: Reader, key: str, hidden: int) -> int:
@@ -119,7 +120,7 @@ def _bamba(read: Reader) -> ConfigFields:
     hidden = read["hidden"]
     layers = read["layers"]
     inner = read.integer("mamba_expand", 2) * hidden
-    attends = read.numbers("attn_layer_indices", [], layers)
+    attends = read.numbers("attn_layer_indices", [])
     types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
     mixer = _hybrid_mamba2(read, hidden, inner)
     return _mixers(types, full_attention=attention_of(read), linear_attention=mixer)
@@ -129,11 +130,7 @@ def _falcon_h1(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 and attention side by side."""
     hidden = read["hidden"]
     expanded = read.integer("mamba_expand", 2) * hidden
-    inner = (
-        read.integer("mamba_d_ssm", 1024)
-        if read.raw("mamba_d_ssm") or not read.has("mamba_d_ssm")
-        else expanded
-    )
+    inner = read.or_none("mamba_d_ssm", 1024) or expanded
     mixer = _hybrid_mamba2(read, hidden, inner, norm=read.flag("mamba_rms_norm"))
     attention = replace(attention_of(read), joins=True)
     return {"sublayers": [(mixer, attention, mlp_of(read))] * read["layers"]}
@@ -305,8 +302,7 @@ def _zamba(read: Reader) -> ConfigFields:
         reused = use > 0
         return replace(attention, reused=reused), replace(mlp, reused=reused), added
 
-    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
-    return _shared_blocks(types, mixer, block)
+    return _shared_blocks(_types(read, (_LINEAR, "hybrid"), usual), mixer, block)
 
 
 def _zamba2(read: Reader) -> ConfigFields:
@@ -333,13 +329,12 @@ def _zamba2(read: Reader) -> ConfigFields:
     def usual(layer: int) -> str:
         return "hybrid" if layer in (*range(6, 43, 6), 47, 51) else _LINEAR
 
-    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
-    return _shared_blocks(types, mixer, block)
+    return _shared_blocks(_types(read, (_LINEAR, "hybrid"), usual), mixer, block)
 
 
 def _lfm2(read: Reader) -> ConfigFields:
     layers = read["layers"]
-    attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
+    attends = read.numbers("full_attn_idxs", range(layers))
 
     def usual(layer: int) -> str:
         return _ATTENTION if layer in attends else "conv"
@@ -356,13 +351,10 @@ def _lfm2(read: Reader) -> ConfigFields:
 
 
 def _lfm2_moe(read: Reader) -> ConfigFields:
-    dense = read.integer("num_dense_layers", 2, low=0)
     read.flag("use_expert_bias", True)  # a buffer
-    mlps = routed(read, "num_experts", dense=lambda layer: layer < dense)
-    attention = attention_of(read)
     conv = ShortConv(**read.fields("lfm2"))
-    mixers = _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
-    return mixers | mlps
+    attention = attention_of(read)
+    return _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
 
 
 def _lfm3(read: Reader) -> ConfigFields:
@@ -393,11 +385,12 @@ def qwen_mixers(read: Reader, joint: str) -> ConfigFields:
     """Return layers with a gated delta net, and layers with attention whose query projection also
     makes a gate."""
     every = read.integer("full_attention_interval", 4)
-    types = read.layer_types(read["layers"], (_ATTENTION, _LINEAR)) or [
-        _LINEAR if (i + 1) % every else _ATTENTION for i in range(read["layers"])
-    ]
-    net = _delta_net(read, "qwen delta_net", joint)
-    return _mixers(types, full_attention=attention_of(read), linear_attention=net)
+    return _mixers_by_type(
+        read,
+        lambda layer: _LINEAR if (layer + 1) % every else _ATTENTION,
+        full_attention=attention_of(read),
+        linear_attention=_delta_net(read, "qwen delta_net", joint),
+    )
 
 
 def _qwen3_next(read: Reader) -> ConfigFields:
@@ -409,52 +402,33 @@ def _qwen3_5(read: Reader) -> ConfigFields:
     return qwen_mixers(read, "qkv")
 
 
-def _qwen3_5_moe(read: Reader) -> ConfigFields:
-    return _qwen3_5(read) | _beside_shared(read)
-
-
-def _beside_shared(read: Reader) -> ConfigFields:
-    """Return experts beside a shared one."""
-    shared = read.integer("shared_expert_intermediate_size")
-    return routed(read, "num_experts", shared=shared)
-
-
 def _lara(read: Reader) -> ConfigFields:
     sliding = "sliding_attention"
     pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
     attention = attention_of(read)
-    mixers = _mixers_by_type(
+    return _mixers_by_type(
         read,
         lambda layer: pattern[layer % len(pattern)],
         full_attention=attention,
         sliding_attention=replace(attention, window=read.integer("sliding_window", 512)),
         linear_attention=_delta_net(read, "lara delta_net", "qkv"),
     )
-    return mixers | _beside_shared(read)
 
 
 def _olmo_hybrid(read: Reader) -> ConfigFields:
     """Return layers with a gated delta net and norms of the inputs, and layers with attention and
     norms of the outputs."""
     layers = read["layers"]
-    heads = read["heads"]
-    last = layers - 1 if layers < 4 else -1
+    every = min(layers, 4)  # the last of fewer layers has attention
     types = _types(
         read,
-        layers,
         (_ATTENTION, _LINEAR),
-        lambda layer: _ATTENTION if layer % 4 == 3 or layer == last else _LINEAR,
+        lambda layer: _LINEAR if (layer + 1) % every else _ATTENTION,
     )
-    groups = read.integer("linear_num_key_heads", heads)
-    key = read.integer("linear_key_head_dim", int(0.75 * read["hidden"] / groups))
-    net = DeltaNet(
-        heads=read.integer("linear_num_value_heads", heads),
-        kv_heads=groups,
-        key=key,
-        value=read.integer("linear_value_head_dim", 2 * key),
-        conv=read.integer("linear_conv_kernel_dim", 4),
-        joint="none",
-    )
+    sizes = read.fields("olmo delta_net")
+    key = read.integer("linear_key_head_dim", int(0.75 * read["hidden"] / sizes["kv_heads"]))
+    value = read.integer("linear_value_head_dim", 2 * key)
+    net = DeltaNet(**sizes, key=key, value=value, joint="none")
     after = (False, True)
     attention = replace(attention_of(read), norms=after)
     mlp = mlp_of(read)
@@ -464,17 +438,14 @@ def _olmo_hybrid(read: Reader) -> ConfigFields:
 
 
 def _minimax(read: Reader) -> ConfigFields:
-    lightning = LightningAttention(
-        heads=read["heads"],
-        head_dim=read["head_dim"],
-        chunk=read.integer("block_size", 256),
-    )
-    attention = replace(attention_of(read), rotary=read.integer("rotary_dim", read["rotary_dim"]))
+    chunk = read.integer("block_size", 256)
     return _mixers_by_type(
         read,
         lambda layer: _LINEAR if layer % 2 else _ATTENTION,
-        full_attention=attention,
-        linear_attention=lightning,
+        full_attention=attention_of(read),
+        linear_attention=LightningAttention(
+            heads=read["heads"], head_dim=read["head_dim"], chunk=chunk
+        ),
     )
 
 
@@ -487,13 +458,6 @@ def latent_of(read: Reader, kind: str, rank: int, **more: Any) -> LatentAttentio
     return LatentAttention(heads=heads, query_rank=query_rank, **fields, **more)
 
 
-def _sparse_layers(read: Reader, first: int) -> ConfigFields:
-    """Return the MLPs of layers with experts after ``first`` layers without."""
-    copies = read.integer("n_shared_experts", 1, low=0)
-    dense = dense_layers(read, first)
-    return routed(read, "num_local_experts", dense=dense, copies=copies)
-
-
 def _kimi_linear(read: Reader) -> ConfigFields:
     read.raw("linear_attn_config")
     inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
@@ -503,13 +467,12 @@ def _kimi_linear(read: Reader) -> ConfigFields:
 
     def usual(layer: int) -> str:
         if nested:  # numbers from 1
-            attends = layer + 1 in inside.numbers("full_attn_layers", [], read["layers"] + 1)
+            attends = layer + 1 in inside.numbers("full_attn_layers", [], first=1)
             return _ATTENTION if attends else _LINEAR
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
     latent = latent_of(read, "hybrid latent", 0, rotates_positions=False)
-    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, 1)
+    return _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
 
 
 def _bailing(read: Reader) -> ConfigFields:
@@ -519,40 +482,19 @@ def _bailing(read: Reader) -> ConfigFields:
         return _LINEAR if (layer + 1) % group else _ATTENTION
 
     # Transformers saves the rotary size of latent attention as head_dim
-    features = read.integer("linear_head_dim", read.integer("head_dim", 128))
-    heads = read.integer("linear_num_heads", read["heads"])
-    net = DeltaNet(
-        heads=heads,
-        kv_heads=heads,
-        key=features,
-        value=features,
-        conv=read.integer("linear_conv_kernel_dim", read.integer("short_conv_kernel_size", 4)),
-        joint="none",
-        channel_decay=True,
-    )
+    net = DeltaNet(joint="none", channel_decay=True, **read.fields("bailing delta_net"))
     latent = latent_of(read, "hybrid latent", 0, gate="head")
-    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, 2)
+    return _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
 
 
 def _relative(read: Reader, sliding: bool, **changes: Any) -> RelativeAttention:
     """Return the attention of a layer with, or without, a window."""
-    usual = attention_of(read)
     window = read.integer("sliding_window") if sliding else 0
-    heads = usual.heads
-    kv_heads = usual.kv_heads
-    head_dim = usual.head_dim
-    if sliding:
-        heads = read.integer("swa_num_attention_heads", heads)
-        kv_heads = read.integer("swa_num_key_value_heads", kv_heads)
-        head_dim = read.integer("swa_head_dim", head_dim)
     return RelativeAttention(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         window=window,
-        norm=usual.norm,
+        norm=read.get("qk_norm", ""),
         extent=window or read.integer("rel_extent", 1024),
+        **read.fields("inkling window" if sliding else "inkling heads"),
         **read.fields("inkling attention"),
         **changes,
     )
@@ -561,9 +503,8 @@ def _relative(read: Reader, sliding: bool, **changes: Any) -> RelativeAttention:
 def _inkling(read: Reader) -> ConfigFields:
     layers = read["layers"]
     conv = read.integer("conv_kernel_size", 4)
-    local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6], layers)
-    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
-    sliding = [t == "hybrid_sliding" for t in types] or [i in local for i in range(layers)]
+    local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6])
+    sliding = read.of_kind("hybrid_sliding", "hybrid", local.__contains__)
     plain = Blocks(conv=conv)
     by_window = {inside: replace(_relative(read, inside), entry=plain) for inside in (True, False)}
     width = read.integer("moe_intermediate_size")
@@ -629,9 +570,7 @@ def _inkling2(read: Reader) -> ConfigFields:
 
 
 def _inkling2_windows(read: Reader) -> list[bool]:
-    layers = read["layers"]
-    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
-    return [t == "hybrid_sliding" for t in types] or [(i + 1) % 6 > 0 for i in range(layers)]
+    return read.of_kind("hybrid_sliding", "hybrid", except_every(6))
 
 
 def _loop(read: Reader, key: str, default: int) -> int:
@@ -697,7 +636,6 @@ TABLE = read_table(
         "lara_mini": _lara,
         "inkling2_loop_text": _inkling2_loop,
         "falcon_mamba": _mamba("unit"),
-        "qwen3_5_moe_text": _qwen3_5_moe,
     },
     many={
         "nemotron_h": lambda read: len(_nemotron_types(read)),
