@@ -10,8 +10,8 @@ Names are those in Transformers, except for two methods: a low-rank projection i
 factors (SVD-LLM's ``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``),
 and SliceGPT stores the matrices that rotate its residual stream (``attn_shortcut_Q``,
 ``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed projection: GPTQ and AWQ
-(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
-``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
+(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask``), 8-bit
+floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
 (``blocks``).
 
 Tensors of architectures outside :data:`NAMED` are only counted: each layer must have the number of
@@ -198,7 +198,7 @@ WEIGHTS = ("weight", "qweight", "weight_packed", "compressed", "blocks")
 # last parts of the names of tensors that belong to one projection
 _PARTS = (
     rf"{'|'.join(WEIGHTS)}|weight_(?:scale|scale_inv|scale_2|zero_point|g_idx|shape|global_scale|format)|bias|qzeros|"
-    r"scales|g_idx|perm|bitmask|row_offsets|shape|meta|scale_packed|input_scale|input_global_scale|input_zero_point|"
+    r"scales|g_idx|perm|bitmask|row_offsets|shape|input_scale|input_global_scale|input_zero_point|"
     r"output_scale|k_scale|v_scale|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+"
 )
 NAME = re.compile(
@@ -316,10 +316,6 @@ def logical(
         rows, columns = shape
         if name == "weight":
             return Weight((rows, 2 * columns) if dtype == "U8" else shape, _scaled(parts, dtype))
-        # Marlin-24 stores half of each tile of 16 inputs
-        if name == "weight_packed" and "meta" in parts:
-            out = _outputs(parts, "scale_packed")
-            return Weight((out, rows * 32), _integer(columns * 2, out), True)
         if name == "weight_packed" and dtype == "U8":
             return Weight(
                 (rows, 2 * columns), "nvfp4" if "weight_global_scale" in parts else "mxfp4"
@@ -328,9 +324,7 @@ def logical(
             width = inputs if -(-inputs * bits // 32) == columns else columns * 32 // max(bits, 1)
             return Weight((rows, width), _integer(bits, 1))
         if name == "qweight":
-            return _by_scales(
-                shape, _outputs(parts, "scales"), _shape(parts, "qzeros"), _shape(parts, "g_idx")
-            )
+            return _by_scales(shape, parts)
     raise ValueError(
         f"is stored as {name} of {dtype} in {len(shape)} dimensions, an unknown layout"
     )
@@ -338,11 +332,6 @@ def logical(
 
 def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return parts[name].shape if name in parts else ()
-
-
-def _outputs(parts: Mapping[str, Tensor], scales: str) -> int:
-    shape = _shape(parts, scales)
-    return shape[1] if len(shape) == 2 else 0
 
 
 def _float(dtype: str) -> str:
@@ -369,21 +358,19 @@ def _integer(bits: int, per: int) -> str:
     return _INTS[bits // per]
 
 
-def _by_scales(
-    shape: tuple[int, int], out: int, zeros: tuple[int, ...], order: tuple[int, ...]
-) -> Weight:
+def _by_scales(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> Weight:
     """Return a GPTQ or AWQ weight: elements of 32 bits pack inputs (GPTQ) or outputs (AWQ)."""
     rows, columns = shape
-    if not out:
+    scales, zeros, order = (_shape(parts, name) for name in ("scales", "qzeros", "g_idx"))
+    if len(scales) != 2:
         raise ValueError("has no scales for each output")
+    out = scales[1]
     if columns != out:
         return Weight((out, rows), _integer(32 * columns, out))
-    inputs = order[0] if len(order) == 1 else 0
+    if len(order) == 1:  # the group of each input
+        return Weight((out, order[0]), _integer(32 * rows, order[0]))
     bits = 32 * zeros[1] // out if len(zeros) == 2 else 4
-    if inputs:
-        bits = 32 * rows // inputs
-    dtype = _integer(bits, 1)
-    return Weight((out, inputs or rows * 32 // bits), dtype)
+    return Weight((out, rows * 32 // bits), _integer(bits, 1))
 
 
 NAMED = frozenset(_NAMES["named"])
@@ -429,8 +416,9 @@ class _Part:
             raise InputError(f"{name}: expected a width of {known:,}, as in {other}, got {size:,}")
         self.names.setdefault(width, name)
 
-    def read(self, bits: int) -> None:
+    def read(self) -> None:
         table = LAYER if self.number >= 0 else OUTSIDE
+        bits = 0  # of packed integers, as a weight that reads the residual stream shows
         found = {module: axes_of(module, table) for module in self.modules}
         fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
@@ -450,6 +438,11 @@ class _Part:
                     f"{name}: belongs to no known layer; expected a merged model without further"
                     " weights"
                 )
+            packed = parts.get("weight_packed")
+            if packed is not None and axes[1:] == ("h",) and len(packed.shape) == 2:
+                columns = packed.shape[1]
+                fits = (b for b in _INTS if columns == -(-self.widths["h"] * b // 32) > 0)
+                bits = next(fits, bits)
             try:
                 weight = logical(
                     parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits
@@ -479,7 +472,14 @@ class _Part:
             self.biases.add(module)
             self.parameters += bias.elements
 
+    def unstated(self, kind: str) -> InputError:
+        return InputError(f"{self.where}: layer {self.number} has {kind}, its config.json none")
+
     def divided(self, width: str, by: int, what: str, size: int | None = None) -> int:
+        """Return how many times ``by`` makes a width, or a ``size`` that follows from it."""
+        if width not in self.widths:
+            without = f"has attention without its {width} projection"
+            raise InputError(f"{self.where}: layer {self.number} {without}")
         size = self.widths[width] if size is None else size
         if by <= 0 or size < 0 or size % by:
             raise InputError(
@@ -505,7 +505,7 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
     hidden = _embedded(outside, folder)
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
-        part.read(_bits(part, hidden))
+        part.read()
     heads = _heads(model, outside, layers[-1], folder)
     stored, sparse24 = _stored_format(outside, layers)
     flags = _flags(model, layers)
@@ -523,7 +523,7 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         dtype=model.dtype if stored == model.weight_dtype else "",
         unread_format="",
     )
-    _check(real, layers, folder)
+    _check(real, layers)
     stored_twice = real.tied * heads * real.vocab * hidden
     parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
     if parameters != real.parameters:
@@ -696,24 +696,6 @@ def _sorted(
     return outside, [layers[number] for number in sorted(layers)], ignored
 
 
-def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight that reads the
-    residual stream, or 0."""
-    for module, parts in part.modules.items():
-        packed = parts.get("weight_packed")
-        if (
-            packed is not None
-            and packed.dtype == "I32"
-            and len(packed.shape) == 2
-            and packed.shape[1]
-        ):
-            axes = axes_of(module, LAYER)
-            fits = [bits for bits in (4, 8) if -(-hidden * bits // 32) == packed.shape[1]]
-            if len(axes) == 2 and axes[1] == "h" and fits:
-                return fits[0]
-    return 0
-
-
 def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
     """Return what the tensors of a checkpoint show of all its layers: biases, and the kinds of
     modules and norms."""
@@ -782,25 +764,15 @@ def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) 
     rotates = SHORTCUTS["attention"] in part.modules
     dense = old.of("attention")
     if "delta" in width:
-        net = dense if isinstance(dense, DeltaNet) else None
-        heads, groups = _delta_heads(part, net)
-        assert net is not None
-        return replace(net, heads=heads, kv_heads=groups, rotates=rotates)
+        return _delta_net(part, dense, rotates)
     if "rank" in width:
         return _latent(part, dense, rotates)
     if "q" not in width and "qkv" not in width:
         return None
     usual = dense if isinstance(dense, Attention) else model.attention
     if not isinstance(usual, Attention):
-        raise InputError(f"{part.where}: layer {part.number} has attention, its config.json none")
+        raise part.unstated("attention")
     heads, kv_heads = _grouped_heads(part, usual)
-    features = usual.head_dim
-    wide = flags["qk_norm"] == "width"
-    own = {"heads": heads, "q_norm": heads * features if wide else features}
-    own["k_norm"] = kv_heads * features if wide else features
-    for name, size in own.items():
-        if width.get(name, size) != size:
-            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
     return replace(
         usual,
         heads=heads,
@@ -820,15 +792,8 @@ def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
         part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
     if usual.gate and "q" in width:  # one product makes queries and gates
         width["q"] = part.divided("q", 2, "two halves,")
-    for name in ("q", "kv", "o"):
-        if name not in width:
-            raise InputError(
-                f"{part.where}: layer {part.number} has attention without its {name} projection"
-            )
-        part.divided(name, features, "head_dim")
+    heads, kv_heads, _ = (part.divided(name, features, "head_dim") for name in ("q", "kv", "o"))
     part.put("q", width["o"], part.names["o"])
-    heads = width["q"] // features
-    kv_heads = width["kv"] // features
     if heads and (not kv_heads or heads % kv_heads):
         raise InputError(
             f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got"
@@ -837,29 +802,21 @@ def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention:
-    """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o -
-    kv_b is rotated."""
-    width = part.widths
-    if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
-        raise InputError(
-            f"{part.where}: layer {part.number} has latent attention without {missing[0]}"
-        )
-    rotary = width["kv_a"] - width["rank"]
-    heads = part.divided(
-        "kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"]
-    )
-    query, _, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
-    return LatentAttention(
-        heads=heads,
-        query_rank=width.get("q_rank", 0),
-        rank=width["rank"],
-        rotary=rotary,
-        plain=query - rotary,
-        value=value,
-        rotates_positions=not isinstance(old, LatentAttention) or old.rotates_positions,
-        rotates=rotates,
-    )
+def _latent(part: _Part, dense: Sublayer | None, rotates: bool) -> LatentAttention:
+    if not isinstance(dense, LatentAttention):
+        raise part.unstated("latent attention")
+    heads = part.divided("o", dense.value, "features of a value head,")
+    rank, query_rank = (part.widths.get(name, 0) for name in ("rank", "q_rank"))
+    return replace(dense, heads=heads, query_rank=query_rank, rank=rank, rotates=rotates)
+
+
+def _delta_net(part: _Part, dense: Sublayer | None, rotates: bool) -> DeltaNet:
+    if not isinstance(dense, DeltaNet):
+        raise part.unstated("a gated delta net")
+    heads = part.divided("values", dense.value, "features of a value head,")
+    keys = part.widths.get("channels", 0) - part.widths["values"]  # of queries and keys together
+    groups = part.divided("channels", 2 * dense.key, "features of two key heads,", keys)
+    return replace(dense, heads=heads, kv_heads=groups, rotates=rotates)
 
 
 def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
@@ -875,9 +832,10 @@ def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
             f" {out:,}"
         )
     if experts := width.get("E", 0):
-        if "e" not in width or not isinstance(dense, Experts):
-            why = "without weights" if "e" not in width else "but its config.json has none"
-            raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
+        if not isinstance(dense, Experts):
+            raise part.unstated(f"{experts} experts")
+        if "e" not in width:
+            raise InputError(f"{part.where}: layer {part.number} has experts without weights")
         return replace(
             dense,
             experts=experts,
@@ -902,36 +860,8 @@ def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
     )
 
 
-def _delta_heads(part: _Part, net: DeltaNet | None) -> tuple[int, int]:
-    width = part.widths
-    missing = [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]
-    if net is None or missing:
-        why = "its config.json has none" if net is None else f"without {missing[0]}"
-        raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
-    keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
-    for name, size in (
-        ("delta_in", 2 * (keys + width["values"])),
-        ("value", net.value),
-        ("conv", net.conv),
-    ):
-        if width[name] != size:
-            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
-    if width["values"] != width["delta"] * net.value:
-        expected = f"expected {width['delta']} heads of {net.value} features"
-        raise InputError(f"{part.names['values']}: {expected}, got {width['values']:,}")
-    return width["delta"], part.divided("channels", net.key, "the features of a head,", keys)
-
-
-def _check(model: Model, layers: Sequence[_Part], folder: str | Path) -> None:
-    """Raise InputError if layers have other parameters than their shapes require, or different
-    latents."""
-    latents = {
-        replace(latent, heads=1, forms=(), window=0)
-        for layer in model.layers
-        if isinstance(latent := layer.of("attention"), LatentAttention)
-    }
-    if len(latents) > 1:
-        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
+def _check(model: Model, layers: Sequence[_Part]) -> None:
+    """Raise InputError if layers have other parameters than their shapes require."""
     made = [model.parameters_of(layer) for layer in model.layers]
     if wrong := [i for i, part in enumerate(layers) if part.parameters != made[i]]:
         one = layers[wrong[0]]
