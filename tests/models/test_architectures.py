@@ -8,24 +8,16 @@ from typing import Any
 
 import pytest
 from shaped import sizes_of, value_of
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.library import from_hf_config, load_model
 
 pytestmark = pytest.mark.quick
 
-SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
-LLAMA = {"model_type": "llama", "intermediate_size": 176, "num_key_value_heads": 2, **SHAPE}
-MOE = LLAMA | {
-    **{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2},
-    **{"moe_intermediate_size": 32, "head_dim": 16},
-}
-LATENT = {
-    **{"model_type": "deepseek_v3", "intermediate_size": 96, "num_key_value_heads": 4, **SHAPE},
-    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-}
-GEMMA = LLAMA | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 32}
+BASES = tables_of("models/configs.yaml")["bases"]
+LLAMA, MOE, LATENT = (BASES[f"architectures_{name}"] for name in ("llama", "moe", "latent"))
+GEMMA = tables_of("models/cases.yaml")["bases"]["gemma"]
 
 
 def test_windows_of_single_layers_are_read() -> None:
