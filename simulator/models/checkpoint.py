@@ -603,8 +603,7 @@ def _mismatch(model: Model, real: Model) -> str:
     return "; ".join(difference(model, alike))
 
 
-_NUMBERED = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d{1,5})\.(.+)")
-_LEAF = re.compile(rf"(.+?)\.({_PARTS})")
+_NUMBERED = re.compile(rf"(?:.*\.)?(?:layers|h|blocks?)\.(\d{{1,5}})\.(.+?)(?:\.({_PARTS}))?")
 
 
 def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
@@ -612,10 +611,8 @@ def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
     modules: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (match := _NUMBERED.fullmatch(name)) and not BUFFER.fullmatch(name):
-            number = int(match[1])
-            inside = match[2]
-            module, leaf = found.groups() if (found := _LEAF.fullmatch(inside)) else (inside, "")
-            modules.setdefault((number, module), {})[leaf] = tensor
+            number, module, leaf = match.groups()
+            modules.setdefault((int(number), module), {})[leaf or ""] = tensor
     stored = [0] * len(model.layers)
     for (number, module), parts in modules.items():
         if number >= len(stored) or _is_unused(model.layers[number], module):

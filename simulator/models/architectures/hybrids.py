@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from simulator.arguments import shown
@@ -103,7 +104,7 @@ def _grouped(read: Reader, key: str, mixer: Mamba2) -> Mamba2:
     return mixer
 
 
-def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
+def _hybrid_mamba2(read: Reader, inner: int, **changes: Any) -> Mamba2:
     """Return Mamba-2 from keys that begin with ``mamba_``; ``inner`` is the width of all heads."""
     heads = read.integer("mamba_n_heads", 128)
     stated = read.raw("mamba_d_head")
@@ -122,7 +123,7 @@ def _bamba(read: Reader) -> ConfigFields:
     inner = read.integer("mamba_expand", 2) * hidden
     attends = read.numbers("attn_layer_indices", [])
     types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
-    mixer = _hybrid_mamba2(read, hidden, inner)
+    mixer = _hybrid_mamba2(read, inner)
     return _mixers(types, full_attention=attention_of(read), linear_attention=mixer)
 
 
@@ -131,7 +132,7 @@ def _falcon_h1(read: Reader) -> ConfigFields:
     hidden = read["hidden"]
     expanded = read.integer("mamba_expand", 2) * hidden
     inner = read.or_none("mamba_d_ssm", 1024) or expanded
-    mixer = _hybrid_mamba2(read, hidden, inner, norm=read.flag("mamba_rms_norm"))
+    mixer = _hybrid_mamba2(read, inner, norm=read.flag("mamba_rms_norm"))
     attention = replace(attention_of(read), joins=True)
     return {"sublayers": [(mixer, attention, mlp_of(read))] * read["layers"]}
 
@@ -140,7 +141,7 @@ def _granite(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
     MLP alone."""
     hidden = read["hidden"]
-    mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
+    mixer = _hybrid_mamba2(read, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
     attention = replace(attention_of(read), rotary=rotates * read["rotary_dim"])
     shared = read.integer("shared_intermediate_size", 1024)
@@ -163,8 +164,8 @@ def _nemotron_types(read: Reader) -> list[str]:
     if blocks is not None:
         parts = read.parts("block_configs", len(blocks) if isinstance(blocks, list) else 1)
         stated["block_configs"] = [part.text("block_type") for part in parts]
-    if read.raw("layers_block_type") is not None:
-        stated["layers_block_type"] = read.names("layers_block_type")
+    if names := read.names("layers_block_type"):
+        stated["layers_block_type"] = names
     if pattern is not None:
         letters = read.text("hybrid_override_pattern")
         stated["hybrid_override_pattern"] = [_PATTERN.get(letter, letter) for letter in letters]
@@ -307,7 +308,6 @@ def _zamba(read: Reader) -> ConfigFields:
 
 def _zamba2(read: Reader) -> ConfigFields:
     hidden = read["hidden"]
-    read.flag("use_conv_bias", True)  # Transformers always adds the bias
     sizes = read.fields("zamba2 mamba2")
     channels = read.integer("mamba_expand", 2) * hidden // sizes["heads"]
     mixer = _grouped(read, "mamba_ngroups", Mamba2(channels=channels, **sizes))
@@ -351,7 +351,6 @@ def _lfm2(read: Reader) -> ConfigFields:
 
 
 def _lfm2_moe(read: Reader) -> ConfigFields:
-    read.flag("use_expert_bias", True)  # a buffer
     conv = ShortConv(**read.fields("lfm2"))
     attention = attention_of(read)
     return _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
@@ -395,11 +394,6 @@ def qwen_mixers(read: Reader, joint: str) -> ConfigFields:
 
 def _qwen3_next(read: Reader) -> ConfigFields:
     return qwen_mixers(read, "all") | qwen_layers(read)
-
-
-def _qwen3_5(read: Reader) -> ConfigFields:
-    read.flag("attn_output_gate", True)
-    return qwen_mixers(read, "qkv")
 
 
 def _lara(read: Reader) -> ConfigFields:
@@ -507,17 +501,15 @@ def _inkling(read: Reader) -> ConfigFields:
     sliding = read.of_kind("hybrid_sliding", "hybrid", local.__contains__)
     plain = Blocks(conv=conv)
     by_window = {inside: replace(_relative(read, inside), entry=plain) for inside in (True, False)}
-    width = read.integer("moe_intermediate_size")
     shared = read.integer("n_shared_experts", 2)
     dense = dense_layers(read, read.integer("dense_mlp_idx", 0, low=0))
-    experts = Experts(
-        experts=(count := read.integer("num_local_experts")),
-        active=float(read.integer("num_experts_per_tok", high=count)),
-        inner=width,
-        shared_inner=shared * width,
+    usual = read["mlps"][0]
+    experts = replace(
+        usual,
+        shared_inner=shared * usual.inner,
         shared_parts=shared,
-        outputs_of_router=count + shared,
-        entry=replace(plain, scalars=count + 1),
+        outputs_of_router=usual.experts + shared,
+        entry=replace(plain, scalars=usual.experts + 1),
     )
     mlp = replace(mlp_of(read), entry=replace(plain, scalars=1))
     return {
@@ -532,14 +524,7 @@ def _inkling2_layer(read: Reader, gates: int = 0) -> Callable[[int, bool], tuple
     sublayers. Layers have ``gates`` of a rank if they run in several passes."""
     conv = read.integer("conv_kernel_size", 4)
     each = read.integer("n_layers_per_attn_res_block", 6)
-    rank = _loop(read, "gate_rank", 64) if gates else 0
-    count = read.integer("num_local_experts")
-    experts = Experts(
-        experts=count,
-        active=float(read.integer("num_experts_per_tok", high=count)),
-        inner=read.integer("moe_intermediate_size"),
-        router_bias=True,
-    )
+    rank = _loop(read)["gate_rank"] if gates else 0
 
     def made(layer: int, sliding: bool) -> tuple[Sublayer, ...]:
         sources = layer // each + 2
@@ -554,7 +539,8 @@ def _inkling2_layer(read: Reader, gates: int = 0) -> Callable[[int, bool], tuple
         )
         second = Blocks(conv=conv, sources=sources, vectors=1, gates=gates, rank=rank)
         gated = attention.heads * attention.head_dim
-        return replace(attention, gates=gated, entry=first), replace(experts, entry=second)
+        experts = replace(read["mlps"][layer], entry=second)
+        return replace(attention, gates=gated, entry=first), experts
 
     return made
 
@@ -573,24 +559,20 @@ def _inkling2_windows(read: Reader) -> list[bool]:
     return read.of_kind("hybrid_sliding", "hybrid", except_every(6))
 
 
-def _loop(read: Reader, key: str, default: int) -> int:
-    """Return a number of the loop, which checkpoints state in an object."""
-    own = {
-        "core_start": "loop_layer_index_start",
-        "core_end": "loop_layer_index_end",
-        "num_passes": "loop_num_passes",
-        "gate_rank": "loop_gate_rank",
-    }[key]
-    stated = read.integer(own, default)
-    inside = read.raw("loop_config")
-    return read.part("loop_config").integer(key, stated) if inside is not None else stated
+def _loop(read: Reader) -> ConfigFields:
+    """Return the numbers of the loop, which checkpoints state in an object."""
+    stated = read.fields("inkling2 loop")
+    if read.raw("loop_config") is None:
+        return stated
+    inside = read.part("loop_config")
+    return {key: inside.integer(key, value) for key, value in stated.items()}
 
 
 def _inkling2_loop(read: Reader) -> ConfigFields:
     """Return the layers in the order in which they run; those of the loop run in several passes."""
     layers = read["layers"]
-    start = _loop(read, "core_start", 6)
-    end = _loop(read, "core_end", 18)
+    loop = _loop(read)
+    start, end = loop["core_start"], loop["core_end"]
     if not 0 < start < end <= layers:
         raise read.fail("loop_layer_index_end", f"expected a layer from {start + 1} to {layers}")
     sliding = _inkling2_windows(read)
@@ -601,10 +583,9 @@ def _inkling2_loop(read: Reader) -> ConfigFields:
         for layer, inside in enumerate(sliding)
     ]
     again = [tuple(replace(s, reused=True) for s in sublayers) for sublayers in made[start:end]]
-    passes = _loop(read, "num_passes", 3)
     weights = 1 + 4 * (end - start)  # of the last sum of blocks, and of messages between passes
     return {
-        "sublayers": [*made[:end], *again * (passes - 1), *made[end:]],
+        "sublayers": [*made[:end], *again * (loop["num_passes"] - 1), *made[end:]],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),
         "other_parameters": weights * read["hidden"],
     }
@@ -626,7 +607,7 @@ TABLE = read_table(
         "lfm2_moe": _lfm2_moe,
         "lfm3": _lfm3,
         "qwen3_next": _qwen3_next,
-        "qwen3_5_text": _qwen3_5,
+        "qwen3_5_text": partial(qwen_mixers, joint="qkv"),
         "olmo_hybrid": _olmo_hybrid,
         "minimax": _minimax,
         "kimi_linear": _kimi_linear,
