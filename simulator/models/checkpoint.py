@@ -26,7 +26,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -508,14 +507,14 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         part.read()
     heads = _heads(model, outside, layers[-1], folder)
     stored, sparse24 = _stored_format(outside, layers)
-    flags = _flags(model, layers)
+    biases = _biases(layers)
     real = replace(
         model,
         hidden=hidden,
         vocab=outside.widths["V"],
-        norm=flags["norm"],
+        norm=_norm(model, layers),
         learned_positions=outside.widths.get("P", 0),
-        layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
+        layers=tuple(_layer(part, model, biases, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
         declared="" if sparse24 else model.declared,
         tied=model.tied and outside.widths.get("H", hidden) == hidden,
@@ -693,38 +692,27 @@ def _sorted(
     return outside, [layers[number] for number in sorted(layers)], ignored
 
 
-def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
-    """Return what the tensors of a checkpoint show of all its layers: biases, and the kinds of
-    modules and norms."""
-    shown: dict[str, Any] = {}
-    for kind in ("biases", "modules"):
-        found = {factor_of(module)[0] for part in layers for module in getattr(part, kind)}
-        for name, (prefix, pattern) in _NAMES[kind].items():
-            named = re.compile(_PREFIXES[prefix] + pattern).fullmatch
-            shown[name] = any(map(named, found))
-    attention = model.attention
-    mlp = model.usual.of("mlp")
-    known = attention if isinstance(attention, Attention) else None
-    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-    # a norm without weights
-    qk_norm = "unit" if known is not None and known.norm == "unit" else ""
-    if norms:
-        qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
-    rotates = found & {*SHORTCUTS.values()} and not shown["norms"]
-    return shown | {
-        "down_bias": shown["down_bias"] and not shown["mlp_bias"],
-        "router_bias": shown["router_bias"] or shown["correction_bias"],
-        "qk_norm": qk_norm,
-        "norm": "none" if rotates else model.norm,
-        "gated": (not isinstance(mlp, Mlp) or mlp.gated) and not shown["plain"],
+def _biases(layers: Iterable[_Part]) -> Mapping[str, bool]:
+    """Return which projections have biases, which pruning can add (FLAP, arXiv 2312.11983)."""
+    found = {factor_of(module)[0] for part in layers for module in part.biases}
+    shown = {
+        name: any(map(re.compile(_PREFIXES[prefix] + pattern).fullmatch, found))
+        for name, (prefix, pattern) in _NAMES["biases"].items()
     }
+    return shown | {"down_bias": shown["down_bias"] and not shown["mlp_bias"]}
 
 
-def _layer(part: _Part, model: Model, flags: Mapping[str, Any], sparse24: bool) -> Layer:
-    """Return the layer in the tensors of a part; its flags that no tensor shows are those of the
-    configuration."""
+def _norm(model: Model, layers: Iterable[_Part]) -> str:
+    """Return the kind of the norms between sublayers; those of SliceGPT have no weights."""
+    modules = {module for part in layers for module in part.modules}
+    normed = any(re.fullmatch(".*layer_?norm", module) for module in modules)
+    return "none" if modules & {*SHORTCUTS.values()} and not normed else model.norm
+
+
+def _layer(part: _Part, model: Model, biases: Mapping[str, bool], sparse24: bool) -> Layer:
+    """Return the layer in the tensors of a part; other fields are those of the configuration."""
     old = model.layers[part.number]
-    sublayers = (_attention(part, model, old, flags), _mlp(part, old, flags))
+    sublayers = (_attention(part, model, old, biases), _mlp(part, old, biases))
     forms = {
         name[5:]: Form(rank=rank)
         for name, rank in sorted(part.widths.items())
@@ -754,7 +742,9 @@ def _dense(layer: Layer) -> Layer:
     )
 
 
-def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
+def _attention(
+    part: _Part, model: Model, old: Layer, biases: Mapping[str, bool]
+) -> Sublayer | None:
     width = part.widths
     if part.has(ATTENTION + "linear_attn"):
         return Linear(replaces=Part.ATTENTION)
@@ -774,8 +764,8 @@ def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) 
         usual,
         heads=heads,
         kv_heads=kv_heads,
-        norm=flags["qk_norm"],
-        **{name: flags[name] for name in ("qkv_bias", "o_bias", "sinks")},
+        qkv_bias=biases["qkv_bias"],
+        o_bias=biases["o_bias"],
         rotates=rotates,
     )
 
@@ -816,7 +806,7 @@ def _delta_net(part: _Part, dense: Sublayer | None, rotates: bool) -> DeltaNet:
     return replace(dense, heads=heads, kv_heads=groups, rotates=rotates)
 
 
-def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
+def _mlp(part: _Part, old: Layer, biases: Mapping[str, bool]) -> Sublayer | None:
     width = part.widths
     dense = old.of("mlp")
     if part.has("mlp.linear_mlp"):
@@ -839,19 +829,17 @@ def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
             active=min(dense.active, experts),
             inner=width["e"],
             shared_inner=width.get("i", 0),
-            shared_bias=flags["mlp_bias"],
-            shared_gate=flags["shared_gate"] and width.get("i", 0) > 0,
-            router_bias=flags["router_bias"],
-            bias=flags["expert_bias"],
+            shared_bias=biases["mlp_bias"],
+            shared_gate=dense.shared_gate and width.get("i", 0) > 0,
             rotates=rotates,
         )
     if not width.get("i", 0):
         return None
-    return Mlp(
+    return replace(
+        dense if isinstance(dense, Mlp) else Mlp(inner=0),
         inner=width["i"],
-        gated=flags["gated"],
-        bias=flags["mlp_bias"],
-        down_bias=flags["down_bias"],
+        bias=biases["mlp_bias"],
+        down_bias=biases["down_bias"],
         out=out if out != width["h"] else 0,
         rotates=rotates,
     )
