@@ -235,10 +235,7 @@ def _cross(dense: Model, pruned: Model) -> str:
     texts = []
     if pruned.hidden != dense.hidden:
         texts.append(f"hidden {pruned.hidden:,} of {dense.hidden:,}")
-    new, old = (
-        sum(s.rotates for layer in model.layers for s in layer.sublayers)
-        for model in (pruned, dense)
-    )
+    new, old = (sum(s.rotates for s in model.sublayers) for model in (pruned, dense))
     if many := new - old:
         texts.append(f"{many} residual projections")
     return f"width_cross: {', '.join(texts)}" if texts else ""

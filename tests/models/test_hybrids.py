@@ -61,10 +61,6 @@ def test_a_layer_of_nemotron_h_has_one_sublayer() -> None:
     model = model_of(NEMOTRON)
     kinds = [[sublayer.kind for sublayer in layer.sublayers] for layer in model.layers]
     assert kinds == [["mamba"], ["mlp"], ["attention"], ["mamba"]]
-    # in_proj, convolution, A, D and dt_bias, gated norm, out_proj, norm of the layer
-    mamba = 64 * (2 * 128 + 2 * 2 * 16 + 8) + (128 + 64) * 5 + 3 * 8 + 128 + 128 * 64 + 64
-    mlp, attention = 2 * 64 * 96 + 64, 64 * 64 * 2 + 2 * 32 * 64 + 64
-    assert model.parameters == 2 * mamba + mlp + attention + 2 * 128 * 64 + 64
     assert (model.heads, model.inner) == (4, 96)
     names = ["mamba", "mlp", "attention", "mamba"]
     assert model_of(NEMOTRON, hybrid_override_pattern=None, layers_block_type=names) == model
@@ -87,7 +83,7 @@ def test_a_puzzle_states_experts_by_layer() -> None:
 @pytest.mark.quick
 def test_blocks_of_shared_weights_count_once_and_run_every_time() -> None:
     model = model_of({**TINY["zamba2"], "model_type": "zamba2"})
-    attentions = [s for layer in model.layers for s in layer.sublayers if isinstance(s, Attention)]
+    attentions = [s for s in model.sublayers if isinstance(s, Attention)]
     assert [attention.reused for attention in attentions] == [False, False, True]
     w = lower(model, phase="decode", batch=1, seq=8)
     assert w.parameters == model.parameters
@@ -118,7 +114,7 @@ def test_width_prunes_heads_channels_and_state_of_mamba(pruning: str, sizes: lis
 )
 def test_depth_removes_layers_by_kind(pruning: str, kinds: list[str]) -> None:
     pruned = prune_model(model_of(NEMOTRON), pruning)
-    assert [sublayer.kind for layer in pruned.layers for sublayer in layer.sublayers] == kinds
+    assert [sublayer.kind for sublayer in pruned.sublayers] == kinds
 
 
 @pytest.mark.quick

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shaped import Sizes, sizes_of, sublayer_of
+from shaped import Sizes, sizes_of
 from tables import tables_of
 
 from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
-from simulator.models.sublayers import DeltaNet, LatentAttention
+from simulator.models.sublayers import LatentAttention
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
@@ -129,12 +129,3 @@ def test_layers_of_a_search() -> None:
     part = lower(model, phase="prefill", devices=2)
     assert part.k[part.is_role("linear")].tolist() == [h // 2] * 2  # inputs shared out
     assert part.kv_heads[part.is_role("attention")].tolist() == [1, 1]
-
-
-def test_a_delta_net_has_a_state_per_value_head() -> None:
-    net = sublayer_of(from_hf_config(BASES["layers_next"]).layers[0], "attention")
-    assert net == DeltaNet(heads=32, kv_heads=16, key=128, value=128, conv=4)
-    keys, values, hidden = 16 * 128, 32 * 128, 768
-    products = hidden * (2 * keys + 2 * values + 2 * 32) + hidden * values
-    # convolution of queries, keys and values; decay of each head; norm of a value head
-    assert net.parameters(hidden) == products + 4 * (2 * keys + values) + 2 * 32 + 128

@@ -388,7 +388,7 @@ def test_hybrids_and_new_types_are_read_back_and_built(name: str, pruning: str) 
         from simulator.models.traced import trace, transformers_config
 
         built = trace(transformers_config(written, name), name).parameters
-        experts = [s for one in read.layers for s in one.sublayers if isinstance(s, Experts)]
+        experts = [s for s in read.sublayers if isinstance(s, Experts)]
         biases = sum(one.routes for one in experts)  # buffers in most classes
         assert built in (read.parameters, read.parameters + biases, read.parameters - biases)
 
@@ -425,9 +425,7 @@ def test_the_limit_of_time_steps_may_be_infinite(tmp_path: Path) -> None:
 def test_layers_of_puzzle_are_those_of_their_blocks() -> None:
     name = "nemotron-3-puzzle-75b-a9b"
     puzzle, content = load_model(name), content_of(name)
-    sizes = [
-        (s.inner, s.active) for one in puzzle.layers for s in one.sublayers if s.label == "experts"
-    ]
+    sizes = [(s.inner, s.active) for s in puzzle.sublayers if isinstance(s, Experts)]
     assert (sizes[0], sizes[11], sizes[-1]) == ((1280, 4.0), (1536, 14.0), (2048, 18.0))
     pruned = prune_model(puzzle, "depth layers=0,1")
     written = config_content(content, puzzle, pruned)

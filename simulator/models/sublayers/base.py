@@ -123,7 +123,7 @@ class Sublayer:
 
     def weights(self, hidden: int) -> Shapes:
         """Return outputs and inputs of the weights that pruning counts, by role."""
-        raise NotImplementedError
+        return {}
 
     def products(self, hidden: int) -> Products:
         """Return outputs and inputs of all linear products, and how many there are, by role.
@@ -169,8 +169,9 @@ class Sublayer:
         return self
 
     def rows(self, p: PassRows) -> OperatorRows:
-        """Yield the operators of the sublayer, without norms and collectives."""
-        raise NotImplementedError
+        """Yield the operators of the sublayer, without norms and collectives: its weights."""
+        for role, shape in self.weights(p.hidden).items():
+            yield p.gemm(role, self.part, *shape)
 
     def form(self, role: str) -> Form:
         return dict(self.forms).get(role, PLAIN)
