@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from simulator.arguments import shown
 from simulator.codes import Part
 from simulator.errors import one_line
 from simulator.models.architectures.architecture import (
@@ -47,15 +46,9 @@ _PATTERN = {"M": _LINEAR, "*": _ATTENTION, "-": "mlp", "E": "moe"}
 
 def _types(read: Reader, known: Sequence[str], usual: Callable[[int], str]) -> list[str]:
     """Return the type of each layer: from a list of names, else by the rule ``usual``."""
-    layers = read["layers"]
     key = "layers_block_type" if read.raw("layers_block_type") is not None else "layer_types"
-    stated = [_OLD_NAMES.get(name, name) for name in read.names(key)]
-    if not stated:
-        return [usual(layer) for layer in range(layers)]
-    if len(stated) != layers or not set(stated) <= set(known):
-        expected = f"a list of {layers} of {' or '.join(known)}"
-        raise read.fail(key, f"expected {expected}, got {shown(read.data[key])}")
-    return stated
+    names = [_OLD_NAMES.get(name, name) for name in read.names(key)]
+    return replace(read, data={**read.data, key: names or None}).types(key, known, usual)
 
 
 def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
