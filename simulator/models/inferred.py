@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from simulator.codes import Part
@@ -61,12 +61,15 @@ def inferred_model(data: Content, source: str, name: str) -> Model:
 def model_of(config: Any, traced: TracedModel, name: str) -> Model:
     """Return the model of the configuration object of a decoder and its modules."""
     head = traced.head.products[0]
-    inferred = _Inferred(config, head.k, _known_sublayers(config))
-    layer_of = cache(inferred.layer)
     many = len(traced.layers)
     types = getattr(config, "layer_types", None) or ()
     kinds = map(str, types) if len(types) == many else [""] * many
-    layers = tuple(map(layer_of, kinds, traced.layers))
+    configs = getattr(config, "per_layer_config", None) or [config] * many
+    alike = cache(partial(_alike, _known_sublayers(config), head.k))
+    layers = tuple(
+        _Inferred(own, head.k, alike).layer(kind, part)
+        for own, kind, part in zip(configs, kinds, traced.layers)
+    )
     model = Model(
         name=name,
         architecture=config.model_type,
@@ -96,11 +99,22 @@ def _known_sublayers(config: Any) -> list[Sublayer]:
         if kind != config.model_type:
             sublayers = (s for layer in layers for s in layer.windowless.sublayers)
             types.update([*dict.fromkeys(sublayers)])  # a type counts once
-    rope = getattr(config, "rope_parameters", None)
+    rope = content.get("rope_parameters")
     share = float(rope.get("partial_rotary_factor", 1.0)) if isinstance(rope, dict) else 0.0
     return [
         replace(s, rotary=int(s.head_dim * share)) if isinstance(s, Attention) else s
         for s, _ in types.most_common()
+    ]
+
+
+def _alike(known: Sequence[Sublayer], hidden: int, matrices: Sequence[Product]) -> list[Sublayer]:
+    """Return the known sublayers, and MLPs, with some products."""
+    written = [k for n, k, _ in matrices if n == hidden]
+    mlps = [Mlp(inner=written[-1], gated=gated) for gated in (True, False) if written]
+    return [
+        replace(s, entry=None)
+        for s in (*known, *mlps)
+        if outputs_by_inputs(s.products(hidden).values()) == outputs_by_inputs(matrices)
     ]
 
 
@@ -140,11 +154,11 @@ def _groups(products: Products) -> Iterator[tuple[str, Products]]:
 
 @dataclass(frozen=True)
 class _Inferred:
-    """Makes the layers of a model from its configuration object and from known sublayers."""
+    """Makes a layer from its configuration object."""
 
     config: Any
     hidden: int
-    known: Sequence[Sublayer]
+    alike: Callable[[tuple[Product, ...]], list[Sublayer]]  # known sublayers with some products
 
     def number(self, *names: str, default: int = 0) -> int:
         """Return the value of the first key that states a positive number."""
@@ -194,16 +208,6 @@ class _Inferred:
             active=float(self.number(*_ACTIVE) * routed),
         )
         return self.mixing(f"{name} {kind}", modules) if mixes else modules
-
-    def alike(self, matrices: Sequence[Product]) -> list[Sublayer]:
-        """Return the known sublayers, and MLPs, with these products."""
-        written = [k for n, k, _ in matrices if n == self.hidden]
-        mlps = [Mlp(inner=written[-1], gated=gated) for gated in (True, False) if written]
-        return [
-            replace(s, entry=None)
-            for s in (*self.known, *mlps)
-            if outputs_by_inputs(s.products(self.hidden).values()) == outputs_by_inputs(matrices)
-        ]
 
     def mixing(self, name: str, modules: Modules) -> Modules:
         """Return modules with attention or a recurrence over the features that the last product
