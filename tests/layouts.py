@@ -30,7 +30,6 @@ LAYOUTS = tuple(
         "nvfp4",
         "bitmask",
         "bitmask8",
-        "marlin24",
     ]
 )
 PLURAL = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe")
@@ -271,11 +270,6 @@ def stored_as(layout: str, tensors: Mapping[str, Tensor]) -> Tensors:
                 "compressed": ("F8_E4M3", (n, k // 2)),
                 "bitmask": ("U8", (n, k // 8)),
                 "weight_scale": ("BF16", (n, 1)),
-            },
-            "marlin24": {
-                "weight_packed": ("I32", (k // 32, n * 2)),
-                "meta": ("I16", (k // 32, n * 2)),
-                "scale_packed": ("F16", (groups, n)),
             },
         }[layout]
         out |= {f"{module}.{part}": Tensor(dtype, shape) for part, (dtype, shape) in parts.items()}

@@ -10,8 +10,8 @@ Names are those in Transformers, except for two methods: a low-rank projection i
 factors (SVD-LLM's ``q_u_proj`` and ``q_v_proj``, ASVD's ``q_proj.ALinear`` and ``q_proj.BLinear``),
 and SliceGPT stores the matrices that rotate its residual stream (``attn_shortcut_Q``,
 ``mlp_shortcut_Q``). :func:`logical` finds shape and format of a packed projection: GPTQ and AWQ
-(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask`` or
-``meta``), 8-bit floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
+(``qweight``), compressed-tensors (``weight_packed``, for 2:4 ``compressed`` and ``bitmask``), 8-bit
+floats with scales, bitsandbytes (``absmax``), ModelOpt, and MXFP4 of gpt-oss
 (``blocks``).
 
 Tensors of architectures outside :data:`NAMED` are only counted: each layer must have the number of
@@ -26,7 +26,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -200,7 +199,7 @@ WEIGHTS = ("weight", "qweight", "weight_packed", "compressed", "blocks")
 # last parts of the names of tensors that belong to one projection
 _PARTS = (
     rf"{'|'.join(WEIGHTS)}|weight_(?:scale|scale_inv|scale_2|zero_point|g_idx|shape|global_scale|format)|bias|qzeros|"
-    r"scales|g_idx|perm|bitmask|row_offsets|shape|meta|scale_packed|input_scale|input_global_scale|input_zero_point|"
+    r"scales|g_idx|perm|bitmask|row_offsets|shape|input_scale|input_global_scale|input_zero_point|"
     r"output_scale|k_scale|v_scale|SCB|(?:nested_)?absmax|(?:nested_)?quant_map|quant_state\.bitsandbytes__\w+"
 )
 NAME = re.compile(
@@ -318,10 +317,6 @@ def logical(
         rows, columns = shape
         if name == "weight":
             return Weight((rows, 2 * columns) if dtype == "U8" else shape, _scaled(parts, dtype))
-        # Marlin-24 stores half of each tile of 16 inputs
-        if name == "weight_packed" and "meta" in parts:
-            out = _outputs(parts, "scale_packed")
-            return Weight((out, rows * 32), _integer(columns * 2, out), True)
         if name == "weight_packed" and dtype == "U8":
             return Weight(
                 (rows, 2 * columns), "nvfp4" if "weight_global_scale" in parts else "mxfp4"
@@ -330,9 +325,7 @@ def logical(
             width = inputs if -(-inputs * bits // 32) == columns else columns * 32 // max(bits, 1)
             return Weight((rows, width), _integer(bits, 1))
         if name == "qweight":
-            return _by_scales(
-                shape, _outputs(parts, "scales"), _shape(parts, "qzeros"), _shape(parts, "g_idx")
-            )
+            return _by_scales(shape, parts)
     raise ValueError(
         f"is stored as {name} of {dtype} in {len(shape)} dimensions, an unknown layout"
     )
@@ -340,11 +333,6 @@ def logical(
 
 def _shape(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return parts[name].shape if name in parts else ()
-
-
-def _outputs(parts: Mapping[str, Tensor], scales: str) -> int:
-    shape = _shape(parts, scales)
-    return shape[1] if len(shape) == 2 else 0
 
 
 def _float(dtype: str) -> str:
@@ -371,21 +359,19 @@ def _integer(bits: int, per: int) -> str:
     return _INTS[bits // per]
 
 
-def _by_scales(
-    shape: tuple[int, int], out: int, zeros: tuple[int, ...], order: tuple[int, ...]
-) -> Weight:
+def _by_scales(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> Weight:
     """Return a GPTQ or AWQ weight: elements of 32 bits pack inputs (GPTQ) or outputs (AWQ)."""
     rows, columns = shape
-    if not out:
+    scales, zeros, order = (_shape(parts, name) for name in ("scales", "qzeros", "g_idx"))
+    if len(scales) != 2:
         raise ValueError("has no scales for each output")
+    out = scales[1]
     if columns != out:
         return Weight((out, rows), _integer(32 * columns, out))
-    inputs = order[0] if len(order) == 1 else 0
+    if len(order) == 1:  # the group of each input
+        return Weight((out, order[0]), _integer(32 * rows, order[0]))
     bits = 32 * zeros[1] // out if len(zeros) == 2 else 4
-    if inputs:
-        bits = 32 * rows // inputs
-    dtype = _integer(bits, 1)
-    return Weight((out, inputs or rows * 32 // bits), dtype)
+    return Weight((out, rows * 32 // bits), _integer(bits, 1))
 
 
 NAMED = frozenset(_NAMES["named"])
@@ -431,8 +417,9 @@ class _Part:
             raise InputError(f"{name}: expected a width of {known:,}, as in {other}, got {size:,}")
         self.names.setdefault(width, name)
 
-    def read(self, bits: int) -> None:
+    def read(self) -> None:
         table = LAYER if self.number >= 0 else OUTSIDE
+        bits = 0  # of packed integers, as a weight that reads the residual stream shows
         found = {module: axes_of(module, table) for module in self.modules}
         fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
@@ -452,6 +439,11 @@ class _Part:
                     f"{name}: belongs to no known layer; expected a merged model without further"
                     " weights"
                 )
+            packed = parts.get("weight_packed")
+            if packed is not None and axes[1:] == ("h",) and len(packed.shape) == 2:
+                columns = packed.shape[1]
+                fits = (b for b in _INTS if columns == -(-self.widths["h"] * b // 32) > 0)
+                bits = next(fits, bits)
             try:
                 weight = logical(
                     parts, self.widths.get(axes[-1], 0), self.widths.get(axes[0], 0), bits
@@ -481,7 +473,14 @@ class _Part:
             self.biases.add(module)
             self.parameters += bias.elements
 
+    def unstated(self, kind: str) -> InputError:
+        return InputError(f"{self.where}: layer {self.number} has {kind}, its config.json none")
+
     def divided(self, width: str, by: int, what: str, size: int | None = None) -> int:
+        """Return how many times ``by`` makes a width, or a ``size`` that follows from it."""
+        if width not in self.widths:
+            without = f"has attention without its {width} projection"
+            raise InputError(f"{self.where}: layer {self.number} {without}")
         size = self.widths[width] if size is None else size
         if by <= 0 or size < 0 or size % by:
             raise InputError(
@@ -507,17 +506,17 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
     hidden = _embedded(outside, folder)
     for part in (outside, *layers):
         part.widths |= {"h": hidden, "1": 1}
-        part.read(_bits(part, hidden))
+        part.read()
     heads = _heads(model, outside, layers[-1], folder)
     stored, sparse24 = _stored_format(outside, layers)
-    flags = _flags(model, layers)
+    biases = _biases(layers)
     real = replace(
         model,
         hidden=hidden,
         vocab=outside.widths["V"],
-        norm=flags["norm"],
+        norm=_norm(model, layers),
         learned_positions=outside.widths.get("P", 0),
-        layers=tuple(_layer(part, model, flags, sparse24) for part in layers),
+        layers=tuple(_layer(part, model, biases, sparse24) for part in layers),
         numbers=tuple(part.number for part in layers),
         declared="" if sparse24 else model.declared,
         tied=model.tied and outside.widths.get("H", hidden) == hidden,
@@ -525,7 +524,7 @@ def from_tensors(model: Model, tensors: Mapping[str, Tensor], folder: str | Path
         dtype=model.dtype if stored == model.weight_dtype else "",
         unread_format="",
     )
-    _check(real, layers, folder)
+    _check(real, layers)
     stored_twice = real.tied * heads * real.vocab * hidden
     parameters = outside.parameters + sum(part.parameters for part in layers) - stored_twice
     if parameters != real.parameters:
@@ -605,8 +604,7 @@ def _mismatch(model: Model, real: Model) -> str:
     return "; ".join(difference(model, alike))
 
 
-_NUMBERED = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d{1,5})\.(.+)")
-_LEAF = re.compile(rf"(.+?)\.({_PARTS})")
+_NUMBERED = re.compile(rf"(?:.*\.)?(?:layers|h|blocks?)\.(\d{{1,5}})\.(.+?)(?:\.({_PARTS}))?")
 
 
 def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
@@ -614,10 +612,8 @@ def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
     modules: dict[tuple[int, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (match := _NUMBERED.fullmatch(name)) and not BUFFER.fullmatch(name):
-            number = int(match[1])
-            inside = match[2]
-            module, leaf = found.groups() if (found := _LEAF.fullmatch(inside)) else (inside, "")
-            modules.setdefault((number, module), {})[leaf] = tensor
+            number, module, leaf = match.groups()
+            modules.setdefault((int(number), module), {})[leaf or ""] = tensor
     stored = [0] * len(model.layers)
     for (number, module), parts in modules.items():
         if number >= len(stored) or _is_unused(model.layers[number], module):
@@ -698,56 +694,27 @@ def _sorted(
     return outside, [layers[number] for number in sorted(layers)], ignored
 
 
-def _bits(part: _Part, hidden: int) -> int:
-    """Return the bits of packed integers in compressed-tensors, from a weight that reads the
-    residual stream, or 0."""
-    for module, parts in part.modules.items():
-        packed = parts.get("weight_packed")
-        if (
-            packed is not None
-            and packed.dtype == "I32"
-            and len(packed.shape) == 2
-            and packed.shape[1]
-        ):
-            axes = axes_of(module, LAYER)
-            fits = [bits for bits in (4, 8) if -(-hidden * bits // 32) == packed.shape[1]]
-            if len(axes) == 2 and axes[1] == "h" and fits:
-                return fits[0]
-    return 0
-
-
-def _flags(model: Model, layers: Iterable[_Part]) -> Mapping[str, Any]:
-    """Return what the tensors of a checkpoint show of all its layers: biases, and the kinds of
-    modules and norms."""
-    shown: dict[str, Any] = {}
-    for kind in ("biases", "modules"):
-        found = {factor_of(module)[0] for part in layers for module in getattr(part, kind)}
-        for name, (prefix, pattern) in _NAMES[kind].items():
-            named = re.compile(_PREFIXES[prefix] + pattern).fullmatch
-            shown[name] = any(map(named, found))
-    attention = model.attention
-    mlp = model.usual.of("mlp")
-    known = attention if isinstance(attention, Attention) else None
-    norms = {part.widths["q_norm"] for part in layers if "q_norm" in part.widths}
-    # a norm without weights
-    qk_norm = "unit" if known is not None and known.norm == "unit" else ""
-    if norms:
-        qk_norm = "head" if known is not None and norms == {known.head_dim} else "width"
-    rotates = found & {*SHORTCUTS.values()} and not shown["norms"]
-    return shown | {
-        "down_bias": shown["down_bias"] and not shown["mlp_bias"],
-        "router_bias": shown["router_bias"] or shown["correction_bias"],
-        "qk_norm": qk_norm,
-        "norm": "none" if rotates else model.norm,
-        "gated": (not isinstance(mlp, Mlp) or mlp.gated) and not shown["plain"],
+def _biases(layers: Iterable[_Part]) -> Mapping[str, bool]:
+    """Return which projections have biases, which pruning can add (FLAP, arXiv 2312.11983)."""
+    found = {factor_of(module)[0] for part in layers for module in part.biases}
+    shown = {
+        name: any(map(re.compile(_PREFIXES[prefix] + pattern).fullmatch, found))
+        for name, (prefix, pattern) in _NAMES["biases"].items()
     }
+    return shown | {"down_bias": shown["down_bias"] and not shown["mlp_bias"]}
 
 
-def _layer(part: _Part, model: Model, flags: Mapping[str, Any], sparse24: bool) -> Layer:
-    """Return the layer in the tensors of a part; its flags that no tensor shows are those of the
-    configuration."""
+def _norm(model: Model, layers: Iterable[_Part]) -> str:
+    """Return the kind of the norms between sublayers; those of SliceGPT have no weights."""
+    modules = {module for part in layers for module in part.modules}
+    normed = any(re.fullmatch(".*layer_?norm", module) for module in modules)
+    return "none" if modules & {*SHORTCUTS.values()} and not normed else model.norm
+
+
+def _layer(part: _Part, model: Model, biases: Mapping[str, bool], sparse24: bool) -> Layer:
+    """Return the layer in the tensors of a part; other fields are those of the configuration."""
     old = model.layers[part.number]
-    sublayers = (_attention(part, model, old, flags), _mlp(part, old, flags))
+    sublayers = (_attention(part, model, old, biases), _mlp(part, old, biases))
     forms = {
         name[5:]: Form(rank=rank)
         for name, rank in sorted(part.widths.items())
@@ -777,38 +744,30 @@ def _dense(layer: Layer) -> Layer:
     )
 
 
-def _attention(part: _Part, model: Model, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
+def _attention(
+    part: _Part, model: Model, old: Layer, biases: Mapping[str, bool]
+) -> Sublayer | None:
     width = part.widths
     if part.has(ATTENTION + "linear_attn"):
         return Linear(replaces=Part.ATTENTION)
     rotates = SHORTCUTS["attention"] in part.modules
     dense = old.of("attention")
     if "delta" in width:
-        net = dense if isinstance(dense, DeltaNet) else None
-        heads, groups = _delta_heads(part, net)
-        assert net is not None
-        return replace(net, heads=heads, kv_heads=groups, rotates=rotates)
+        return _delta_net(part, dense, rotates)
     if "rank" in width:
         return _latent(part, dense, rotates)
     if "q" not in width and "qkv" not in width:
         return None
     usual = dense if isinstance(dense, Attention) else model.attention
     if not isinstance(usual, Attention):
-        raise InputError(f"{part.where}: layer {part.number} has attention, its config.json none")
+        raise part.unstated("attention")
     heads, kv_heads = _grouped_heads(part, usual)
-    features = usual.head_dim
-    wide = flags["qk_norm"] == "width"
-    own = {"heads": heads, "q_norm": heads * features if wide else features}
-    own["k_norm"] = kv_heads * features if wide else features
-    for name, size in own.items():
-        if width.get(name, size) != size:
-            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
     return replace(
         usual,
         heads=heads,
         kv_heads=kv_heads,
-        norm=flags["qk_norm"],
-        **{name: flags[name] for name in ("qkv_bias", "o_bias", "sinks")},
+        qkv_bias=biases["qkv_bias"],
+        o_bias=biases["o_bias"],
         rotates=rotates,
     )
 
@@ -822,15 +781,8 @@ def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
         part.put("2kv", width["qkv"] - width["q"], part.names["qkv"])
     if usual.gate and "q" in width:  # one product makes queries and gates
         width["q"] = part.divided("q", 2, "two halves,")
-    for name in ("q", "kv", "o"):
-        if name not in width:
-            raise InputError(
-                f"{part.where}: layer {part.number} has attention without its {name} projection"
-            )
-        part.divided(name, features, "head_dim")
+    heads, kv_heads, _ = (part.divided(name, features, "head_dim") for name in ("q", "kv", "o"))
     part.put("q", width["o"], part.names["o"])
-    heads = width["q"] // features
-    kv_heads = width["kv"] // features
     if heads and (not kv_heads or heads % kv_heads):
         raise InputError(
             f"{part.names['q']}: expected a multiple of {kv_heads} key/value heads, got"
@@ -839,32 +791,24 @@ def _grouped_heads(part: _Part, usual: Attention) -> tuple[int, int]:
     return heads, kv_heads
 
 
-def _latent(part: _Part, old: Sublayer | None, rotates: bool) -> LatentAttention:
-    """Return latent attention from its widths: q, kv_b and o are multiples of the heads; q + o -
-    kv_b is rotated."""
-    width = part.widths
-    if missing := [name for name in ("q", "kv_a", "kv_b", "o") if name not in width]:
-        raise InputError(
-            f"{part.where}: layer {part.number} has latent attention without {missing[0]}"
-        )
-    rotary = width["kv_a"] - width["rank"]
-    heads = part.divided(
-        "kv_a", rotary, "rotated features", width["q"] + width["o"] - width["kv_b"]
-    )
-    query, _, value = (part.divided(name, heads, "heads") for name in ("q", "kv_b", "o"))
-    return LatentAttention(
-        heads=heads,
-        query_rank=width.get("q_rank", 0),
-        rank=width["rank"],
-        rotary=rotary,
-        plain=query - rotary,
-        value=value,
-        rotates_positions=not isinstance(old, LatentAttention) or old.rotates_positions,
-        rotates=rotates,
-    )
+def _latent(part: _Part, dense: Sublayer | None, rotates: bool) -> LatentAttention:
+    if not isinstance(dense, LatentAttention):
+        raise part.unstated("latent attention")
+    heads = part.divided("o", dense.value, "features of a value head,")
+    rank, query_rank = (part.widths.get(name, 0) for name in ("rank", "q_rank"))
+    return replace(dense, heads=heads, query_rank=query_rank, rank=rank, rotates=rotates)
 
 
-def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
+def _delta_net(part: _Part, dense: Sublayer | None, rotates: bool) -> DeltaNet:
+    if not isinstance(dense, DeltaNet):
+        raise part.unstated("a gated delta net")
+    heads = part.divided("values", dense.value, "features of a value head,")
+    keys = part.widths.get("channels", 0) - part.widths["values"]  # of queries and keys together
+    groups = part.divided("channels", 2 * dense.key, "features of two key heads,", keys)
+    return replace(dense, heads=heads, kv_heads=groups, rotates=rotates)
+
+
+def _mlp(part: _Part, old: Layer, biases: Mapping[str, bool]) -> Sublayer | None:
     width = part.widths
     dense = old.of("mlp")
     if part.has("mlp.linear_mlp"):
@@ -877,63 +821,34 @@ def _mlp(part: _Part, old: Layer, flags: Mapping[str, Any]) -> Sublayer | None:
             f" {out:,}"
         )
     if experts := width.get("E", 0):
-        if "e" not in width or not isinstance(dense, Experts):
-            why = "without weights" if "e" not in width else "but its config.json has none"
-            raise InputError(f"{part.where}: layer {part.number} has {experts} experts {why}")
+        if not isinstance(dense, Experts):
+            raise part.unstated(f"{experts} experts")
+        if "e" not in width:
+            raise InputError(f"{part.where}: layer {part.number} has experts without weights")
         return replace(
             dense,
             experts=experts,
             active=min(dense.active, experts),
             inner=width["e"],
             shared_inner=width.get("i", 0),
-            shared_bias=flags["mlp_bias"],
-            shared_gate=flags["shared_gate"] and width.get("i", 0) > 0,
-            router_bias=flags["router_bias"],
-            bias=flags["expert_bias"],
+            shared_bias=biases["mlp_bias"],
+            shared_gate=dense.shared_gate and width.get("i", 0) > 0,
             rotates=rotates,
         )
     if not width.get("i", 0):
         return None
-    return Mlp(
+    return replace(
+        dense if isinstance(dense, Mlp) else Mlp(inner=0),
         inner=width["i"],
-        gated=flags["gated"],
-        bias=flags["mlp_bias"],
-        down_bias=flags["down_bias"],
+        bias=biases["mlp_bias"],
+        down_bias=biases["down_bias"],
         out=out if out != width["h"] else 0,
         rotates=rotates,
     )
 
 
-def _delta_heads(part: _Part, net: DeltaNet | None) -> tuple[int, int]:
-    width = part.widths
-    missing = [n for n in ("delta_in", "channels", "conv", "value", "values") if n not in width]
-    if net is None or missing:
-        why = "its config.json has none" if net is None else f"without {missing[0]}"
-        raise InputError(f"{part.where}: layer {part.number} has a gated delta net, but {why}")
-    keys = part.divided("channels", 2, "two halves,", width["channels"] - width["values"])
-    for name, size in (
-        ("delta_in", 2 * (keys + width["values"])),
-        ("value", net.value),
-        ("conv", net.conv),
-    ):
-        if width[name] != size:
-            raise InputError(f"{part.names[name]}: expected {size:,}, got {width[name]:,}")
-    if width["values"] != width["delta"] * net.value:
-        expected = f"expected {width['delta']} heads of {net.value} features"
-        raise InputError(f"{part.names['values']}: {expected}, got {width['values']:,}")
-    return width["delta"], part.divided("channels", net.key, "the features of a head,", keys)
-
-
-def _check(model: Model, layers: Sequence[_Part], folder: str | Path) -> None:
-    """Raise InputError if layers have other parameters than their shapes require, or different
-    latents."""
-    latents = {
-        replace(latent, heads=1, forms=(), window=0)
-        for layer in model.layers
-        if isinstance(latent := layer.of("attention"), LatentAttention)
-    }
-    if len(latents) > 1:
-        raise InputError(f"{folder}: expected the same ranks of latent attention in all layers")
+def _check(model: Model, layers: Sequence[_Part]) -> None:
+    """Raise InputError if layers have other parameters than their shapes require."""
     made = [model.parameters_of(layer) for layer in model.layers]
     if wrong := [i for i, part in enumerate(layers) if part.parameters != made[i]]:
         one = layers[wrong[0]]

@@ -11,7 +11,7 @@ from simulator.engines.engine import sparsity_note
 from simulator.models.form import PLAIN
 from simulator.models.model import PARTS, Layer, Model
 from simulator.models.quantization import FORMATS, formats_text
-from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
+from simulator.models.sublayers import Experts, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
 
 # number of a layer, the dense layer without removed sublayers, and the pruned layer
@@ -28,8 +28,11 @@ _WIDTHS = {
     "inner width": "an MLP of {}",
     "expert width": "experts of a width of {}",
     "latent features": "experts on {} latent features",
+    "head_dim": "{} features of a head",
+    "rank": "a latent of {}",
+    "query_rank": "queries of a rank of {}",
 }
-"""Name of a size -> text with the size."""
+"""Name of a size, or field of attention -> text with the size."""
 
 
 def difference(dense: Model, pruned: Model) -> tuple[str, ...]:
@@ -91,22 +94,17 @@ def _matched(dense: Model, pruned: Model) -> tuple[Layer, ...]:
     """Return the dense layer of each pruned one: that of its number, or, if the layers of a hybrid
     were renumbered, the next one of its kind."""
     news = pruned.layers
-    many = len(dense.layers)
-    place = {number: i for i, number in enumerate(dense.layer_numbers)}
-    if not place.keys() >= set(pruned.layer_numbers):
-        return (dense.layers * (1 + len(news) // max(many, 1)))[: len(news)]
-    places = [place[number] for number in pruned.layer_numbers]
-    if not pruned.numbers and len(news) < many:
-        start = 0
-        found = []
-        for new in news:
-            alike = (i for i in range(start, many) if _kinds(dense.layers[i]) == _kinds(new))
-            if (i := next(alike, None)) is None:
-                break
-            found.append(i)
-            start = i + 1
-        places = found if len(found) == len(news) else places
-    return tuple(dense.layers[i] for i in places)
+    olds = dense.layers
+    by_number = dict(zip(dense.layer_numbers, olds))
+    if not by_number.keys() >= set(pruned.layer_numbers):
+        return (olds * (1 + len(news) // max(len(olds), 1)))[: len(news)]
+    if not pruned.numbers and len(news) < len(olds):
+        rest = iter(olds)
+        alike = [next((old for old in rest if _kinds(old) == _kinds(new)), None) for new in news]
+        found = tuple(old for old in alike if old is not None)
+        if len(found) == len(news):
+            return found
+    return tuple(by_number[number] for number in pruned.layer_numbers)
 
 
 def _kinds(layer: Layer) -> tuple[str, ...]:
@@ -180,7 +178,9 @@ def _by_kind(dense: Model, remaining: Sequence[Layer]) -> str:
 
 
 def _sizes(layer: Layer) -> dict[str, float]:
-    return {name: size for s in layer.sublayers for name, size in s.sizes().items()}
+    attention = layer.of("attention")
+    fields = {name: getattr(attention, name, 0) for name in ("head_dim", "rank", "query_rank")}
+    return fields | {name: size for s in layer.sublayers for name, size in s.sizes().items()}
 
 
 def _cuts(changes: Iterable[_Change], fields: Mapping[str, str]) -> Iterator[tuple[str, list[int]]]:
@@ -204,31 +204,8 @@ def _experts(changes: Sequence[_Change]) -> str:
 def _width(changes: Sequence[_Change]) -> str:
     cuts = list(_cuts(changes, _WIDTHS))
     texts = [words for words, _ in cuts]
-    pairs = [(old.of("attention"), new.of("attention")) for _, old, new in changes]
-    features = {
-        (old.head_dim, new.head_dim)
-        for old, new in pairs
-        if isinstance(old, Attention | LatentAttention)
-        and isinstance(new, Attention | LatentAttention)
-        and old.head_dim != new.head_dim
-    }
-    if features:
-        before, after = sorted(features)[0]
-        texts.append(f"{after} of {before} features of a head")
-    latents = [
-        (old, replace(new, heads=old.heads))
-        for old, new in pairs
-        if isinstance(old, LatentAttention) and isinstance(new, LatentAttention)
-    ]
-    if any(_latent_sizes(old) != _latent_sizes(new) for old, new in latents):
-        texts.append("other latent widths")
     layers = sorted({i for _, numbers in cuts for i in numbers})
-    where = f" in layers {runs(layers)}" if cuts else ""
-    return f"width{where}: {', '.join(texts)}" if texts else ""
-
-
-def _latent_sizes(latent: LatentAttention) -> tuple[int, ...]:
-    return latent.query_rank, latent.rank, latent.rotary, latent.plain, latent.value
+    return f"width in layers {runs(layers)}: {', '.join(texts)}" if texts else ""
 
 
 def _range(values: Iterable[float]) -> str:
@@ -258,10 +235,7 @@ def _cross(dense: Model, pruned: Model) -> str:
     texts = []
     if pruned.hidden != dense.hidden:
         texts.append(f"hidden {pruned.hidden:,} of {dense.hidden:,}")
-    new, old = (
-        sum(s.rotates for layer in model.layers for s in layer.sublayers)
-        for model in (pruned, dense)
-    )
+    new, old = (sum(s.rotates for s in model.sublayers) for model in (pruned, dense))
     if many := new - old:
         texts.append(f"{many} residual projections")
     return f"width_cross: {', '.join(texts)}" if texts else ""

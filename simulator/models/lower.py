@@ -308,23 +308,24 @@ class _Table:
     places: list[int] = field(default_factory=list)
 
     def add(self, row: OperatorRow, places: Sequence[int]) -> None:
-        size = len(self.places)
-        runs = len(places)
         for name, value in row.items():
-            column = self.columns.get(name)
-            if column is None:
-                column = self.columns[name] = []
-            column.extend([Workload.SCHEMA[name][1]] * (size - len(column)))
+            column = self.filled(name)
             if isinstance(value, np.ndarray) and value.ndim:
                 column.extend(value.tolist())
             else:
-                column.extend([_ROLES[value] if name == "role" else value] * runs)
+                column.extend([_ROLES[value] if name == "role" else value] * len(places))
         self.places.extend(places)
+
+    def filled(self, name: str) -> list[Any]:
+        """Return a column with its default in rows that do not state it."""
+        column = self.columns.setdefault(name, [])
+        column.extend([Workload.SCHEMA[name][1]] * (len(self.places) - len(column)))
+        return column
 
     def workload(self, meta: Lowered) -> Workload:
         size = len(self.places)
-        for name, column in self.columns.items():
-            column.extend([Workload.SCHEMA[name][1]] * (size - len(column)))
+        for name in self.columns:
+            self.filled(name)
         exact = all(max(column) <= MOST for column in self.columns.values())
         make = Workload.filled if exact else Workload.from_columns
         w = make(meta, size=size, **self.columns)

@@ -428,10 +428,14 @@ class Model(Displayed):
         return self.numbers or tuple(range(len(self.layers)))
 
     @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The sublayers of all layers in order."""
+        return tuple(s for layer in self.layers for s in layer.sublayers)
+
+    @property
     def sparse24(self) -> bool:
         """Whether projections are stored as 2:4."""
-        sublayers = {s for layer in set(self.layers) for s in layer.sublayers}
-        return any(form.zeros == "2:4" for s in sublayers for _, form in s.forms)
+        return any(form.zeros == "2:4" for s in {*self.sublayers} for _, form in s.forms)
 
     @cached_property
     def products(self) -> tuple[Products, ...]:
@@ -476,8 +480,7 @@ class Model(Displayed):
     @cached_property
     def kinds(self) -> Mapping[str, int]:
         """Number of sublayers of each kind."""
-        sublayers = (s for layer in self.layers for s in layer.sublayers)
-        return Counter(s.label for s in sublayers if s.label)
+        return Counter(s.label for s in self.sublayers if s.label)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -55,6 +55,8 @@ class Weights(Protocol):
     @property
     def rotates(self) -> bool: ...
 
+    def weights(self, hidden: int) -> Shapes: ...
+
     def form(self, role: str) -> Form: ...
 
     def stores(self, role: str) -> bool: ...
@@ -216,10 +218,15 @@ class PassRows:
             written = k * float(DTYPE_BYTES[lowering.dtype] / DTYPE_BYTES[lowering.stream_dtype])
             yield self.move(_QUANTIZE[product], part, k, k, written)
 
-    def output(self, sublayer: Weights, inputs: Any, bias: bool = False) -> OperatorRows:
+    def weight(self, sublayer: Weights, role: str, bias: bool = False) -> OperatorRows:
+        """Yield the product of a weight of a sublayer, of its usual shape."""
+        yield from self.product(sublayer, role, *sublayer.weights(self.hidden)[role], bias)
+
+    def output(self, sublayer: Weights, bias: bool = False) -> OperatorRows:
         """Yield the output projection of a mixer, after the conversion of its inputs."""
+        _, inputs = sublayer.weights(self.hidden)["o"]
         yield from self.quantized("o", sublayer.part, inputs)
-        yield from self.product(sublayer, "o", self.hidden, inputs, bias)
+        yield from self.weight(sublayer, "o", bias)
 
     def residual_projection(self, sublayer: Weights, n: Any) -> OperatorRows:
         """Yield the product that rotates the residual of a sublayer, which pruning (SliceGPT)
@@ -242,6 +249,13 @@ class PassRows:
         read = 2 * features if adds else features
         return self.move("post_norm", part, features, read, features, self.lowering.norm_parameters)
 
+    def kernel(self, kind: Kind, role: str, part: Part, **columns: Any) -> OperatorRow:
+        """Return a row that reads and writes the format of the residual stream, unless its columns
+        state another."""
+        stream = self.lowering.stream_dtype
+        formats = {"dtype": stream, "weight_dtype": stream}
+        return {"kind": kind, "role": role, "part": part, **formats, **columns}
+
     def move(
         self,
         role: str,
@@ -254,21 +268,18 @@ class PassRows:
     ) -> OperatorRow:
         """Return an elementwise row over ``tokens`` positions of ``n`` features; reads and writes
         are in elements, by default the features."""
-        stream = self.lowering.stream_dtype
         tokens = tokens or self.tokens
-        size = float(tokens * DTYPE_BYTES[stream])
-        return {
-            "kind": Kind.ELEMENTWISE,
-            "role": role,
-            "part": part,
-            "m": tokens,
-            "n": n,
-            "params": params * self.owns,
-            "read_bytes": size * (n if read is None else read),
-            "write_bytes": size * (n if write is None else write),
-            "dtype": stream,
-            "weight_dtype": stream,
-        }
+        size = float(tokens * DTYPE_BYTES[self.lowering.stream_dtype])
+        return self.kernel(
+            Kind.ELEMENTWISE,
+            role,
+            part,
+            m=tokens,
+            n=n,
+            params=params * self.owns,
+            read_bytes=size * (n if read is None else read),
+            write_bytes=size * (n if write is None else write),
+        )
 
     def rotary(self, features: Any) -> OperatorRows:
         """Yield the rotation of ``features`` of queries and keys."""
@@ -298,38 +309,36 @@ class PassRows:
     def attend(self, heads: Any, **sizes: Any) -> OperatorRow:
         """Return attention; its cache lengths and windows are set later."""
         kind = Kind.DECODE_ATTENTION if self.decodes else Kind.PREFILL_ATTENTION
-        return {
-            "kind": kind,
-            "role": "attention",
-            "part": Part.ATTENTION,
-            "dtype": self.lowering.stream_dtype,
-            "weight_dtype": self.lowering.cache_dtype,
-            "heads": heads,
-            "batch": self.batch,
-            "q_len": self.q_len,
-            **sizes,
-        }
+        row = self.kernel(
+            kind,
+            "attention",
+            Part.ATTENTION,
+            weight_dtype=self.lowering.cache_dtype,
+            heads=heads,
+            batch=self.batch,
+            q_len=self.q_len,
+        )
+        return row | sizes
 
     def recurrence(
         self, role: str, heads: Any, groups: Any, state: Any, channels: Any, **others: Any
     ) -> OperatorRow:
         """Return the recurrence of a state per head, ``channels`` x ``state``; ``groups`` of heads
         share keys and queries."""
-        return {
-            "kind": Kind.STATE_SPACE,
-            "role": role,
-            "part": Part.ATTENTION,
-            "m": self.tokens,
-            "n": heads * channels,
-            "batch": self.batch,
-            "heads": heads,
-            "kv_heads": groups,
-            "head_dim": state,
-            "value_dim": channels,
-            "dtype": self.lowering.stream_dtype,
-            "weight_dtype": STATE,
-            **others,
-        }
+        row = self.kernel(
+            Kind.STATE_SPACE,
+            role,
+            Part.ATTENTION,
+            weight_dtype=STATE,
+            m=self.tokens,
+            n=heads * channels,
+            batch=self.batch,
+            heads=heads,
+            kv_heads=groups,
+            head_dim=state,
+            value_dim=channels,
+        )
+        return row | others
 
     def collective(self, role: str, part: Part, tokens: int, width: Any) -> OperatorRows:
         """Yield the collective whose payload is (tokens, width); none on one device."""

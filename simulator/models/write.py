@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,10 +83,7 @@ def config_content(content: Content, dense: Model, pruned: Model) -> ConfigField
     pruned = compact(pruned)
     if reason := _not_stated(pruned):
         raise InputError(f"{pruned.name}: a config.json does not state {reason}")
-    for candidate in _candidates(content, dense, pruned):
-        if states(candidate, pruned):
-            return candidate
-    raise _unstated(dense)
+    return _stating(_candidates(content, dense, pruned), dense, pruned)
 
 
 def plain_content(content: Content, dense: Model, pruned: Model) -> ConfigFields:
@@ -94,16 +91,16 @@ def plain_content(content: Content, dense: Model, pruned: Model) -> ConfigFields
     cannot state the shapes."""
     numbers = _numbers(dense, pruned)
     config = _Config(content, dense.architecture)
-    for candidate in _plain(config, dense, pruned, numbers) if numbers is not None else ():
-        if states(candidate, pruned):
-            return candidate
-    raise _unstated(dense)
+    candidates = () if numbers is None else _plain(config, dense, pruned, numbers)
+    return _stating(candidates, dense, pruned)
 
 
-def _unstated(dense: Model) -> InputError:
-    return InputError(
-        f"{dense.name}: a config.json of {dense.architecture} cannot state these shapes"
-    )
+def _stating(candidates: Iterable[ConfigFields], dense: Model, pruned: Model) -> ConfigFields:
+    """Return the first content that states the shapes of the pruned model."""
+    if (found := next((one for one in candidates if states(one, pruned)), None)) is None:
+        wrong = f"a config.json of {dense.architecture} cannot state these shapes"
+        raise InputError(f"{dense.name}: {wrong}")
+    return found
 
 
 def compact(model: Model) -> Model:
@@ -435,19 +432,16 @@ def _per_layer_config(config: _Config, dense: Model, pruned: Model) -> ConfigFie
 
 def block_config(layer: Layer, dense: Layer) -> ConfigFields:
     """Return a layer in the keys of ModelOpt; InputError for a layer that they cannot state."""
-    attention = layer.of("attention")
-    mlp = layer.of("mlp")
-    return {
-        "attention": _attention_config(attention, dense.of("attention")),
-        "ffn": _mlp_config(mlp, dense.of("mlp")),
-    }
+    attention = _attention_config(layer.of("attention"), dense.of("attention"))
+    return {"attention": attention, "ffn": _mlp_config(layer.of("mlp"), dense.of("mlp"))}
+
+
+def _switches(sublayer: Sublayer | None) -> ConfigFields:
+    return {"no_op": sublayer is None, "replace_with_linear": isinstance(sublayer, Linear)}
 
 
 def _attention_config(attention: Sublayer | None, dense: Sublayer | None) -> ConfigFields:
-    config: ConfigFields = {
-        "no_op": attention is None,
-        "replace_with_linear": isinstance(attention, Linear),
-    }
+    config = _switches(attention)
     if isinstance(attention, Attention):
         if isinstance(dense, Attention) and attention.heads != dense.heads:
             raise InputError(
@@ -463,7 +457,7 @@ def _attention_config(attention: Sublayer | None, dense: Sublayer | None) -> Con
 
 
 def _mlp_config(mlp: Sublayer | None, dense: Sublayer | None) -> ConfigFields:
-    config: ConfigFields = {"no_op": mlp is None, "replace_with_linear": isinstance(mlp, Linear)}
+    config = _switches(mlp)
     if isinstance(mlp, Experts):
         if mlp.active != int(mlp.active):
             raise InputError(
@@ -474,8 +468,7 @@ def _mlp_config(mlp: Sublayer | None, dense: Sublayer | None) -> ConfigFields:
     elif isinstance(mlp, Mlp):
         config["intermediate_size"] = mlp.inner
     elif isinstance(mlp, Linear):
-        inner = dense.inner if isinstance(dense, Mlp | Experts) else 1
-        config["intermediate_size"] = inner
+        config["intermediate_size"] = dense.inner if isinstance(dense, Mlp | Experts) else 1
     return config
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from simulator.errors import InputError
 from simulator.models.model import PARTS, Layer
 from simulator.models.sublayers import Attention, DeltaNet, Experts, LatentAttention, Linear, Mlp
-from simulator.models.sublayers.base import Sublayer
+from simulator.models.sublayers.base import Cut, Sublayer
 from simulator.units import parse_fraction
 
 SUBLAYERS: tuple[str, ...] = ("attention", "mlp")
@@ -68,7 +68,7 @@ def variant(part: str, text: str, dense: Layer) -> Layer:
     if _SHARE.fullmatch(words) and isinstance(old, Mlp | Experts | Attention | LatentAttention):
         shares = dict.fromkeys(("attention", "heads", "kv", "mlp"), 0.0)
         shares[part] = parse_fraction(words)
-        return dense.with_part(part, old.narrower(shares, ALIGN, None))
+        return dense.with_part(part, old.narrower(Cut(shares, ALIGN)))
     if isinstance(old, Mlp):
         return dense.with_part(part, _mlp(text, old))
     if isinstance(old, Experts):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from layouts import folder_of, save, save_shards, stored_as, tensors_of, write
 from shaped import Layer, changed, cut, each_sublayer, layer, model_of, resized
+from tables import tables_of
 
 from simulator.codes import DTYPES, Kernel
 from simulator.errors import InputError
@@ -24,6 +25,7 @@ from simulator.models.model import Model
 from simulator.models.sublayers import LatentAttention
 from simulator.prediction.table import table
 
+CASES = tables_of("models/cases.yaml")
 LLAMA = load_model("llama-2-7b")
 # widths of Mistral-7B and of Qwen3-8B
 EIGHT = {"experts": 8, "active": 2.0, "inner": 14336}
@@ -176,20 +178,7 @@ def test_pruned_checkpoints_are_predicted_as_they_are(case: str) -> None:
     assert from_tensors(dense, tensors_of(dense), "x") == dense
 
 
-FORMATS = {
-    "gptq": ("int4", False),
-    "gptq8": ("int8", False),
-    "awq": ("int4", False),
-    "packed": ("int4", False),
-    "int8": ("int8", False),
-    "fp8": ("fp8", False),
-    "fp8_block": ("fp8_block", False),
-    "bnb": ("int4", False),
-    "nvfp4": ("nvfp4", False),
-    "bitmask": ("", True),
-    "bitmask8": ("fp8", True),
-    "marlin24": ("int4", True),
-}
+FORMATS = CASES["layouts"]
 
 
 def halved(model: Model) -> Model:
@@ -228,73 +217,15 @@ def test_mxfp4_of_gpt_oss_has_the_shapes_of_its_experts() -> None:
     assert "weights in mxfp4" in found.found
 
 
-AT = "model.layers.3."
 F16 = lambda *shape: Tensor("F16", shape)  # noqa: E731
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (
-            {AT + "self_attn.q_proj.weight": F16(4000, 4096)},
-            r"3\.self_attn\.q_proj: expected a multiple of head_dim",
-        ),
-        (
-            {AT + "self_attn.q_proj.weight": F16(3968, 4096)},
-            "expected a width of 3,968, .* got 4,096",
-        ),
-        (
-            {AT + "mlp.up_proj.weight": F16(8810, 4096)},
-            "a width of 11,008, as in layers.3.mlp.gate_proj, got 8,810",
-        ),
-        ({AT + "mlp.up_proj.weight": F16(11008, 2**30)}, "expected widths up to 10,000,000"),
-        (
-            {AT + "mlp.up_proj.weight": Tensor("I32", (11008, 512))},
-            "layers.3.mlp.up_proj: is stored as I32",
-        ),
-        (
-            {AT + "mlp.up_proj.bias": F16(11008)},
-            "layers 0-31: expected 202,409,472 parameters, got",
-        ),
-        (
-            {AT + "mlp.lora_A.weight": F16(8, 4096)},
-            "layers.3.mlp.lora_A: belongs to no known layer",
-        ),
-        (
-            {AT + "attn_shortcut_Q": F16(4096, 3072)},
-            "attn_shortcut_Q: expected a width of 4,096, as",
-        ),
-        (
-            {AT + "mlp.down_proj.weight": F16(3072, 11008)},
-            "down_proj: expected a width of 4,096, as in the embedding",
-        ),
-        (
-            {"lm_head.weight": F16(32000, 3072), "model.norm.weight": F16(3072)},
-            "norm: expected a head of 4,096 inputs",
-        ),
-        ({"layers.3.mlp.up_proj.weight": F16(11008, 4096)}, "layers.3.mlp.up_proj: appears twice"),
-        (
-            {"model.layers.32.mlp.up_proj.weight": F16(11008, 4096)},
-            "expected layers below 32, by its config",
-        ),
-        ({AT + "input_layernorm.weight": None}, "layers 3: .* check the biases and norms"),
-        ({AT + "self_attn.o_proj.weight": None}, "layer 3 has attention without its o projection"),
-        ({"lm_head.weight": None}, "expected lm_head.weight, or"),
-        ({"model.embed_tokens.weight": None}, "found no embed_tokens.weight"),
-        (
-            {"lm_head.weight": Tensor("F8_E4M3", (32000, 4096))},
-            "lm_head: expected a head of 16 bits",
-        ),
-        (
-            {AT + "mlp.up_proj.weight": Tensor("F8_E4M3", (11008, 4096))},
-            "is in 16 bits or more, .*up_proj is in fp8",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("change", "says"), CASES["tensors"])
 def test_what_cannot_be_explained_is_refused_by_its_tensor(
-    change: dict[str, Tensor | None], says: str
+    change: dict[str, list[Any] | None], says: str
 ) -> None:
-    tensors = {name: t for name, t in {**tensors_of(LLAMA), **change}.items() if t is not None}
+    tensors = {name: t for name, t in tensors_of(LLAMA).items() if name not in change}
+    tensors |= {name: Tensor(t[0], tuple(t[1:])) for name, t in change.items() if t}
     with pytest.raises(InputError, match=says) as caught:
         from_tensors(LLAMA, tensors, "folder")
     assert str(caught.value).startswith("folder: ")
@@ -427,48 +358,16 @@ def test_an_adapter_and_pickles_are_named_and_a_config_alone_is_read(tmp_path: P
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    ("stored", "dtype", "says"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "int4", ""),
-        ({"quant_method": "awq", "bits": 8}, "int8", ""),
-        ({"quant_method": ["gptq"], "bits": [4]}, "", ""),
-    ],
-)
-def test_a_config_alone_states_the_format_of_its_weights(
-    stored: Any, dtype: str, says: str, tmp_path: Path
-) -> None:
-    file = folder_of(tmp_path, "llama-2-7b") / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
-    found = load_model(file)
-    assert found.weight_dtype == dtype
-    assert says in found.found
-
-
-@pytest.mark.parametrize(
-    ("name", "made", "formats"),
-    [
-        ("AwqConfig", {"bits": 4}, ("int4", "")),
-        ("GPTQConfig", {"bits": 8}, ("int8", "")),
-        ("BitsAndBytesConfig", {"load_in_4bit": True}, ("int4", "")),
-        ("BitsAndBytesConfig", {"load_in_8bit": True}, ("int8", "int8")),
-        ("FineGrainedFP8Config", {}, ("fp8_block", "fp8")),
-        ("FbgemmFp8Config", {}, ("fp8", "fp8")),
-        ("Mxfp4Config", {}, ("mxfp4", "")),
-        ("AutoRoundConfig", {"bits": 4}, ("int4", "")),
-        ("EetqConfig", {}, ("", "")),
-        ("QuantoConfig", {}, ("", "")),
-    ],
-)
+@pytest.mark.parametrize(("name", "made", "formats"), CASES["transformers_formats"])
 def test_the_classes_of_transformers_write_what_is_read(
-    name: str, made: dict[str, Any], formats: tuple[str, str]
+    name: str, made: dict[str, Any], formats: list[str]
 ) -> None:
     classes = pytest.importorskip("transformers.utils.quantization_config")
     stored = json.loads(json.dumps(getattr(classes, name)(**made).to_dict(), default=str))
     content = json.loads((FOLDER / "llama-2-7b.json").read_text())
     model = load_model({**content, "quantization_config": stored})
-    assert (model.weight_dtype, model.dtype) == formats
-    assert bool(model.unread_format) is (formats == ("", ""))
+    assert [model.weight_dtype, model.dtype] == formats
+    assert bool(model.unread_format) is (formats == ["", ""])
 
 
 def test_links_of_a_cache_work_and_others_tell_nothing(tmp_path: Path) -> None:

@@ -18,22 +18,15 @@ from simulator.models.lower import lower
 from simulator.pruning import prune_model
 from simulator.workload import WorkloadBatch
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 100}
-FULL = {**SIZES, "intermediate_size": 96, "pad_token_id": 0}
-GROUPED = {**FULL, "num_key_value_heads": 2}
-BIASES = {"attention_bias": True, "mlp_bias": True}
-KINDS = ["full_attention"] * 2 + ["sliding_attention"] * 2
-DORY = {
-    **{**GROUPED, "head_dim": 16, **BIASES, "num_hidden_layers": 8, "layer_types": KINDS * 2},
-    **{"n_input_layers": 2, "n_output_layers": 3, "n_recurrent_loops": 3},
-}
+BASES = tables_of("models/configs.yaml")["bases"]
+FULL, GROUPED, DORY = (BASES[f"flags_{name}"] for name in ("full", "grouped", "dory"))
 
 FLAGS: list[tuple[str, dict[str, Any]]] = tables_of("models/configs.yaml")["flags"]
 NAMES = [f"{kind}-{','.join([*flags][-2:])}" for kind, flags in FLAGS]
 
 
-def read(kind: str, **keys: Any) -> Any:
-    return from_hf_config({"model_type": kind, **keys})
+def read(model_type: str, **keys: Any) -> Any:
+    return from_hf_config({**keys, "model_type": model_type})
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")

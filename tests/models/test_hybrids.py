@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.errors import InputError
@@ -17,38 +18,9 @@ from simulator.models.model import Model
 from simulator.models.sublayers import Attention, Mamba2
 from simulator.pruning import prune_model
 
-BASE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 128}
-ATTENTION: dict[str, Any] = {
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    "intermediate_size": 96,
-}
-NEMOTRON: dict[str, Any] = {
-    **BASE,
-    **ATTENTION,
-    "model_type": "nemotron_h",
-    "hybrid_override_pattern": "M-*M",
-    **{"ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2},
-}
-DELTA: dict[str, Any] = {
-    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-}
-ZAMBA2: dict[str, Any] = {
-    **BASE,
-    **{"num_attention_heads": 4, "intermediate_size": 96, "mamba_d_state": 16},
-    **{"adapter_rank": 8, "use_shared_attention_adapter": True, "num_mem_blocks": 2},
-    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid"],
-}
-TINY: dict[str, dict[str, Any]] = {
-    "mamba": {**BASE, "state_size": 8},
-    "mamba2": {**BASE, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
-    "falcon_h1": {**BASE, **ATTENTION, "mamba_n_heads": 8, "mamba_d_ssm": 64},
-    "lfm2": {**BASE, **ATTENTION, "layer_types": ["conv", "full_attention", "conv", "conv"]},
-    "qwen3_5_text": {**BASE, **ATTENTION, **DELTA},
-    "minimax": {**BASE, **ATTENTION, "num_local_experts": 4, "block_size": 8},
-    "nemotron_h": {key: value for key, value in NEMOTRON.items() if key != "model_type"},
-    "zamba2": ZAMBA2,
-}
+CASES = tables_of("models/cases.yaml")
+TINY: dict[str, dict[str, Any]] = CASES["hybrids"]
+NEMOTRON: dict[str, Any] = {**TINY["nemotron_h"], "model_type": "nemotron_h"}
 
 
 def model_of(content: dict[str, Any], **changes: Any) -> Model:
@@ -89,10 +61,6 @@ def test_a_layer_of_nemotron_h_has_one_sublayer() -> None:
     model = model_of(NEMOTRON)
     kinds = [[sublayer.kind for sublayer in layer.sublayers] for layer in model.layers]
     assert kinds == [["mamba"], ["mlp"], ["attention"], ["mamba"]]
-    # in_proj, convolution, A, D and dt_bias, gated norm, out_proj, norm of the layer
-    mamba = 64 * (2 * 128 + 2 * 2 * 16 + 8) + (128 + 64) * 5 + 3 * 8 + 128 + 128 * 64 + 64
-    mlp, attention = 2 * 64 * 96 + 64, 64 * 64 * 2 + 2 * 32 * 64 + 64
-    assert model.parameters == 2 * mamba + mlp + attention + 2 * 128 * 64 + 64
     assert (model.heads, model.inner) == (4, 96)
     names = ["mamba", "mlp", "attention", "mamba"]
     assert model_of(NEMOTRON, hybrid_override_pattern=None, layers_block_type=names) == model
@@ -114,8 +82,8 @@ def test_a_puzzle_states_experts_by_layer() -> None:
 
 @pytest.mark.quick
 def test_blocks_of_shared_weights_count_once_and_run_every_time() -> None:
-    model = model_of({**ZAMBA2, "model_type": "zamba2"})
-    attentions = [s for layer in model.layers for s in layer.sublayers if isinstance(s, Attention)]
+    model = model_of({**TINY["zamba2"], "model_type": "zamba2"})
+    attentions = [s for s in model.sublayers if isinstance(s, Attention)]
     assert [attention.reused for attention in attentions] == [False, False, True]
     w = lower(model, phase="decode", batch=1, seq=8)
     assert w.parameters == model.parameters
@@ -123,27 +91,13 @@ def test_blocks_of_shared_weights_count_once_and_run_every_time() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("pruning", "sizes"),
-    [
-        ("width mamba_heads=0.25", (6, 16, 16)),
-        ("width mamba_heads=4", (4, 16, 16)),
-        ("width mamba_channels=12", (8, 12, 16)),
-        ("width mamba_state=0.5", (8, 16, 8)),
-        ("width mamba_heads=0.5 mamba_state=0.25", (4, 16, 12)),
-        ("width 0.5", (4, 16, 16)),
-        ("width 0.5 layers=0-1 + width 0.25 layers=2-3", (4, 16, 16)),
-        ("width attention=0.5", (8, 16, 16)),
-    ],
-)
-def test_width_prunes_heads_channels_and_state_of_mamba(
-    pruning: str, sizes: tuple[int, int, int]
-) -> None:
+@pytest.mark.parametrize(("pruning", "sizes"), CASES["mamba_widths"])
+def test_width_prunes_heads_channels_and_state_of_mamba(pruning: str, sizes: list[int]) -> None:
     pruned = prune_model(model_of(NEMOTRON), pruning)
     (mixer,) = pruned.layers[0].sublayers
     assert isinstance(mixer, Mamba2)
     heads, channels, state = sizes
-    assert (mixer.heads, mixer.channels, mixer.state) == sizes
+    assert [mixer.heads, mixer.channels, mixer.state] == sizes
     inner, shared = heads * channels, 2 * 2 * state
     products = 64 * (2 * inner + shared + heads) + inner * 64
     assert mixer.parameters(64) == products + (inner + shared) * 5 + 3 * heads + inner
@@ -160,7 +114,7 @@ def test_width_prunes_heads_channels_and_state_of_mamba(
 )
 def test_depth_removes_layers_by_kind(pruning: str, kinds: list[str]) -> None:
     pruned = prune_model(model_of(NEMOTRON), pruning)
-    assert [sublayer.kind for layer in pruned.layers for sublayer in layer.sublayers] == kinds
+    assert [sublayer.kind for sublayer in pruned.sublayers] == kinds
 
 
 @pytest.mark.quick

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.codes import Kind
@@ -15,46 +16,9 @@ from simulator.models.architectures import ARCHITECTURES
 from simulator.models.library import from_hf_config
 from simulator.models.model import Model
 
-SMALL = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 192,
-    "vocab_size": 1000,
-    "max_position_embeddings": 512,
-}
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-DELTA = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-}
-LATENT = {
-    "q_lora_rank": 48,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "first_k_dense_replace": 1,
-}
-TYPES: Mapping[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 64},
-    "cohere": {"head_dim": None},
-    "gpt_neox": {"head_dim": None, "num_key_value_heads": None},
-    "qwen3_moe": EXPERTS,
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 96},
-    "qwen3_next": EXPERTS | DELTA | {"shared_expert_intermediate_size": 96},
-    "deepseek_v3": LATENT,
-}
+CASES = tables_of("models/cases.yaml")
+TYPES: Mapping[str, dict[str, Any]] = CASES["inferred"]
+SMALL = TYPES["llama"]
 
 needs_transformers = pytest.mark.usefixtures("_transformers")
 
@@ -65,19 +29,15 @@ def _transformers() -> None:
     pytest.importorskip("transformers")
 
 
-def content(kind: str) -> dict[str, Any]:
-    keys = {"model_type": kind, **SMALL, **TYPES[kind]}
-    return {key: value for key, value in keys.items() if value is not None}
-
-
 @needs_transformers
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_model_without_its_table_has_the_same_work(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = from_hf_config(content(kind))
+    content = {"model_type": kind, **TYPES[kind]}
+    known = from_hf_config(content)
     monkeypatch.setattr(library, "ARCHITECTURES", {})
-    inferred = from_hf_config(content(kind))
+    inferred = from_hf_config(content)
     assert inferred.parameters == known.parameters
     assert "no table has" in inferred.found
     for phase in ("prefill", "decode"):
@@ -112,14 +72,8 @@ def test_modules_of_an_unknown_kind_are_products(recurrent: Model) -> None:
 
 
 BAD: Mapping[str, tuple[dict[str, Any], str]] = {
-    "layers": ({"num_hidden_layers": 100_000}, "num_hidden_layers: expected at most 1,000"),
-    "width": ({"hidden_size": 10**12}, "hidden_size: expected at most 10,000,000"),
+    **CASES["wrong_inferred"],
     "list": ({"block_types": ["x"] * 5000}, "block_types: expected at most 1,000 entries"),
-    "text": ({"hidden_size": "wide"}, "Transformers does not build the model"),
-    "negative": ({"num_attention_heads": -3}, "Transformers does not build the model"),
-    "unknown": ({"intermediate_sizes": [3]}, "intermediate_sizes: is not understood"),
-    "misspelt": ({"num_key_value_head": 3}, "num_key_value_head: is not understood"),
-    "per layer": ({"per_layer_config": {"0": {"head_dim": 3}}}, "per_layer_config: is not"),
 }
 
 

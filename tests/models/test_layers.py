@@ -7,52 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shaped import Sizes, sizes_of, sublayer_of
+from shaped import Sizes, sizes_of
+from tables import tables_of
 
 from simulator.capacity import cache_bytes
 from simulator.codes import ROLES, Kind
 from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
-from simulator.models.sublayers import DeltaNet, LatentAttention
+from simulator.models.sublayers import LatentAttention
 from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
-SHAPE = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100}
-LLAMA = {"intermediate_size": 1024, "num_key_value_heads": 2, **SHAPE}
-BLOCKS = [
-    {"attention": {"n_heads_in_group": 4}, "ffn": {"ffn_mult": 1.0}},
-    {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.1}},
-    {"attention": {"replace_with_linear": True}, "ffn": {"no_op": True, "ffn_mult": None}},
-    {
-        "attention": {"n_heads_in_group": 8, "window_length": 64},
-        "ffn": {"replace_with_linear": True},
-    },
-]
-PUZZLE: dict[str, Any] = {"model_type": "nemotron-nas", "block_configs": BLOCKS, **SHAPE}
-MOE = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, **LLAMA}
-DEEPSEEK: dict[str, Any] = {
-    **{
-        "model_type": "deepseek_v2",
-        "intermediate_size": 1024,
-        "n_routed_experts": 16,
-        "num_experts_per_tok": 2,
-    },
-    **{
-        "moe_intermediate_size": 64,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-    },
-    **{"v_head_dim": 24, **SHAPE},
-}
-
-NEXT: dict[str, Any] = {"model_type": "qwen3_next", "shared_expert_intermediate_size": 96, **MOE}
-
-
-def latent(query_rank: int) -> LatentAttention:
-    """The latent attention of :data:`DEEPSEEK`."""
-    return LatentAttention(heads=8, query_rank=query_rank, rank=32, rotary=8, plain=16, value=24)
+BASES = tables_of("models/configs.yaml")["bases"]
+PUZZLE, DEEPSEEK = BASES["layers_puzzle"], BASES["layers_deepseek"]
 
 
 def one(w: Workload, role: str) -> dict[str, Any]:
@@ -161,12 +129,3 @@ def test_layers_of_a_search() -> None:
     part = lower(model, phase="prefill", devices=2)
     assert part.k[part.is_role("linear")].tolist() == [h // 2] * 2  # inputs shared out
     assert part.kv_heads[part.is_role("attention")].tolist() == [1, 1]
-
-
-def test_a_delta_net_has_a_state_per_value_head() -> None:
-    net = sublayer_of(from_hf_config(NEXT).layers[0], "attention")
-    assert net == DeltaNet(heads=32, kv_heads=16, key=128, value=128, conv=4)
-    keys, values, hidden = 16 * 128, 32 * 128, 768
-    products = hidden * (2 * keys + 2 * values + 2 * 32) + hidden * values
-    # convolution of queries, keys and values; decay of each head; norm of a value head
-    assert net.parameters(hidden) == products + 4 * (2 * keys + values) + 2 * 32 + 128

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from model_shapes import COUNTED, PUBLISHED, outer_tensors, parameters_of
 from shaped import Experts, value_of
+from tables import tables_of
 
 from simulator.codes import Kernel
 from simulator.errors import InputError
@@ -29,8 +30,8 @@ from simulator.prediction.table import table
 pytestmark = pytest.mark.quick
 
 SHIPPED = Path(__file__).parents[2] / "simulator/models"
-SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-LLAMA: dict[str, Any] = {"model_type": "llama", "intermediate_size": 176, **SHAPE}
+LLAMA: dict[str, Any] = tables_of("models/configs.yaml")["bases"]["models_llama"]
+CASES = tables_of("models/cases.yaml")
 
 
 def test_every_shipped_model_has_published_numbers_and_names_its_source() -> None:
@@ -63,7 +64,7 @@ def test_parameters_equal_the_published_count_and_the_tensors(name: str) -> None
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_of_hybrids_and_new_types_equal_the_published_count(name: str) -> None:
     model = load_model(name)
-    experts = [s for one in model.layers for s in one.sublayers if isinstance(s, Experts)]
+    experts = [s for s in model.sublayers if isinstance(s, Experts)]
     # most classes of Transformers store the biases of routers as buffers
     biases = sum(one.routes for one in experts if one.router_bias)
     assert model.parameters in (COUNTED[name], COUNTED[name] + biases)
@@ -84,19 +85,7 @@ def test_active_parameters_equal_the_tensors_and_the_published_digits(name: str)
     )
 
 
-@pytest.mark.parametrize(
-    ("given_name", "name"),
-    [
-        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
-        ("Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
-        ("LLAMA_3.1_8B", "llama-3.1-8b"),
-        ("llama 2 7b", "llama-2-7b"),
-        ("mistralai/Mistral-7B-v0.1", "mistral-7b-v0.1"),
-        ("mistral-7b", "mistral-7b-v0.3"),
-        ("microsoft/Phi-3-mini-4k-instruct", "phi-3-mini-4k"),
-        ("huggyllama/llama-7b", "llama-7b"),
-    ],
-)
+@pytest.mark.parametrize(("given_name", "name"), [*CASES["names"].items()])
 def test_names_and_ids(given_name: str, name: str) -> None:
     assert load_model(given_name) is load_model(name)
     assert load_model(name).name == name

@@ -25,23 +25,6 @@ pytestmark = pytest.mark.quick
 LLAMA = load_model("llama-2-7b")
 
 
-def args(bits: int, kind: str, **more: Any) -> dict[str, Any]:
-    """Arguments of weights or activations as compressed-tensors writes them."""
-    usual = {"strategy": "tensor", "group_size": None, "block_structure": None, "dynamic": False}
-    return {"num_bits": bits, "type": kind, "symmetric": True, **usual, **more}
-
-
-def compressed(weights: Any, activations: Any = None, **more: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-    group["output_activations"] = None
-    about = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "kv_cache_scheme": None}
-    return about | {"config_groups": {"group_0": group}, "format": "float-quantized", **more}
-
-
-TOKEN = {"strategy": "token", "dynamic": True}
-GROUP = {"strategy": "group", "group_size": 128}
-INT4, FP8 = args(4, "int", **GROUP), args(8, "float", strategy="channel")
-
 CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = tables_of("models/configs.yaml")[
     "formats"
 ]
@@ -232,8 +215,7 @@ def test_the_arithmetic_of_a_folder_is_that_of_its_tensors(
 
 def test_declared_two_of_four_goes_with_formats() -> None:
     sparse = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
-    stored = compressed(FP8, args(8, "float", **TOKEN), sparsity_config=sparse)
-    model = load_model(config(stored))
+    model = load_model(config(CASES["FP8 dynamic"][0] | {"sparsity_config": sparse}))
     assert (model.declared, model.weight_dtype, model.dtype) == ("2:4", "fp8", "fp8")
     for engine, kernel in (("vllm@v1", Kernel.SPARSE24), ("vllm", Kernel.DENSE)):
         w = lower(model, engine=engine)

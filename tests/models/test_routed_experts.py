@@ -19,9 +19,8 @@ from simulator.pruning import prune
 
 pytestmark = pytest.mark.quick
 
-SHAPE: dict[str, Any] = {"vocab_size": 100, "hidden_size": 64, "num_attention_heads": 4}
-SHAPE |= {"num_hidden_layers": 2, "intermediate_size": 96, "num_key_value_heads": 2}
-OLMOE = {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, **SHAPE}
+CASES = tables_of("models/cases.yaml")
+OLMOE, LAGUNA, COHERE = (CASES["bases"][name] for name in ("olmoe", "laguna", "cohere"))
 
 
 def with_experts(**fields: Any) -> Model:
@@ -60,34 +59,11 @@ def test_latents_are_projected_on_every_device() -> None:
     assert w.experts[w.kind == Kind.EXPERTS].tolist() == [4]
 
 
-FILES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-    # files with names of their own, and the keys that change without a quarter of experts
-    ({"model_type": "aria_text", "moe_num_experts": 8, "moe_topk": 2}, {"moe_num_experts": 6}),
-    (
-        {
-            "model_type": "ernie4_5_moe",
-            "moe_num_experts": 8,
-            "moe_k": 2,
-            "moe_intermediate_size": 32,
-        },
-        {"moe_num_experts": 6},
-    ),
-    (
-        {"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": [2, 1]},
-        {"num_experts": 6},
-    ),
-    (
-        {"model_type": "phimoe", "num_local_experts": 8, "num_experts_per_tok": 2},
-        {"num_local_experts": 6},
-    ),
-)
-
-
-@pytest.mark.parametrize(("keys", "changed"), FILES)
+@pytest.mark.parametrize(("keys", "changed"), CASES["names_of_experts"])
 def test_a_pruned_file_keeps_the_names_of_its_keys(
     keys: dict[str, Any], changed: dict[str, Any]
 ) -> None:
-    data = SHAPE | keys
+    data = {key: OLMOE[key] for key in OLMOE if "expert" not in key} | keys
     dense = from_hf_config(data)
     pruned = prune(lower(dense, phase="decode"), "experts 0.25").meta.config
     content = config_content(data, dense, pruned)
@@ -96,25 +72,20 @@ def test_a_pruned_file_keeps_the_names_of_its_keys(
 
 
 def test_heads_and_active_experts_can_differ_by_layer() -> None:
-    laguna = {"model_type": "laguna", **SHAPE, "head_dim": 16, "num_experts": 8}
-    laguna |= {"num_attention_heads_per_layer": [4, 6], "num_experts_per_tok": 2}
-    laguna |= {"moe_intermediate_size": 32, "gating": "per-element"}
-    model = from_hf_config(laguna)
+    model = from_hf_config(LAGUNA)
     # queries, keys, values and outputs, gates of all outputs, norms of heads
     by_hand = [64 * 16 * (2 * heads + 2 * 2) + 64 * heads * 16 + 2 * 16 for heads in (4, 6)]
     attentions = [layer.sublayers[0] for layer in model.layers]
     assert [attention.parameters(64) for attention in attentions] == by_hand
     pruned = prune(lower(model, phase="decode"), "width attention=0.5").meta.config
-    content = config_content(laguna, model, pruned)
+    content = config_content(LAGUNA, model, pruned)
     assert content["num_attention_heads_per_layer"] == [2, 3]
     with pytest.raises(InputError, match="num_attention_heads_per_layer: expected an integer from"):
-        from_hf_config(laguna | {"num_attention_heads_per_layer": [4]})
+        from_hf_config(LAGUNA | {"num_attention_heads_per_layer": [4]})
 
 
 def test_a_joined_mlp_has_no_norm() -> None:
-    cohere: dict[str, Any] = {"model_type": "cohere2_moe", "num_experts": 8, **SHAPE}
-    cohere |= {"num_experts_per_tok": 2, "head_dim": 16}
-    model = from_hf_config(cohere)
+    model = from_hf_config(COHERE)
     first = model.layers[0]
     assert model.parameters_of(first) == sum(s.parameters(64) for s in first.sublayers) + 64
-    assert from_hf_config(cohere | {"rms_norm_eps": 1e-5}) == replace(model, norm="rms")
+    assert from_hf_config(COHERE | {"rms_norm_eps": 1e-5}) == replace(model, norm="rms")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from simulator.capacity import cache_bytes
 from simulator.codes import Kind
@@ -23,22 +24,10 @@ from simulator.workload import Workload, WorkloadBatch
 
 pytestmark = pytest.mark.quick
 
-SHAPE: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4}
-SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
-LAYERS = {"num_hidden_layers": 10, "intermediate_size": 96, "sliding_window": 16}
-INPUTS = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
-GEMMA3N = {"model_type": "gemma3n_text", "num_kv_shared_layers": 4, "altup_num_inputs": 3}
-GEMMA3N |= {"laurel_rank": 4, **SHAPE, **LAYERS, **INPUTS}
-GEMMA4: dict[str, Any] = {"model_type": "gemma4_text", "global_head_dim": 32}
-GEMMA4 |= {**SHAPE, **LAYERS, **INPUTS}
-SHARING = GEMMA4 | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True}
-MIXED = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_experts": 4}
-MIXED |= {"enable_moe_block": True, "top_k_experts": 4, "moe_intermediate_size": 24}
-ZAYA = {"model_type": "zaya", "moe_intermediate_size": 32, "num_experts": 4, **SHAPE}
-ZAYA |= {"num_experts_per_tok": 1, "router_hidden_size": 16}
-JETMOE = {"model_type": "jetmoe", "kv_channels": 16, "intermediate_size": 32, "vocab_size": 128}
-JETMOE |= {"hidden_size": 64, "num_hidden_layers": 3, "num_key_value_heads": 2}
-JETMOE |= {"num_local_experts": 4, "num_experts_per_tok": 4}
+BASES = tables_of("models/configs.yaml")["bases"]
+CASES = tables_of("models/cases.yaml")
+GEMMA3N, SHARING = BASES["caches_gemma3n"], BASES["caches_sharing"]
+MIXED, JETMOE, ZAYA = (CASES["bases"][name] for name in ("mixed", "jetmoe", "zaya"))
 
 
 def held(w: Workload) -> float:

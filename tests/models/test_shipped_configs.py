@@ -52,9 +52,8 @@ def _base(decoder: Mapping[str, Any]) -> Any:
 
 
 def _rotates(model: Model) -> bool:
-    sublayers = [s for layer in model.layers for s in layer.sublayers]
-    grouped = any(s.rotary for s in sublayers if isinstance(s, Attention))
-    latent = (s for s in sublayers if isinstance(s, LatentAttention))
+    grouped = any(s.rotary for s in model.sublayers if isinstance(s, Attention))
+    latent = (s for s in model.sublayers if isinstance(s, LatentAttention))
     return grouped or any(s.rotary and s.rotates_positions for s in latent)
 
 

@@ -282,30 +282,8 @@ def test_shapes_of_llama_2_70b_on_eight() -> None:
     assert w.n[w.is_role("k")].tolist() == [128]
 
 
-SHAPE = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 12,
-}
-FOUR = {"model_type": "llama", "num_key_value_heads": 4, "vocab_size": 90, **SHAPE}
-
-
 @pytest.mark.parametrize(
-    ("model", "devices", "parallel", "reason"),
-    [
-        ("smollm2-135m", 2, "tensor", "smollm2-135m has 9 attention heads"),
-        ("llama-2-13b", 16, "tensor", "40 attention heads; tensor parallel needs a multiple of 16"),
-        ("qwen2.5-7b", 7, "tensor", "4 key/value heads"),
-        (FOUR | {"intermediate_size": 98}, 4, "tensor", "an MLP width of 98"),
-        (
-            FOUR,
-            6,
-            "tensor",
-            "llama has 4 key/value heads; tensor parallel needs a multiple or a divisor of 6",
-        ),
-        ("llama-2-70b", 81, "pipeline", "80 layers; a pipeline has at most one device per layer"),
-    ],
+    ("model", "devices", "parallel", "reason"), tables_of("models/cases.yaml")["indivisible"]
 )
 def test_what_does_not_divide_is_refused(
     model: Any, devices: int, parallel: str, reason: str

@@ -24,6 +24,7 @@ from shaped import (
     resized,
     sizes_of,
 )
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.models.architectures import ARCHITECTURES
@@ -73,23 +74,8 @@ def test_every_architecture_reads_back_what_is_written(name: str, tmp_path: Path
 
 
 def test_a_file_keeps_what_is_no_shape_and_its_list_of_layers_is_cut(tmp_path: Path) -> None:
-    types = ["full_attention", "sliding_attention"] * 3
-    content = {
-        **{
-            "model_type": "qwen2",
-            "vocab_size": 100,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "rope_theta": 1e6,
-        },
-        **{
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "layer_types": types,
-        },
-        **{"use_sliding_window": True, "sliding_window": 32, "architectures": ["Qwen2ForCausalLM"]},
-    }
+    content = CASES["bases"]["qwen_listed"]
+    types = content["layer_types"]
     file = tmp_path / "config.json"
     file.write_text(json.dumps(content))
     assert content_of(file) == content_of(str(tmp_path)) == content
@@ -132,55 +118,15 @@ def test_no_file_of_other_content_is_written_over(tmp_path: Path) -> None:
 
 def test_shapes_made_in_python_have_no_file() -> None:
     assert content_of(resized(load_model("llama-3.2-1b"), inner=4096)) == {}
-    tiny = {
-        "model_type": "llama",
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-    }
-    tiny |= {"num_attention_heads": 2, "vocab_size": 10}
-    assert content_of(tiny) == tiny
+    assert content_of(LLAMA) == LLAMA
     assert content_of(load_model("opt-13b")) == content_of("facebook/opt-13b")
     assert from_hf_config(content_of("opt-13b"), name="opt-13b") == load_model("opt-13b")
 
 
-LLAMA: dict[str, Any] = {
-    **{
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "_name_or_path": "own/tiny",
-        "rope_theta": 5e5,
-    },
-    **{
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-    },
-    **{"num_key_value_heads": 4, "vocab_size": 100},
-}
-MOE: dict[str, Any] = {
-    **LLAMA,
-    **{
-        "model_type": "qwen3_moe",
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 64,
-    },
-    **{"head_dim": 96},
-}
-MODELOPT = [
-    {
-        "attention": {"num_key_value_heads": 2, "no_op": False},
-        "ffn": {"intermediate_size": 1000, "moe": None},
-    },
-    {"attention": {"no_op": True, "num_key_value_heads": None}, "ffn": {"intermediate_size": 2048}},
-    {"attention": {"num_key_value_heads": 4}, "ffn": {"no_op": True, "intermediate_size": None}},
-    {
-        "attention": {"replace_with_linear": True},
-        "ffn": {"replace_with_linear": True, "intermediate_size": 2048},
-    },
-]
+CASES = tables_of("models/cases.yaml")
+LLAMA: dict[str, Any] = tables_of("models/configs.yaml")["bases"]["written_llama"]
+MOE: dict[str, Any] = CASES["bases"]["written_moe"]
+MODELOPT = CASES["modelopt"]
 SHAPES = (
     Sizes(8, 2, 1000),
     Sizes(0, 0, 2048),
@@ -307,41 +253,30 @@ def test_every_architecture_reads_back_its_layers(name: str) -> None:
     assert read.windows == windows
 
 
-MODELS = (
-    *("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-7b", "gemma-3-12b", "olmo-2-7b", "smollm3-3b"),
-    *("phi-3-mini-4k", "mistral-small-3.1-24b", "nemotron-super-49b", "opt-13b"),
-    *("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b", "llama-4-scout", "glm-4.5-air"),
-    *("deepseek-v2-lite", "deepseek-v3", "qwen3-next-80b-a3b"),
-)
-PRUNINGS = {
-    "depth 0.3": set[str](),
-    "depth layers=0,1,9": set[str](),
-    "depth unit=attention layers=1,3,9": set[str](),
-    "width mlp=0.5": set[str](),
-    "width mlp=0.5 layers=2,3,9": set[str](),
-    "width attention=0.5": {"opt-13b"},
-    "width attention=0.5 layers=3,9": {"opt-13b"},
-    "width_cross 0.25": {"opt-13b", "nemotron-super-49b"},
-    "depth 0.1 + width 0.25": {"opt-13b"},
-}
-"""Prunings, and the models whose configuration cannot state them: heads of OPT are as wide as the
-hidden size allows, and DeciLM's MLPs are multiples of it."""
+MODELS = CASES["written"]["models"]
+PRUNINGS = CASES["written"]["prunings"]
+
+
+def written_and_read(name: str, pruned: Model, refuses: bool) -> tuple[Any, Model] | None:
+    """Write the configuration of a pruned model, unless its keys cannot state it, and read it."""
+    dense, content = load_model(name), content_of(name)
+    if refuses:
+        with pytest.raises(InputError, match=f"^{name}: a config.json of .* cannot state"):
+            config_content(content, dense, pruned)
+        return None
+    written = config_content(content, dense, pruned)
+    read = from_hf_config(json.loads(json.dumps(written)), name=name)
+    assert replace(pruned_from(dense, read), architecture=dense.architecture) == pruned
+    assert read.parameters == pruned.parameters < dense.parameters
+    assert read.found == dense.found
+    return written, read
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_pruned_models_are_read_as_they_are(name: str, pruning: str) -> None:
-    dense, content = load_model(name), content_of(name)
-    pruned = prune_model(dense, pruning)
-    if name in PRUNINGS[pruning]:
-        with pytest.raises(InputError, match=f"^{name}: a config.json of .* cannot state"):
-            config_content(content, dense, pruned)
-        return
-    written = config_content(content, dense, pruned)
-    read = from_hf_config(json.loads(json.dumps(written)), name=name)
-    assert replace(read, architecture=dense.architecture) == pruned
-    assert read.parameters == pruned.parameters < dense.parameters
-    assert read.found == dense.found
+    pruned = prune_model(load_model(name), pruning)
+    written_and_read(name, pruned, name in PRUNINGS[pruning])
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if load_model(n).experts])
@@ -431,51 +366,29 @@ def test_a_model_without_a_file_or_of_unknown_layers_is_not_written() -> None:
             config_content(LLAMA, dense, pruned)
 
 
-NEW_TYPES = (
-    *("bamba-9b", "deepseek-v3.2", "ernie-4.5-21b-a3b", "exaone-4.0-32b", "gemma-3n-e4b"),
-    *("gemma-4-26b-a4b", "gemma-4-e2b", "granite-4.0-h-tiny", "hunyuan-a13b", "jamba-1.5-mini"),
-    *("kimi-linear-48b-a3b", "lfm2-1.2b", "lfm2-8b-a1b", "minimax-m2", "nemotron-nano-12b-v2"),
-    *("nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b", "olmo-3-7b", "olmoe-1b-7b"),
-    *("qwen3.5-4b", "qwen3.5-35b-a3b", "glm-4.7-flash"),
-)
-NEW_PRUNINGS = {
-    "depth layers=0-7": set[str](),
-    "depth layers=1,3": {"jamba-1.5-mini"},
-    "width mlp=0.5": set[str](),
-    "width attention=0.5": {"olmoe-1b-7b"},
-    "experts 0.5": set[str](),
-    "width mamba_heads=0.5": set[str](),
-    "width mamba_state=0.5": set[str](),
-    "width mamba_channels=0.5": set[str](),
-}
-"""Prunings, and the models whose usual keys cannot state them: layers of Jamba follow periods, and
-the norm of OLMoE's queries is as wide as the hidden size."""
+NEW_PRUNINGS = CASES["written_hybrids"]["prunings"]
 
 
 @pytest.mark.parametrize("pruning", NEW_PRUNINGS)
-@pytest.mark.parametrize("name", NEW_TYPES)
+@pytest.mark.parametrize("name", CASES["written_hybrids"]["models"])
 def test_hybrids_and_new_types_are_read_back_and_built(name: str, pruning: str) -> None:
-    dense, content = load_model(name), content_of(name)
+    dense = load_model(name)
     try:
         pruned = prune_model(dense, pruning)
     except InputError:
         pytest.skip("it has no such part")
     if pruned == dense:
         pytest.skip("it has a single key/value head")
-    if name in NEW_PRUNINGS[pruning]:
-        with pytest.raises(InputError, match="cannot state these shapes"):
-            config_content(content, dense, pruned)
+    found = written_and_read(name, pruned, name in NEW_PRUNINGS[pruning])
+    if found is None:
         return
-    written = config_content(content, dense, pruned)
+    written, read = found
     assert not written.keys() & {"block_configs", "per_layer_config"}
-    read = from_hf_config(json.loads(json.dumps(written)), name=name)
-    assert pruned_from(dense, read) == pruned
-    assert read.parameters == pruned.parameters < dense.parameters
     if find_spec("transformers") is not None:
         from simulator.models.traced import trace, transformers_config
 
         built = trace(transformers_config(written, name), name).parameters
-        experts = [s for one in read.layers for s in one.sublayers if isinstance(s, Experts)]
+        experts = [s for s in read.sublayers if isinstance(s, Experts)]
         biases = sum(one.routes for one in experts)  # buffers in most classes
         assert built in (read.parameters, read.parameters + biases, read.parameters - biases)
 
@@ -512,9 +425,7 @@ def test_the_limit_of_time_steps_may_be_infinite(tmp_path: Path) -> None:
 def test_layers_of_puzzle_are_those_of_their_blocks() -> None:
     name = "nemotron-3-puzzle-75b-a9b"
     puzzle, content = load_model(name), content_of(name)
-    sizes = [
-        (s.inner, s.active) for one in puzzle.layers for s in one.sublayers if s.label == "experts"
-    ]
+    sizes = [(s.inner, s.active) for s in puzzle.sublayers if isinstance(s, Experts)]
     assert (sizes[0], sizes[11], sizes[-1]) == ((1280, 4.0), (1536, 14.0), (2048, 18.0))
     pruned = prune_model(puzzle, "depth layers=0,1")
     written = config_content(content, puzzle, pruned)

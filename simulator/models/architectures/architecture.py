@@ -37,6 +37,7 @@ class Architecture:
     full_attention: tuple[int, int] | None = None
     # key and default of the rotated share of a head; None: all of it
     rotary: tuple[str, float] | None = None
+    rotary_dim: bool = False  # whether a key of this name states the rotated features of a head
     # rows of a learned table of positions beyond these; None: no such table
     learned: int | None = None
     keys: Mapping[str, str] = field(default_factory=dict)  # usual name of a key -> its own name
@@ -60,6 +61,12 @@ class Architecture:
             self.full_attention is None
             or (layer + self.full_attention[1]) % self.full_attention[0] > 0
         )
+
+    def _rotated(self, read: Reader, features: int) -> int:
+        """Return the rotated features of a head."""
+        share = read.rotary(*self.rotary) if self.rotary else 1.0
+        rotated = int(features * share)
+        return read.integer("rotary_dim", rotated, high=features) if self.rotary_dim else rotated
 
     def _stated(self, read: Reader) -> ConfigFields:
         """Return the fields that flags and soft caps state."""
@@ -106,7 +113,7 @@ class Architecture:
             inner=read.integer(self.inner, inner or None) if self.inner else inner,
             layers=layers,
             vocab=read.integer("vocab_size", self.absent.get("vocab")),
-            rotary_dim=int(head_dim * read.rotary(*self.rotary)) if self.rotary else head_dim,
+            rotary_dim=self._rotated(read, head_dim),
             windows=(0,) * layers,
             max_positions=positions,
             learned_positions=0 if self.learned is None else positions + self.learned,
@@ -159,7 +166,7 @@ def attention_of(read: Reader) -> Attention:
         rotary=read["rotary_dim"],
         norm=read.get("qk_norm", ""),
         gate=read.get("output_gate"),
-        gates=read.get("gates", 0),
+        gates=read.get("gated_features") * read["heads"] * read["head_dim"],
         softcap=read.get("attention_softcap"),
         **{name: read.get(name) for name in flags},
     )
@@ -186,11 +193,14 @@ def layers_of(read: Reader) -> list[Layer]:
     after_attention, after_mlp = read.get("others", ((), ()))
     known: dict[Any, Layer] = {}
     layers = []
+    still = read.get("still_without_window")  # whether only layers with a window have positions
     for attention, window, mlp in zip(attentions, read["windows"], mlps):
         key = (attention, window, mlp)
         if key not in known:
             if window and isinstance(attention, Attention | LatentAttention):
                 attention = replace(attention, window=window)
+            if still and not window and isinstance(attention, Attention):
+                attention = replace(attention, rotary=0)
             known[key] = Layer((attention, *after_attention, mlp, *after_mlp), parallel)
         layers.append(known[key])
     return layers
@@ -213,7 +223,7 @@ def routed(
     shared = shared or copies * width
     experts = read.integer(count)
     usual = read.get("active", None)
-    active = read.integers("num_experts_per_tok", usual, read["layers"], high=experts)
+    active = read.integers("num_experts_per_tok", usual, high=experts)
     routed = Experts(
         experts=experts,
         active=0.0,
@@ -251,11 +261,15 @@ def _stated_experts(
 
 
 def dense_layers(read: Reader, first: int) -> Callable[[int], bool]:
-    """Return which layers have no experts: those of the list ``mlp_layer_types``, else the first
-    ones, whose number has the default ``first``."""
-    types = read.types("mlp_layer_types", read["layers"], ("dense", "sparse"))
+    """Return which layers have no experts: as a list states, else the first ones, whose number has
+    the default ``first``, and those between one of so many."""
     start = read.integer("first_k_dense_replace", first, low=0)
-    return lambda layer: types[layer] == "dense" if types else layer < start
+    sparse = read.flags("moe_layer_freq")
+    if not sparse:
+        step = read.integer("moe_layer_freq", 1)
+        sparse = [i >= start and i % step == 0 for i in range(read["layers"])]
+    sparse = read.of_kind("sparse", "dense", sparse.__getitem__, "mlp_layer_types")
+    return lambda layer: not sparse[layer]
 
 
 def except_every(number: int) -> Callable[[int], bool]:

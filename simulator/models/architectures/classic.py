@@ -86,8 +86,7 @@ def _modernbert(read: Reader) -> ConfigFields:
     layers = read["layers"]
     window = read.or_none("local_attention", 128) // 2
     step = read.integer("global_attn_every_n_layers", 3)
-    types = read.layer_types(layers, ("full_attention", "sliding_attention"))
-    local = [t == "sliding_attention" for t in types] or [i % step > 0 for i in range(layers)]
+    local = read.of_kind("sliding_attention", "full_attention", lambda layer: layer % step > 0)
     plain = attention_of(read)
     return {
         "windows": tuple(window if inside else 0 for inside in local),

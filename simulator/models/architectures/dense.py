@@ -48,16 +48,15 @@ def _opt(read: Reader) -> ConfigFields:
 def _cohere2(read: Reader) -> ConfigFields:
     """Return layers with a window and rotary positions, or neither."""
     step = read.integer("sliding_window_pattern", 4)
-    return windowed_rotary(read, read.windows(4096, except_every(step)))
+    return {"windows": read.windows(4096, except_every(step))}
 
 
 def _compass(read: Reader) -> ConfigFields:
     """Return layers with rotary positions, except for kinds of layers whose parameters are null."""
-    types = read.layer_types(read["layers"], ("full_attention", "sliding_attention"))
-    rope = read.raw("rope_parameters")
-    still = {kind for kind, given in rope.items() if given is None} if rope else set()
-    kinds = types or ["full_attention"] * read["layers"]
-    return {"attentions": rotated(read, [kind not in still for kind in kinds])}
+    known = ("full_attention", "sliding_attention")
+    kinds = read.types("layer_types", known, lambda layer: "full_attention")
+    rope = read.raw("rope_parameters") or {}
+    return {"attentions": rotated(read, [rope.get(kind, kind) is not None for kind in kinds])}
 
 
 def _exaone4(read: Reader) -> ConfigFields:
@@ -98,31 +97,30 @@ def _dory(read: Reader) -> ConfigFields:
     """Return layers of which those in the middle are repeated, each time with a cache of its
     own."""
     layers = read["layers"]
-    parts = read.layers() // read["layers"]
+    parts = read.layers() // layers
     kinds = ("full_attention", "sliding_attention", "mlp")
-    types = read.layer_types(layers * parts, kinds)[::parts]
-    window = read.integer("sliding_window", 1024)
-    full = [t == "full_attention" for t in types] or [(i + 1) % 4 == 0 for i in range(layers)]
+    every = read.with_fields(layers=layers * parts)
+    types = every.types("layer_types", kinds, lambda i: kinds[(i // parts + 1) % 4 > 0])[::parts]
+    windows = [read.integer("sliding_window", 1024) * (kind != "full_attention") for kind in types]
     first, last = (
         read.integer(f"n_{end}_layers", 8, low=0) // parts for end in ("input", "output")
     )
     middle = read.integer("n_recurrent_layers", (layers - first - last) * parts) // parts
-    if first + middle + last != layers:
-        stated = f"{layers} layers of num_hidden_layers"
-        raise read.fail("n_recurrent_layers", f"expected {stated}, got {first + middle + last}")
+    if (stated := first + middle + last) != layers:
+        expected = f"expected {layers} layers of num_hidden_layers, got {stated}"
+        raise read.fail("n_recurrent_layers", expected)
     if read.raw("recurrent_kv_cache_mode") not in (None, "per_loop"):
         raise read.fail("recurrent_kv_cache_mode", "expected per_loop; others are not supported")
     loops = read.integer("n_recurrent_loops", 2, high=MAX_LOOPS)
-    repeated = list(range(first, first + middle)) * (loops - 1)
-    order = [*range(first + middle), *repeated, *range(first + middle, layers)]
-    again = range(first + middle, first + middle + len(repeated))
-    attention = replace(attention_of(read), gates=read["heads"] * read["head_dim"])
+    again = range(first, first + middle)
+    order = [*range(again.stop), *[*again] * (loops - 1), *range(again.stop, layers)]
+    reused = [place >= again.stop and number in again for place, number in enumerate(order)]
+    attention = attention_of(read)
     mlp = mlp_of(read)
-    places = range(len(order))
     return {
-        "windows": tuple(0 if full[number] else window for number in order),
-        "attentions": [replace(attention, reused=place in again) for place in places],
-        "mlps": [replace(mlp, reused=place in again) for place in places],
+        "windows": tuple(windows[number] for number in order),
+        "attentions": [replace(attention, reused=some) for some in reused],
+        "mlps": [replace(mlp, reused=some) for some in reused],
     }
 
 

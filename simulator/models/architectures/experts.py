@@ -21,7 +21,7 @@ def sparse_steps(read: Reader, plain: list[int]) -> Callable[[int], bool]:
     """Return which layers have no experts: those of a list with a default, and those between one of
     so many."""
     step = read.integer("decoder_sparse_step", 1)
-    listed = read.numbers("mlp_only_layers", plain, read["layers"])
+    listed = read.numbers("mlp_only_layers", plain)
     return lambda layer: layer in listed or (layer + 1) % step > 0
 
 
@@ -42,12 +42,6 @@ def _qwen_experts(read: Reader) -> ConfigFields:
     return {"windows": windows} | qwen_layers(read)
 
 
-def _glm4_moe(read: Reader) -> ConfigFields:
-    start = read.integer("first_k_dense_replace", 1, low=0)
-    copies = read.or_none("n_shared_experts", 1)
-    return routed(read, "n_routed_experts", dense=lambda i: i < start, copies=copies)
-
-
 def _llama4(read: Reader) -> ConfigFields:
     """Return layers with experts or an MLP; their attention has rotary positions and chunks, or
     neither.
@@ -56,7 +50,7 @@ def _llama4(read: Reader) -> ConfigFields:
     more beyond."""
     layers = read["layers"]
     step = read.integer("interleave_moe_layer_step", 1)
-    with_experts = read.numbers("moe_layers", list(range(step - 1, layers, step)), layers)
+    with_experts = read.numbers("moe_layers", range(step - 1, layers, step))
     read.raw("intermediate_size_mlp")  # layers with experts ignore it
     inner = read.integer("intermediate_size_mlp") if len(with_experts) < layers else 0
     width = read["inner"]
@@ -69,15 +63,13 @@ def _llama4(read: Reader) -> ConfigFields:
     )
     rotary = rotary_layers(read)
     chunk = read.or_none("attention_chunk_size", 8192)
-    types = read.layer_types(layers, ("full_attention", "chunked_attention"))
-    chunked = [t == "chunked_attention" for t in types] or rotary
+    chunked = read.of_kind("chunked_attention", "full_attention", rotary.__getitem__)
     windows = [chunk if inside else 0 for inside in chunked]
     return windowed_rotary(read, windows, rotary) | mlps
 
 
 def _dbrx(read: Reader) -> ConfigFields:
-    keys = {"num_experts_per_tok": "moe_top_k"}
-    ffn = replace(read.part("ffn_config"), names_of=keys, values=read.values)
+    ffn = replace(read.part("ffn_config"), names_of={"num_experts_per_tok": "moe_top_k"})
     width = ffn.integer("ffn_hidden_size")
     groups = read.part("attn_config").integer("kv_n_heads")
     return {"kv_heads": groups} | routed(ffn, "moe_num_experts", width)
@@ -96,11 +88,6 @@ def _ernie(read: Reader) -> ConfigFields:
     return routed(read, "num_experts", dense=dense, copies=copies)
 
 
-def _hunyuan(read: Reader) -> ConfigFields:
-    width = read["inner"]
-    return routed(read, "num_experts", width, width)
-
-
 def _jetmoe(read: Reader) -> ConfigFields:
     mlps = routed(read, "num_local_experts", read["inner"], output_bias=True)["mlps"]
     groups = read["kv_heads"]
@@ -117,22 +104,9 @@ def _jetmoe(read: Reader) -> ConfigFields:
     return {"attentions": [attention] * read["layers"], "mlps": mlps}
 
 
-def _minimax_m2(read: Reader) -> ConfigFields:
-    rotary = read.integer("rotary_dim", read["rotary_dim"], high=read["head_dim"])
-    return {"rotary_dim": rotary}
-
-
-def _olmoe(read: Reader) -> ConfigFields:
-    hidden = read["hidden"]
-    heads = read["heads"]
-    if heads * read["head_dim"] != hidden:  # the norm of queries has hidden_size weights
-        raise read.fail("head_dim", f"expected hidden_size {hidden} / {heads} query heads")
-    return {}
-
-
 def _zaya(read: Reader) -> ConfigFields:
-    layers = read["layers"]
-    types = read.layer_types(layers, ("hybrid", "hybrid_sliding")) or ["hybrid"] * layers
+    known = ("hybrid", "hybrid_sliding")
+    types = read.types("layer_types", known, lambda layer: "hybrid")
     window = read.or_none("sliding_window", 0)
     shares = {kind: read.rotary("partial_rotary_factor", 0.5, kind) for kind in set(types)}
     usual = attention_of(read)
@@ -170,14 +144,10 @@ TABLE = read_table(
     more={
         "qwen2_moe": _qwen_experts,
         "qwen3_moe": _qwen_experts,
-        "glm4_moe": _glm4_moe,
         "llama4_text": _llama4,
         "dbrx": _dbrx,
         "ernie4_5_moe": _ernie,
-        "hunyuan_v1_moe": _hunyuan,
         "jetmoe": _jetmoe,
-        "minimax_m2": _minimax_m2,
-        "olmoe": _olmoe,
         "zaya": _zaya,
     },
 )

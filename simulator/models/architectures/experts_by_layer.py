@@ -20,8 +20,7 @@ from simulator.models.sublayers import Attention
 
 def _afmoe(read: Reader) -> ConfigFields:
     every = read.integer("global_attn_every_n_layers", 4)
-    windows = read.windows(1024, except_every(every))
-    return windowed_rotary(read.with_fields(gates=read["heads"] * read["head_dim"]), windows)
+    return {"windows": read.windows(1024, except_every(every))}
 
 
 def _cohere2_moe(read: Reader) -> ConfigFields:
@@ -65,7 +64,7 @@ def _flint(read: Reader) -> ConfigFields:
     windows = read.windows(513, lambda layer: layer > 1 and layer % 4 != 1 and layer < layers - 1)
     shared = read.integer("shared_expert_intermediate_size", 1024, low=0)
     dense = sparse_steps(read, [0, 1])
-    return windowed_rotary(read, windows) | routed(read, "num_experts", shared=shared, dense=dense)
+    return {"windows": windows} | routed(read, "num_experts", shared=shared, dense=dense)
 
 
 def _laguna(read: Reader) -> ConfigFields:
@@ -76,7 +75,7 @@ def _laguna(read: Reader) -> ConfigFields:
         "true, per-head or per-element",
         lambda x: x in (True, "per-head", "per-element"),
     )
-    heads = read.integers("num_attention_heads_per_layer", read["heads"], read["layers"])
+    heads = read.integers("num_attention_heads_per_layer", read["heads"])
     usual = attention_of(read)
 
     def attention(heads: int, window: int) -> Attention:
@@ -86,10 +85,7 @@ def _laguna(read: Reader) -> ConfigFields:
         gates = heads * features if gating == "per-element" else heads
         return replace(usual, heads=heads, gates=gates, rotary=rotary)
 
-    shared = read.integer("shared_expert_intermediate_size", 512, low=0)
-    dense = dense_layers(read, 1)
-    mlps = routed(read, "num_experts", shared=shared, dense=dense)
-    return {"attentions": list(map(attention, heads, read["windows"]))} | mlps
+    return {"attentions": list(map(attention, heads, read["windows"]))}
 
 
 TABLE = read_table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from simulator.codes import Part
@@ -13,6 +14,7 @@ from simulator.models.architectures.architecture import (
     Rule,
     attention_of,
     dense_layers,
+    except_every,
     mlp_of,
     read_table,
     routed,
@@ -42,18 +44,11 @@ _OLD_NAMES = {"attention": _ATTENTION, "mamba": _LINEAR}
 _PATTERN = {"M": _LINEAR, "*": _ATTENTION, "-": "mlp", "E": "moe"}
 
 
-def _types(
-    read: Reader, layers: int, known: Sequence[str], usual: Callable[[int], str]
-) -> list[str]:
+def _types(read: Reader, known: Sequence[str], usual: Callable[[int], str]) -> list[str]:
     """Return the type of each layer: from a list of names, else by the rule ``usual``."""
     key = "layers_block_type" if read.raw("layers_block_type") is not None else "layer_types"
-    stated = [_OLD_NAMES.get(name, name) for name in read.names(key)]
-    if not stated:
-        return [usual(layer) for layer in range(layers)]
-    if len(stated) != layers or not set(stated) <= set(known):
-        expected = f"a list of {layers} of {' or '.join(known)}"
-        raise read.fail(key, f"expected {expected}, got {read.data[key]!r:.200}")
-    return stated
+    names = [_OLD_NAMES.get(name, name) for name in read.names(key)]
+    return replace(read, data={**read.data, key: names or None}).types(key, known, usual)
 
 
 def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
@@ -62,7 +57,7 @@ def _mixers(types: Sequence[str], **kinds: Sublayer) -> ConfigFields:
 
 def _mixers_by_type(read: Reader, usual: Callable[[int], str], **kinds: Sublayer) -> ConfigFields:
     """Return the mixer of each layer, by its type."""
-    return _mixers(_types(read, read["layers"], (*kinds,), usual), **kinds)
+    return _mixers(_types(read, (*kinds,), usual), **kinds)
 
 
 def _rank(read: Reader, key: str, hidden: int) -> int:
@@ -102,7 +97,7 @@ def _grouped(read: Reader, key: str, mixer: Mamba2) -> Mamba2:
     return mixer
 
 
-def _hybrid_mamba2(read: Reader, hidden: int, inner: int, **changes: Any) -> Mamba2:
+def _hybrid_mamba2(read: Reader, inner: int, **changes: Any) -> Mamba2:
     """Return Mamba-2 from keys that begin with ``mamba_``; ``inner`` is the width of all heads."""
     heads = read.integer("mamba_n_heads", 128)
     stated = read.raw("mamba_d_head")
@@ -119,9 +114,9 @@ def _bamba(read: Reader) -> ConfigFields:
     hidden = read["hidden"]
     layers = read["layers"]
     inner = read.integer("mamba_expand", 2) * hidden
-    attends = read.numbers("attn_layer_indices", [], layers)
+    attends = read.numbers("attn_layer_indices", [])
     types = [_ATTENTION if layer in attends else _LINEAR for layer in range(layers)]
-    mixer = _hybrid_mamba2(read, hidden, inner)
+    mixer = _hybrid_mamba2(read, inner)
     return _mixers(types, full_attention=attention_of(read), linear_attention=mixer)
 
 
@@ -129,12 +124,8 @@ def _falcon_h1(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 and attention side by side."""
     hidden = read["hidden"]
     expanded = read.integer("mamba_expand", 2) * hidden
-    inner = (
-        read.integer("mamba_d_ssm", 1024)
-        if read.raw("mamba_d_ssm") or not read.has("mamba_d_ssm")
-        else expanded
-    )
-    mixer = _hybrid_mamba2(read, hidden, inner, norm=read.flag("mamba_rms_norm"))
+    inner = read.or_none("mamba_d_ssm", 1024) or expanded
+    mixer = _hybrid_mamba2(read, inner, norm=read.flag("mamba_rms_norm"))
     attention = replace(attention_of(read), joins=True)
     return {"sublayers": [(mixer, attention, mlp_of(read))] * read["layers"]}
 
@@ -143,7 +134,7 @@ def _granite(read: Reader) -> ConfigFields:
     """Return layers with Mamba-2 or attention, and with experts beside a shared MLP, or the shared
     MLP alone."""
     hidden = read["hidden"]
-    mixer = _hybrid_mamba2(read, hidden, read.integer("mamba_expand", 2) * hidden)
+    mixer = _hybrid_mamba2(read, read.integer("mamba_expand", 2) * hidden)
     rotates = read.raw("position_embedding_type") == "rope"
     attention = replace(attention_of(read), rotary=rotates * read["rotary_dim"])
     shared = read.integer("shared_intermediate_size", 1024)
@@ -166,8 +157,8 @@ def _nemotron_types(read: Reader) -> list[str]:
     if blocks is not None:
         parts = read.parts("block_configs", len(blocks) if isinstance(blocks, list) else 1)
         stated["block_configs"] = [part.text("block_type") for part in parts]
-    if read.raw("layers_block_type") is not None:
-        stated["layers_block_type"] = read.names("layers_block_type")
+    if names := read.names("layers_block_type"):
+        stated["layers_block_type"] = names
     if pattern is not None:
         letters = read.text("hybrid_override_pattern")
         stated["hybrid_override_pattern"] = [_PATTERN.get(letter, letter) for letter in letters]
@@ -305,13 +296,11 @@ def _zamba(read: Reader) -> ConfigFields:
         reused = use > 0
         return replace(attention, reused=reused), replace(mlp, reused=reused), added
 
-    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
-    return _shared_blocks(types, mixer, block)
+    return _shared_blocks(_types(read, (_LINEAR, "hybrid"), usual), mixer, block)
 
 
 def _zamba2(read: Reader) -> ConfigFields:
     hidden = read["hidden"]
-    read.flag("use_conv_bias", True)  # Transformers always adds the bias
     sizes = read.fields("zamba2 mamba2")
     channels = read.integer("mamba_expand", 2) * hidden // sizes["heads"]
     mixer = _grouped(read, "mamba_ngroups", Mamba2(channels=channels, **sizes))
@@ -333,13 +322,12 @@ def _zamba2(read: Reader) -> ConfigFields:
     def usual(layer: int) -> str:
         return "hybrid" if layer in (*range(6, 43, 6), 47, 51) else _LINEAR
 
-    types = _types(read, read["layers"], (_LINEAR, "hybrid"), usual)
-    return _shared_blocks(types, mixer, block)
+    return _shared_blocks(_types(read, (_LINEAR, "hybrid"), usual), mixer, block)
 
 
 def _lfm2(read: Reader) -> ConfigFields:
     layers = read["layers"]
-    attends = read.numbers("full_attn_idxs", list(range(layers)), layers)
+    attends = read.numbers("full_attn_idxs", range(layers))
 
     def usual(layer: int) -> str:
         return _ATTENTION if layer in attends else "conv"
@@ -356,13 +344,9 @@ def _lfm2(read: Reader) -> ConfigFields:
 
 
 def _lfm2_moe(read: Reader) -> ConfigFields:
-    dense = read.integer("num_dense_layers", 2, low=0)
-    read.flag("use_expert_bias", True)  # a buffer
-    mlps = routed(read, "num_experts", dense=lambda layer: layer < dense)
-    attention = attention_of(read)
     conv = ShortConv(**read.fields("lfm2"))
-    mixers = _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
-    return mixers | mlps
+    attention = attention_of(read)
+    return _mixers_by_type(read, lambda layer: _ATTENTION, full_attention=attention, conv=conv)
 
 
 def _lfm3(read: Reader) -> ConfigFields:
@@ -393,68 +377,45 @@ def qwen_mixers(read: Reader, joint: str) -> ConfigFields:
     """Return layers with a gated delta net, and layers with attention whose query projection also
     makes a gate."""
     every = read.integer("full_attention_interval", 4)
-    types = read.layer_types(read["layers"], (_ATTENTION, _LINEAR)) or [
-        _LINEAR if (i + 1) % every else _ATTENTION for i in range(read["layers"])
-    ]
-    net = _delta_net(read, "qwen delta_net", joint)
-    return _mixers(types, full_attention=attention_of(read), linear_attention=net)
+    return _mixers_by_type(
+        read,
+        lambda layer: _LINEAR if (layer + 1) % every else _ATTENTION,
+        full_attention=attention_of(read),
+        linear_attention=_delta_net(read, "qwen delta_net", joint),
+    )
 
 
 def _qwen3_next(read: Reader) -> ConfigFields:
     return qwen_mixers(read, "all") | qwen_layers(read)
 
 
-def _qwen3_5(read: Reader) -> ConfigFields:
-    read.flag("attn_output_gate", True)
-    return qwen_mixers(read, "qkv")
-
-
-def _qwen3_5_moe(read: Reader) -> ConfigFields:
-    return _qwen3_5(read) | _beside_shared(read)
-
-
-def _beside_shared(read: Reader) -> ConfigFields:
-    """Return experts beside a shared one."""
-    shared = read.integer("shared_expert_intermediate_size")
-    return routed(read, "num_experts", shared=shared)
-
-
 def _lara(read: Reader) -> ConfigFields:
     sliding = "sliding_attention"
     pattern = (_LINEAR, sliding, _LINEAR, _ATTENTION, sliding)
     attention = attention_of(read)
-    mixers = _mixers_by_type(
+    return _mixers_by_type(
         read,
         lambda layer: pattern[layer % len(pattern)],
         full_attention=attention,
         sliding_attention=replace(attention, window=read.integer("sliding_window", 512)),
         linear_attention=_delta_net(read, "lara delta_net", "qkv"),
     )
-    return mixers | _beside_shared(read)
 
 
 def _olmo_hybrid(read: Reader) -> ConfigFields:
     """Return layers with a gated delta net and norms of the inputs, and layers with attention and
     norms of the outputs."""
     layers = read["layers"]
-    heads = read["heads"]
-    last = layers - 1 if layers < 4 else -1
+    every = min(layers, 4)  # the last of fewer layers has attention
     types = _types(
         read,
-        layers,
         (_ATTENTION, _LINEAR),
-        lambda layer: _ATTENTION if layer % 4 == 3 or layer == last else _LINEAR,
+        lambda layer: _LINEAR if (layer + 1) % every else _ATTENTION,
     )
-    groups = read.integer("linear_num_key_heads", heads)
-    key = read.integer("linear_key_head_dim", int(0.75 * read["hidden"] / groups))
-    net = DeltaNet(
-        heads=read.integer("linear_num_value_heads", heads),
-        kv_heads=groups,
-        key=key,
-        value=read.integer("linear_value_head_dim", 2 * key),
-        conv=read.integer("linear_conv_kernel_dim", 4),
-        joint="none",
-    )
+    sizes = read.fields("olmo delta_net")
+    key = read.integer("linear_key_head_dim", int(0.75 * read["hidden"] / sizes["kv_heads"]))
+    value = read.integer("linear_value_head_dim", 2 * key)
+    net = DeltaNet(**sizes, key=key, value=value, joint="none")
     after = (False, True)
     attention = replace(attention_of(read), norms=after)
     mlp = mlp_of(read)
@@ -464,17 +425,14 @@ def _olmo_hybrid(read: Reader) -> ConfigFields:
 
 
 def _minimax(read: Reader) -> ConfigFields:
-    lightning = LightningAttention(
-        heads=read["heads"],
-        head_dim=read["head_dim"],
-        chunk=read.integer("block_size", 256),
-    )
-    attention = replace(attention_of(read), rotary=read.integer("rotary_dim", read["rotary_dim"]))
+    chunk = read.integer("block_size", 256)
     return _mixers_by_type(
         read,
         lambda layer: _LINEAR if layer % 2 else _ATTENTION,
-        full_attention=attention,
-        linear_attention=lightning,
+        full_attention=attention_of(read),
+        linear_attention=LightningAttention(
+            heads=read["heads"], head_dim=read["head_dim"], chunk=chunk
+        ),
     )
 
 
@@ -487,13 +445,6 @@ def latent_of(read: Reader, kind: str, rank: int, **more: Any) -> LatentAttentio
     return LatentAttention(heads=heads, query_rank=query_rank, **fields, **more)
 
 
-def _sparse_layers(read: Reader, first: int) -> ConfigFields:
-    """Return the MLPs of layers with experts after ``first`` layers without."""
-    copies = read.integer("n_shared_experts", 1, low=0)
-    dense = dense_layers(read, first)
-    return routed(read, "num_local_experts", dense=dense, copies=copies)
-
-
 def _kimi_linear(read: Reader) -> ConfigFields:
     read.raw("linear_attn_config")
     inside = read.part("linear_attn_config") if read.data.get("linear_attn_config") else read
@@ -503,13 +454,12 @@ def _kimi_linear(read: Reader) -> ConfigFields:
 
     def usual(layer: int) -> str:
         if nested:  # numbers from 1
-            attends = layer + 1 in inside.numbers("full_attn_layers", [], read["layers"] + 1)
+            attends = layer + 1 in inside.numbers("full_attn_layers", [], first=1)
             return _ATTENTION if attends else _LINEAR
         return _LINEAR if layer % 4 or not layer else _ATTENTION
 
     latent = latent_of(read, "hybrid latent", 0, rotates_positions=False)
-    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, 1)
+    return _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
 
 
 def _bailing(read: Reader) -> ConfigFields:
@@ -519,40 +469,19 @@ def _bailing(read: Reader) -> ConfigFields:
         return _LINEAR if (layer + 1) % group else _ATTENTION
 
     # Transformers saves the rotary size of latent attention as head_dim
-    features = read.integer("linear_head_dim", read.integer("head_dim", 128))
-    heads = read.integer("linear_num_heads", read["heads"])
-    net = DeltaNet(
-        heads=heads,
-        kv_heads=heads,
-        key=features,
-        value=features,
-        conv=read.integer("linear_conv_kernel_dim", read.integer("short_conv_kernel_size", 4)),
-        joint="none",
-        channel_decay=True,
-    )
+    net = DeltaNet(joint="none", channel_decay=True, **read.fields("bailing delta_net"))
     latent = latent_of(read, "hybrid latent", 0, gate="head")
-    mixers = _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
-    return mixers | _sparse_layers(read, 2)
+    return _mixers_by_type(read, usual, full_attention=latent, linear_attention=net)
 
 
 def _relative(read: Reader, sliding: bool, **changes: Any) -> RelativeAttention:
     """Return the attention of a layer with, or without, a window."""
-    usual = attention_of(read)
     window = read.integer("sliding_window") if sliding else 0
-    heads = usual.heads
-    kv_heads = usual.kv_heads
-    head_dim = usual.head_dim
-    if sliding:
-        heads = read.integer("swa_num_attention_heads", heads)
-        kv_heads = read.integer("swa_num_key_value_heads", kv_heads)
-        head_dim = read.integer("swa_head_dim", head_dim)
     return RelativeAttention(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
         window=window,
-        norm=usual.norm,
+        norm=read.get("qk_norm", ""),
         extent=window or read.integer("rel_extent", 1024),
+        **read.fields("inkling window" if sliding else "inkling heads"),
         **read.fields("inkling attention"),
         **changes,
     )
@@ -561,22 +490,19 @@ def _relative(read: Reader, sliding: bool, **changes: Any) -> RelativeAttention:
 def _inkling(read: Reader) -> ConfigFields:
     layers = read["layers"]
     conv = read.integer("conv_kernel_size", 4)
-    local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6], layers)
-    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
-    sliding = [t == "hybrid_sliding" for t in types] or [i in local for i in range(layers)]
+    local = read.numbers("local_layer_ids", [i for i in range(layers) if (i + 1) % 6])
+    sliding = read.of_kind("hybrid_sliding", "hybrid", local.__contains__)
     plain = Blocks(conv=conv)
     by_window = {inside: replace(_relative(read, inside), entry=plain) for inside in (True, False)}
-    width = read.integer("moe_intermediate_size")
     shared = read.integer("n_shared_experts", 2)
     dense = dense_layers(read, read.integer("dense_mlp_idx", 0, low=0))
-    experts = Experts(
-        experts=(count := read.integer("num_local_experts")),
-        active=float(read.integer("num_experts_per_tok", high=count)),
-        inner=width,
-        shared_inner=shared * width,
+    usual = read["mlps"][0]
+    experts = replace(
+        usual,
+        shared_inner=shared * usual.inner,
         shared_parts=shared,
-        outputs_of_router=count + shared,
-        entry=replace(plain, scalars=count + 1),
+        outputs_of_router=usual.experts + shared,
+        entry=replace(plain, scalars=usual.experts + 1),
     )
     mlp = replace(mlp_of(read), entry=replace(plain, scalars=1))
     return {
@@ -591,14 +517,7 @@ def _inkling2_layer(read: Reader, gates: int = 0) -> Callable[[int, bool], tuple
     sublayers. Layers have ``gates`` of a rank if they run in several passes."""
     conv = read.integer("conv_kernel_size", 4)
     each = read.integer("n_layers_per_attn_res_block", 6)
-    rank = _loop(read, "gate_rank", 64) if gates else 0
-    count = read.integer("num_local_experts")
-    experts = Experts(
-        experts=count,
-        active=float(read.integer("num_experts_per_tok", high=count)),
-        inner=read.integer("moe_intermediate_size"),
-        router_bias=True,
-    )
+    rank = _loop(read)["gate_rank"] if gates else 0
 
     def made(layer: int, sliding: bool) -> tuple[Sublayer, ...]:
         sources = layer // each + 2
@@ -613,7 +532,8 @@ def _inkling2_layer(read: Reader, gates: int = 0) -> Callable[[int, bool], tuple
         )
         second = Blocks(conv=conv, sources=sources, vectors=1, gates=gates, rank=rank)
         gated = attention.heads * attention.head_dim
-        return replace(attention, gates=gated, entry=first), replace(experts, entry=second)
+        experts = replace(read["mlps"][layer], entry=second)
+        return replace(attention, gates=gated, entry=first), experts
 
     return made
 
@@ -629,29 +549,23 @@ def _inkling2(read: Reader) -> ConfigFields:
 
 
 def _inkling2_windows(read: Reader) -> list[bool]:
-    layers = read["layers"]
-    types = read.types("layer_types", layers, ("hybrid", "hybrid_sliding"))
-    return [t == "hybrid_sliding" for t in types] or [(i + 1) % 6 > 0 for i in range(layers)]
+    return read.of_kind("hybrid_sliding", "hybrid", except_every(6))
 
 
-def _loop(read: Reader, key: str, default: int) -> int:
-    """Return a number of the loop, which checkpoints state in an object."""
-    own = {
-        "core_start": "loop_layer_index_start",
-        "core_end": "loop_layer_index_end",
-        "num_passes": "loop_num_passes",
-        "gate_rank": "loop_gate_rank",
-    }[key]
-    stated = read.integer(own, default)
-    inside = read.raw("loop_config")
-    return read.part("loop_config").integer(key, stated) if inside is not None else stated
+def _loop(read: Reader) -> ConfigFields:
+    """Return the numbers of the loop, which checkpoints state in an object."""
+    stated = read.fields("inkling2 loop")
+    if read.raw("loop_config") is None:
+        return stated
+    inside = read.part("loop_config")
+    return {key: inside.integer(key, value) for key, value in stated.items()}
 
 
 def _inkling2_loop(read: Reader) -> ConfigFields:
     """Return the layers in the order in which they run; those of the loop run in several passes."""
     layers = read["layers"]
-    start = _loop(read, "core_start", 6)
-    end = _loop(read, "core_end", 18)
+    loop = _loop(read)
+    start, end = loop["core_start"], loop["core_end"]
     if not 0 < start < end <= layers:
         raise read.fail("loop_layer_index_end", f"expected a layer from {start + 1} to {layers}")
     sliding = _inkling2_windows(read)
@@ -662,10 +576,9 @@ def _inkling2_loop(read: Reader) -> ConfigFields:
         for layer, inside in enumerate(sliding)
     ]
     again = [tuple(replace(s, reused=True) for s in sublayers) for sublayers in made[start:end]]
-    passes = _loop(read, "num_passes", 3)
     weights = 1 + 4 * (end - start)  # of the last sum of blocks, and of messages between passes
     return {
-        "sublayers": [*made[:end], *again * (passes - 1), *made[end:]],
+        "sublayers": [*made[:end], *again * (loop["num_passes"] - 1), *made[end:]],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),
         "other_parameters": weights * read["hidden"],
     }
@@ -687,7 +600,7 @@ TABLE = read_table(
         "lfm2_moe": _lfm2_moe,
         "lfm3": _lfm3,
         "qwen3_next": _qwen3_next,
-        "qwen3_5_text": _qwen3_5,
+        "qwen3_5_text": partial(qwen_mixers, joint="qkv"),
         "olmo_hybrid": _olmo_hybrid,
         "minimax": _minimax,
         "kimi_linear": _kimi_linear,
@@ -697,7 +610,6 @@ TABLE = read_table(
         "lara_mini": _lara,
         "inkling2_loop_text": _inkling2_loop,
         "falcon_mamba": _mamba("unit"),
-        "qwen3_5_moe_text": _qwen3_5_moe,
     },
     many={
         "nemotron_h": lambda read: len(_nemotron_types(read)),

@@ -10,10 +10,10 @@ from typing import Any
 from simulator.models.architectures.architecture import (
     Rule,
     attention_of,
+    dense_layers,
     mlp_of,
     read_table,
     routed,
-    windowed_rotary,
 )
 from simulator.models.architectures.experts import qwen_layers
 from simulator.models.architectures.hybrids import latent_of, qwen_mixers
@@ -28,59 +28,20 @@ from simulator.models.sublayers.entry import Entry, GatedNorm, Streams
 from simulator.models.sublayers.indexer import Compressor, Indexer
 
 
-def _dense_layers(read: Reader, first: int) -> Callable[[int], bool]:
-    """Return which layers have no experts: the first ones, those between one of so many, or as a
-    list states."""
-    layers = read["layers"]
-    kinds = read.types("mlp_layer_types", layers, ("dense", "sparse"))
-    start = read.integer("first_k_dense_replace", first, low=0)
-    sparse = _flags(read, "moe_layer_freq", layers)
-    if kinds:
-        sparse = [kind == "sparse" for kind in kinds]
-    elif not sparse:
-        every = read.integer("moe_layer_freq", 1)
-        sparse = [i >= start and i % every == 0 for i in range(layers)]
-    return lambda layer: not sparse[layer]
-
-
-def _flags(read: Reader, key: str, layers: int) -> list[bool]:
-    """Return a list of 0 and 1 per layer; an empty list for another value."""
-    if not isinstance(read.raw(key), list):
-        return []
-    flags = read.items(key, None, f"a list of {layers} of 0 or 1", (0, 1).__contains__, layers)
-    return [bool(flag) for flag in flags]
-
-
-def _experts(
-    read: Reader, shared: int, dense: Callable[[int], bool] = lambda layer: False
-) -> list[Any]:
-    """Return the MLP of each layer; ``shared`` is the default number of shared experts."""
-    copies = read.or_none("n_shared_experts", shared)
-    return list(routed(read, "n_routed_experts", dense=dense, copies=copies)["mlps"])
-
-
-def _deepseek(
-    shared: int = 1,
-    first: int = 1,
+def _latent(
     rank: int = 1536,
     attentions: Callable[[Reader, LatentAttention], list[Any]] | None = None,
     **more: Any,
 ) -> Rule:
-    """Return the rule for latent attention and experts, with defaults of shared experts and first
-    dense layers. ``attentions`` returns the attention of each layer from the usual one."""
+    """Return the rule for latent attention; ``rank`` is the default of the queries' rank, and
+    ``attentions`` returns the attention of each layer from the usual one."""
 
     def rule(read: Reader) -> ConfigFields:
-        layers = read["layers"]
         latent = latent_of(read, "latent", rank, **more)
-        each = attentions(read, latent) if attentions else [latent] * layers
-        return {"attentions": each, "mlps": _experts(read, shared, _dense_layers(read, first))}
+        each = attentions(read, latent) if attentions else [latent] * read["layers"]
+        return {"attentions": each}
 
     return rule
-
-
-def _dense(rank: int) -> Rule:
-    """Return the rule for latent attention and an MLP."""
-    return lambda read: {"attentions": [latent_of(read, "latent", rank)] * read["layers"]}
 
 
 def _index(read: Reader, rank: int, **more: Any) -> Indexer:
@@ -90,8 +51,7 @@ def _index(read: Reader, rank: int, **more: Any) -> Indexer:
 def _indexed(read: Reader, latent: LatentAttention) -> list[LatentAttention]:
     """Return attention to selected positions. Layers may share the selection of the layer before
     (GLM-5.2, arXiv 2603.12201)."""
-    layers = read["layers"]
-    read.layer_types(layers, ("indexed_attention",))
+    read.types("layer_types", ("indexed_attention",), lambda layer: "indexed_attention")
     topk = read.integer("index_topk", 2048)
     shares = replace(latent, topk=topk)
     selects = replace(shares, indexer=_index(read, latent.query_rank))
@@ -101,7 +61,6 @@ def _indexed(read: Reader, latent: LatentAttention) -> list[LatentAttention]:
 def _selecting(read: Reader) -> list[bool]:
     """Return which layers have an own indexer, as a list states or two rules."""
     layers = read["layers"]
-    kinds = read.types("indexer_types", layers, ("full", "shared"))
     pattern = read.value(
         "index_topk_pattern",
         "F" * layers,
@@ -110,11 +69,11 @@ def _selecting(read: Reader) -> list[bool]:
     )
     step = read.integer("index_topk_freq", 1)
     offset = read.integer("index_skip_topk_offset", 2)
-    if kinds:
-        return [kind == "full" for kind in kinds]
-    return [
-        letter == "F" and max(i - offset + 1, 0) % step == 0 for i, letter in enumerate(pattern)
-    ]
+
+    def usual(layer: int) -> bool:
+        return pattern[layer] == "F" and max(layer - offset + 1, 0) % step == 0
+
+    return read.of_kind("full", "shared", usual, "indexer_types")
 
 
 def _with_entries(sublayers: Sequence[Any], entry: Entry) -> list[Any]:
@@ -123,39 +82,36 @@ def _with_entries(sublayers: Sequence[Any], entry: Entry) -> list[Any]:
 
 def _axk1(read: Reader) -> ConfigFields:
     """Return layers whose experts are also followed by a norm."""
-    fields = _deepseek()(read)
-    mlps = [replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in fields["mlps"]]
-    return {**fields, "mlps": mlps}
+    mlps = [replace(mlp, norms=(True, isinstance(mlp, Experts))) for mlp in read["mlps"]]
+    return {**_latent()(read), "mlps": mlps}
 
 
 def _axk2(read: Reader) -> ConfigFields:
     """Return layers whose norms before attention and experts are gated."""
-    fields = _deepseek(rank=384, attentions=_indexed, gate="query")(read)
+    attentions = _latent(384, _indexed, gate="query")(read)["attentions"]
     entry = GatedNorm(rank=read.integer("gated_norm_rank", 16))
-    mlps = [
-        replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp for mlp in fields["mlps"]
-    ]
-    return {"attentions": _with_entries(fields["attentions"], entry), "mlps": mlps}
+    mlps = [replace(mlp, entry=entry) if isinstance(mlp, Experts) else mlp for mlp in read["mlps"]]
+    return {"attentions": _with_entries(attentions, entry), "mlps": mlps}
 
 
-def _streams(read: Reader, fields: ConfigFields, streams: Streams) -> ConfigFields:
+def _streams(
+    read: Reader, attentions: Sequence[Any], mlps: Sequence[Any], streams: Streams
+) -> ConfigFields:
     """Return layers between which the residual is several streams."""
     return {
-        **fields,
-        "attentions": _with_entries(fields["attentions"], streams),
-        "mlps": _with_entries(fields["mlps"], streams),
+        "attentions": _with_entries(attentions, streams),
+        "mlps": _with_entries(mlps, streams),
         "other_parameters": streams.last(read["hidden"]),
     }
 
 
 def _hy_v4(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     # the layers 0, 1, 5, 9 and so on select
-    usual = ["full" if i == 0 or (i - 1) % 4 == 0 else "shared" for i in range(layers)]
+    usual = ["full" if i in (0, 1) or i % 4 == 1 else "shared" for i in range(read["layers"])]
     if read.raw("indexer_types") is None:
         read = replace(read, data={**read.data, "indexer_types": usual})
-    fields = _deepseek(attentions=_indexed, gate="value", sinks=True)(read)
-    return _streams(read, fields, Streams(streams=read.integer("hc_mult", 4)))
+    attentions = _latent(attentions=_indexed, gate="value", sinks=True)(read)["attentions"]
+    return _streams(read, attentions, read["mlps"], Streams(streams=read.integer("hc_mult", 4)))
 
 
 _SPARSE = "compressed_sparse_attention"
@@ -165,30 +121,22 @@ _RATIOS = {"sliding_attention": 0, _SPARSE: 4, _HEAVY: 128}
 
 
 def _deepseek_v4(read: Reader) -> ConfigFields:
-    layers = read["layers"]
     if read.flag("attention_bias"):
         raise read.fail("attention_bias", "expected false, got True")
-    kinds = read.types("mlp_layer_types", layers, ("hash_moe", "moe"))
+    # a table maps token ids to experts in the first layers
     hashed = read.integer("num_hash_layers", 3, low=0)
-    kinds = kinds or ["hash_moe" if i < hashed else "moe" for i in range(layers)]
-    types = _compressed_types(read)
+    routed = read.of_kind("moe", "hash_moe", lambda layer: layer >= hashed, "mlp_layer_types")
     ratios = _ratios(read)
     attention = {kind: _compressed(read, kind, ratios[kind]) for kind in _RATIOS}
-    experts = _experts(read, 1)
-    # a table maps token ids to experts in the first layers
-    biased = {kind: replace(experts[0], router_bias=kind == "moe") for kind in {*kinds}}
-    fields = {
-        "attentions": [attention[kind] for kind in types],
-        "mlps": [biased[kind] for kind in kinds],
-    }
+    attentions = [attention[kind] for kind in _compressed_types(read)]
+    mlps = [replace(mlp, router_bias=bias) for mlp, bias in zip(read["mlps"], routed)]
     streams = Streams(streams=read.integer("hc_mult", 4), mixes=True)
-    return _streams(read, fields, streams)
+    return _streams(read, attentions, mlps, streams)
 
 
 def _compressed_types(read: Reader) -> list[str]:
     """Return the type of each layer; released files state the positions per entry instead."""
     layers = read["layers"]
-    types = read.layer_types(layers, tuple(_RATIOS))
     names = {ratio: kind for kind, ratio in _RATIOS.items()}
 
     def right(stated: Any) -> bool:
@@ -198,7 +146,7 @@ def _compressed_types(read: Reader) -> list[str]:
 
     usual = [4 if i > 2 and i % 2 else 128 for i in range(layers)]
     stated = read.value("compress_ratios", usual, f"a list of {layers} of 0, 4 or 128", right)
-    return types or [names[ratio] for ratio in stated[:layers]]
+    return read.types("layer_types", (*_RATIOS,), lambda layer: names[stated[layer]])
 
 
 def _ratios(read: Reader) -> dict[str, int]:
@@ -241,10 +189,8 @@ def _compressed(read: Reader, kind: str, ratio: int) -> CompressedAttention:
 def _dots3(read: Reader) -> ConfigFields:
     """Return layers that select positions, and layers with a window and other sizes, which
     ``per_layer_config`` or keys with ``swa_`` state."""
-    layers = read["layers"]
     names = ("indexed_attention", "sliding_attention", "full_attention")
-    usual = [names[i >= 2 and i % 4 != 1] for i in range(layers)]
-    types = read.layer_types(layers, names) or usual
+    types = read.types("layer_types", names, lambda i: names[i >= 2 and i % 4 != 1])
     latent = latent_of(read, "latent", 1024, gate="head", key_norm=True)
     own = read.raw("per_layer_config") is None
     windowed = _dots3_sliding(read, latent) if own else latent
@@ -258,8 +204,7 @@ def _dots3(read: Reader) -> ConfigFields:
     shared = "moe_shared_expert_intermediate_size"
     wide = read.integer(shared, read.integer("shared_experts_intermediate_size", 1536))
     wide *= read.integer("n_shared_experts", 1)
-    dense = _dense_layers(read, 1)
-    found = routed(read, "n_routed_experts", shared=wide, dense=dense)
+    found = routed(read, "n_routed_experts", shared=wide, dense=dense_layers(read, 1))
     return {"attentions": attentions, **found}
 
 
@@ -299,63 +244,42 @@ def _longcat(read: Reader) -> ConfigFields:
 def _minimax_m3(read: Reader) -> ConfigFields:
     """Return layers of which some select blocks of positions; the configuration states them as
     types of layers, or in ``sparse_attention_config``."""
-    layers = read["layers"]
-    attention = replace(attention_of(read), rotary=read.integer("rotary_dim", 64))
+    attention = attention_of(read)
     old = read.raw("sparse_attention_config") is not None
     inside = read.part("sparse_attention_config") if old else read
     kind = "minimax_m3 sparse_attention_config" if old else "minimax_m3"
     indexer = Indexer(**inside.fields(f"{kind} indexer"), weighs=False)
     topk = math.prod(inside.fields(f"{kind} blocks").values())
-    types = read.layer_types(layers, ("full_attention", "minimax_m3_sparse"))
-    selecting = [kind == "minimax_m3_sparse" for kind in types]
-    selecting = selecting or (_flags(inside, "sparse_attention_freq", layers) if old else [])
+    usual = (inside.flags("sparse_attention_freq") if old else []) or [False] * read["layers"]
+    selecting = read.of_kind("minimax_m3_sparse", "full_attention", usual.__getitem__)
     sparse = replace(attention, topk=topk, indexer=indexer)
-    attentions = [sparse if own else attention for own in selecting or [False] * layers]
+    attentions = [sparse if own else attention for own in selecting]
     inner = read.integer("dense_intermediate_size", 12288)
     wide = read.integer("shared_intermediate_size", 3072)
     wide *= read.integer("n_shared_experts", 1)
     dense = read.with_fields(inner=inner)
-    experts = _dense_layers(read, 0)
-    found = routed(dense, "num_local_experts", read["inner"], wide, experts)
+    found = routed(dense, "num_local_experts", read["inner"], wide, dense_layers(read, 0))
     return {"attentions": attentions, **found}
 
 
 def _mimo_v2(read: Reader) -> ConfigFields:
     """Return layers with all positions, and layers with a window, sinks and twice the KV heads."""
-    layers = read["layers"]
-    pattern = _flags(read, "hybrid_layer_pattern", layers)
-    types = read.layer_types(layers, ("full_attention", "sliding_attention"))
-    slides = [kind == "sliding_attention" for kind in types] or pattern
-    slides = slides or [i > 0 and (i + 1) % 6 > 0 for i in range(layers)]
+    usual = [i > 0 and (i + 1) % 6 > 0 for i in range(read["layers"])]
+    pattern = read.flags("hybrid_layer_pattern") or usual
+    slides = read.of_kind("sliding_attention", "full_attention", pattern.__getitem__)
     former = read.or_none("sliding_window_size", 0)  # without the query's own position
     window = former + 1 if former else read.integer("sliding_window", 129)
     full = replace(attention_of(read), value_dim=read.integer("v_head_dim", 128))
     other = replace(
         full,
-        heads=read.integer("swa_num_attention_heads", read["heads"]),
         kv_heads=read.integer("swa_num_key_value_heads", 2 * read["kv_heads"]),
-        head_dim=read.integer("swa_head_dim", read["head_dim"]),
         value_dim=read.integer("swa_v_head_dim", full.value_dim),
-        sinks=read.flag("add_swa_attention_sink_bias", True),
         window=window,
+        **read.fields("mimo_v2 window"),
     )
     read.divisor("swa_num_key_value_heads", other.kv_heads, other.heads, "swa_num_attention_heads")
     full = replace(full, sinks=read.flag("add_full_attention_sink_bias"))
-    mlps = _experts(read, 0, _dense_layers(read, 1))
-    return {"attentions": [other if own else full for own in slides], "mlps": mlps}
-
-
-def _beam(read: Reader) -> ConfigFields:
-    gates = {"gates": read["heads"] * read["head_dim"]}
-    mlps = routed(read, "num_experts", dense=_dense_layers(read, 3))
-    return windowed_rotary(read.with_fields(**gates), read["windows"]) | mlps
-
-
-def _kolibri(read: Reader) -> ConfigFields:
-    shared = read.integer("shared_expert_intermediate_size", 512, low=0)
-    count = "num_local_experts" if read.has("num_local_experts") else "num_experts"
-    layers = windowed_rotary(read, read["windows"])
-    return layers | routed(read, count, shared=shared)
+    return {"attentions": [other if own else full for own in slides]}
 
 
 def _qwen4(read: Reader) -> ConfigFields:
@@ -378,30 +302,28 @@ def _qwen4(read: Reader) -> ConfigFields:
         for attention in fields["attentions"]
     ]
     streams = Streams(streams=read.integer("hc_count", 4), rank=read.integer("hc_lowrank", 320))
-    return _streams(read, {**fields, "attentions": attentions}, streams)
+    return _streams(read, attentions, fields["mlps"], streams)
 
 
 TABLE = read_table(
     "latent",
     more={
-        "deepseek_v2": _deepseek(shared=2, first=0),
-        "deepseek_v3": _deepseek(first=3),
-        "deepseek_v32": _deepseek(first=3, attentions=_indexed),
-        "glm_moe_dsa": _deepseek(first=3, rank=2048, attentions=_indexed),
+        "deepseek_v2": _latent(),
+        "deepseek_v3": _latent(),
+        "deepseek_v32": _latent(attentions=_indexed),
+        "glm_moe_dsa": _latent(2048, _indexed),
         "axk1": _axk1,
         "axk2": _axk2,
         "hy_v4": _hy_v4,
         "deepseek_v4": _deepseek_v4,
         "dots3_note_text": _dots3,
-        "glm4_moe_lite": _deepseek(rank=768),
-        "sarvam_mla": _deepseek(rank=0),
-        "youtu": _dense(1536),
-        "minicpm3": _dense(768),
+        "glm4_moe_lite": _latent(768),
+        "sarvam_mla": _latent(0),
+        "youtu": _latent(),
+        "minicpm3": _latent(768),
         "longcat_flash": _longcat,
         "minimax_m3_vl_text": _minimax_m3,
         "mimo_v2_flash": _mimo_v2,
-        "beam": _beam,
-        "kolibri1": _kolibri,
         "qwen4_exp_text": _qwen4,
     },
 )

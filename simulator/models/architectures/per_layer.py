@@ -85,22 +85,18 @@ def _read_attention(of: Reader, dense: Sublayer | None) -> Sublayer | None:
     if not isinstance(dense, Attention):
         raise of.fail("no_op", "expected true, as the dense layer has no such attention")
     heads = dense.heads
-    groups, sized = (
-        of.data.get(key) is not None for key in ("num_key_value_heads", "n_heads_in_group")
-    )
-    if not (groups or sized):
-        raise of.fail(
-            "n_heads_in_group", "missing; expected an integer, here or in num_key_value_heads"
-        )
-    size = of.integer("n_heads_in_group") if sized else 1
-    kv_heads = of.integer("num_key_value_heads") if groups else heads // size
-    of.divisor("num_key_value_heads", kv_heads, heads, "num_attention_heads")
-    of.divisor("n_heads_in_group", size, heads, "num_attention_heads")
-    if sized and kv_heads != heads // size:
-        raise of.fail(
-            "n_heads_in_group",
-            f"expected {heads // kv_heads}, as num_key_value_heads, got {size}",
-        )
+    groups, group = "num_key_value_heads", "n_heads_in_group"
+    counts = {
+        key: of.divisor(key, of.integer(key), heads, "num_attention_heads")
+        for key in (groups, group)
+        if of.data.get(key) is not None
+    }
+    if not counts:
+        raise of.fail(group, f"missing; expected an integer, here or in {groups}")
+    kv_heads = counts.get(groups) or heads // counts[group]
+    size = heads // kv_heads
+    if counts.get(group, size) != size:
+        raise of.fail(group, f"expected {size}, as {groups}, got {counts[group]}")
     return replace(dense, kv_heads=kv_heads)
 
 

@@ -11,7 +11,8 @@ from simulator.errors import InputError
 from simulator.models.tables import read_names
 
 _KEYS: Mapping[str, Mapping[str, Sequence[Any]]] = read_names("fields")
-"""Kind of sublayer or object -> its fields -> key and default of each; null: the key is needed."""
+"""Kind of sublayer or object -> its fields -> keys of each, of which the first that is stated
+counts, and default: a value, a usual field, or null if the key is needed."""
 
 # values of keys by name: fields of the model and of its usual sublayers; "attentions" and "mlps"
 # are the sublayers of each layer, if layers differ; "sublayers" are all those of each layer
@@ -112,12 +113,14 @@ class Reader:
     def fields(self, kind: str) -> ConfigFields:
         """Return the fields of a kind of :data:`_KEYS`: flags, where the default is one, and whole
         numbers."""
-        return {
-            name: self.flag(key, default)
-            if isinstance(default, bool)
-            else self.integer(key, default)
-            for name, (key, default) in _KEYS[kind].items()
-        }
+        found: ConfigFields = {}
+        for name, (*keys, default) in _KEYS[kind].items():
+            value = self[default] if isinstance(default, str) else default
+            for key in reversed(keys):
+                read = self.flag if isinstance(value, bool) else self.integer
+                value = read(key, value)
+            found[name] = value
+        return found
 
     def capped(self, key: str, absent: bool) -> bool:
         """Return whether a soft cap is set; null means no cap."""
@@ -128,7 +131,7 @@ class Reader:
 
     def part(self, key: str) -> Reader:
         inside = self.value(key, None, "an object", lambda x: isinstance(x, Mapping))
-        return Reader(inside, self.source, f"{self.place}{key}.")
+        return Reader(inside, self.source, f"{self.place}{key}.", values=self.values)
 
     def text(self, key: str) -> str:
         return str(self.value(key, None, "a text", lambda x: isinstance(x, str)))
@@ -163,6 +166,7 @@ class Reader:
         return self.items(key, [], "a list of names", lambda item: isinstance(item, str))
 
     def parts(self, key: str, many: int) -> list[Reader]:
+        """Return a list of objects, one per layer."""
         expected = f"a list of {many} objects, one per layer"
         found = self.items(key, None, expected, lambda item: isinstance(item, Mapping), many)
         return [
@@ -170,16 +174,20 @@ class Reader:
             for i, inside in enumerate(found)
         ]
 
-    def numbers(self, key: str, default: list[int], layers: int) -> set[int]:
-        expected = f"a list of layers from 0 to {layers - 1}"
-        known = range(layers)
-        return set(self.items(key, default, expected, lambda i: isinstance(i, int) and i in known))
+    def numbers(self, key: str, default: Sequence[int], first: int = 0) -> set[int]:
+        """Return a list of numbers of layers, of which the first has the number ``first``."""
+        known = range(first, self["layers"] + first)
+        expected = f"a list of layers from {known[0]} to {known[-1]}"
 
-    def integers(
-        self, key: str, default: int | None, layers: int, high: int = MAX_VALUE
-    ) -> list[int]:
+        def right(item: Any) -> bool:
+            return isinstance(item, int) and item in known
+
+        return set(self.items(key, [*default], expected, right))
+
+    def integers(self, key: str, default: int | None, high: int = MAX_VALUE) -> list[int]:
         """Return a whole number per layer, from a list or from one number for all."""
         values = self.raw(key)
+        layers = self["layers"]
         if not isinstance(values, list):
             return [self.integer(key, default, high=high)] * layers
         right = all(_is_number(x) and 1 <= x <= high and x == int(x) for x in values)
@@ -200,17 +208,29 @@ class Reader:
             )
         return self.number(key, default, high=1)
 
-    def layer_types(self, layers: int, known: tuple[str, ...]) -> list[str]:
-        """Return the list ``layer_types``, one of ``known`` per layer; an empty list without the
-        key."""
-        return self.types("layer_types", layers, known)
-
-    def types(self, key: str, layers: int, known: tuple[str, ...]) -> list[str]:
-        """Return a list of one of ``known`` per layer; an empty list without the key."""
+    def types(self, key: str, known: Sequence[str], usual: Callable[[int], str]) -> list[str]:
+        """Return a list of one of ``known`` per layer; without the key by the rule ``usual``."""
+        layers = self["layers"]
         if self.raw(key) is None:
-            return []
+            return [usual(layer) for layer in range(layers)]
         expected = f"a list of {layers} of {' or '.join(known)}"
         return self.items(key, None, expected, known.__contains__, layers)
+
+    def of_kind(
+        self, kind: str, other: str, usual: Callable[[int], bool], key: str = "layer_types"
+    ) -> list[bool]:
+        """Return whether each layer is of a kind, as a list of both kinds states, else by the rule
+        ``usual``."""
+        types = self.types(key, (other, kind), lambda layer: kind if usual(layer) else other)
+        return [stated == kind for stated in types]
+
+    def flags(self, key: str) -> list[bool]:
+        """Return a list of 0 and 1 per layer; an empty list for another value."""
+        if not isinstance(self.raw(key), list):
+            return []
+        layers = self["layers"]
+        right = (0, 1).__contains__
+        return [*map(bool, self.items(key, None, f"a list of {layers} of 0 or 1", right, layers))]
 
     def windows(
         self, default: int, windowed: Callable[[int], bool], used: bool = True
@@ -220,14 +240,11 @@ class Reader:
 
         A ``sliding_window`` of null means no window; if the key is missing, the default is used.
         The key is ignored unless ``used``."""
-        layers = self["layers"]
         window = self.or_none("sliding_window", default) if used else 0
-        types = self.layer_types(layers, ("full_attention", "sliding_attention"))
-        if not types:
-            return tuple(window if windowed(layer) else 0 for layer in range(layers))
-        if "sliding_attention" in types and not window:
+        slides = self.of_kind("sliding_attention", "full_attention", windowed)
+        if self.raw("layer_types") and any(slides) and not window:
             raise self.fail(
                 "sliding_window",
                 "missing; expected an integer, as layer_types names sliding_attention",
             )
-        return tuple(window if t == "sliding_attention" else 0 for t in types)
+        return tuple(window if inside else 0 for inside in slides)

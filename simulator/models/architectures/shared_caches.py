@@ -51,9 +51,7 @@ def _gemma3n(read: Reader) -> ConfigFields:
     laurel = Laurel(rank=read.integer("laurel_rank", 64))
     return {
         "attentions": attentions,
-        "mlps": [
-            Mlp(inner=width) for width in read.integers("intermediate_size", 16384, read["layers"])
-        ],
+        "mlps": [Mlp(inner=width) for width in read.integers("intermediate_size", 16384)],
         "others": ((laurel,), (AltUp(streams=streams), *inputs)),
         "streams": streams,
         "other_parameters": inputs[0].width,  # norm of the projected inputs

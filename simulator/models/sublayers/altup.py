@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes, elements
+from simulator.models.pass_rows import OperatorRows, PassRows, Products, elements
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -20,9 +20,6 @@ class AltUp(Sublayer):
     streams: int
     norms: tuple[bool, bool] | None = (False, False)
 
-    def weights(self, hidden: int) -> Shapes:
-        return {}
-
     def products(self, hidden: int) -> Products:
         streams = self.streams
         return {
@@ -32,14 +29,13 @@ class AltUp(Sublayer):
         }
 
     def parameters(self, hidden: int) -> int:
-        return (
-            elements(self.products(hidden)) + 2 * hidden
-        )  # a norm, and factors of the computed stream
+        # a norm, and factors of the computed stream
+        return elements(self.products(hidden)) + 2 * hidden
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         hidden = p.hidden
-        every = self.streams * p.hidden
+        every = self.streams * hidden
         products = self.products(hidden)
         for name, first in (("prediction", 1), ("correction", 0)):
             yield p.move("altup", part, hidden, params=2 * hidden * first)

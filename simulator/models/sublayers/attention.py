@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from simulator.models.form import present
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, remaining
+from simulator.models.sublayers.base import Cut, SharedSize, Sublayer
 from simulator.models.sublayers.indexer import Indexer
 
 
@@ -70,6 +70,16 @@ class Attention(Sublayer):
         return self.heads * self.value_features
 
     @property
+    def cached_heads(self) -> int:
+        """Key/value heads that it adds to the cache."""
+        return self.kv_heads
+
+    @property
+    def normed(self) -> int:
+        """Features of the norms of queries and keys."""
+        return (self.heads + self.kv_heads) * self.head_dim
+
+    @property
     def projected(self) -> dict[str, int]:
         """Outputs of the projections that read the residual stream."""
         keys = self.kv_heads * self.head_dim
@@ -113,8 +123,7 @@ class Attention(Sublayer):
     @property
     def norm_weights(self) -> int:
         """Parameters of the norms of queries and keys."""
-        width = (self.heads + self.kv_heads) * self.head_dim
-        kinds = {"head": 2 * self.head_dim, "width": width, "layer": 4 * self.head_dim}
+        kinds = {"head": 2 * self.head_dim, "width": self.normed, "layer": 4 * self.head_dim}
         return kinds.get(self.norm, 0)
 
     @property
@@ -137,32 +146,31 @@ class Attention(Sublayer):
         gates = self.gates // devices
         return replace(self, heads=self.heads // devices, kv_heads=kv_heads, gates=gates)
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Attention:
-        groups = remaining(self.kv_heads, shares["attention"])
-        heads = remaining(self.heads * groups // self.kv_heads, shares["heads"])
+    def narrower(self, cut: Cut) -> Attention:
+        groups = cut.kept("attention", self.kv_heads)
+        heads = cut.kept("heads", self.heads * groups // self.kv_heads)
         gates = self.gates * heads // self.heads
-        return replace(self, heads=heads, kv_heads=remaining(groups, shares["kv"]), gates=gates)
+        return replace(self, heads=heads, kv_heads=cut.kept("kv", groups), gates=gates)
+
+    def inputs(self, p: PassRows) -> OperatorRows:
+        """Yield the projections of queries, keys and values."""
+        read = self.reads * p.hidden
+        if self.reads > 1:
+            yield p.move("attention_norm", self.part, read, params=read)
+        yield from p.quantized("qkv", self.part, read)
+        yield from p.products(self, "qkv", self.projected, read, self.qkv_bias, p.fuses("qkv"))
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
-        hidden = p.hidden
-        features = self.head_dim
-        queries = self.heads * features
-        keys = self.kv_heads * features
         attended = self.attended
         values = self.kv_heads * self.value_features
-        read = self.reads * hidden
-        if self.reads > 1:
-            yield p.move("attention_norm", part, read, params=read)
-        yield from p.quantized("qkv", part, read)
-        yield from p.products(
-            self, "qkv", self.projected, read, self.qkv_bias, fuses=p.fuses("qkv")
-        )
+        yield from self.inputs(p)
         if self.norm and (self.norm != "unit" or present(self.rotary)):
-            width = queries + keys
-            yield p.move("qk_norm", part, width, params=self.norm_weights)
-        yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
-        yield p.cache_write(keys + values, self.heads, self.kv_heads)
+            yield p.move("qk_norm", part, self.normed, params=self.norm_weights)
+        yield from p.rotary((self.heads + self.cached_heads) * self.rotary)
+        if present(self.cached_heads):
+            cached = self.kv_heads * self.head_dim + values
+            yield p.cache_write(cached, self.heads, self.kv_heads)
         if self.masks:  # Transformers projects the whole cache in each step
             row = p.wide_gemm("mask_values", part, self.kv_heads, values)
             yield row | {"params": self.mask_weights * p.owns, "m": p.batch * p.mean_positions}
@@ -170,16 +178,26 @@ class Attention(Sublayer):
             yield from self.indexer.rows(p, self.topk)
         # without a paged cache (Transformers), other positions are masked and computed
         topk = self.topk if p.lowering.engine.cache == "paged" else 0
-        sizes = {"kv_heads": self.kv_heads, "head_dim": features, "value_dim": self.value_dim}
-        sizes["k"] = topk
-        yield p.attend(self.heads, **sizes) | {"params": self.score_weights * p.owns}
+        row = p.attend(
+            self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            k=topk,
+            role="attention" if present(self.cached_heads) else "shared_attention",
+        )
+        yield row | {"params": self.score_weights * p.owns}
         if self.two_softmaxes:
-            yield p.attend(self.heads, **sizes)
+            yield row
             yield p.move("inner_norm", part, attended, 2 * attended)
         if present(self.gates):
-            yield p.gemm("head_gate", part, self.gates, hidden)
+            yield p.gemm("head_gate", part, self.gates, p.hidden)
         if self.gate or present(self.gates):
             yield p.move("output_gate", part, attended, 2 * attended)
         if self.output_norm:
             yield p.move("inner_norm", part, attended, params=self.output_weights)
-        yield from p.output(self, attended, self.o_bias)
+        yield from self.written(p)
+
+    def written(self, p: PassRows) -> OperatorRows:
+        """Yield the projection of the outputs."""
+        yield from p.output(self, self.o_bias)

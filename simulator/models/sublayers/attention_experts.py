@@ -8,7 +8,7 @@ from simulator.codes import Kind
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
 from simulator.models.sublayers.attention import Attention
-from simulator.models.sublayers.base import BySize, remaining
+from simulator.models.sublayers.base import Cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,17 @@ class AttentionExperts(Attention):
     def other_parameters(self, hidden: int) -> int:
         return (self.experts + self.o_bias) * hidden
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> AttentionExperts:
-        if shares["heads"] > 0 or shares["kv"] > 0:
+    def narrower(self, cut: Cut) -> AttentionExperts:
+        if cut.shares["heads"] > 0 or cut.shares["kv"] > 0:
             raise InputError(
                 "sparsity of heads or kv: attention experts have a query head per KV head; expected"
                 " attention"
             )
-        groups = remaining(self.kv_heads, shares["attention"])
+        groups = cut.kept("attention", self.kv_heads)
         return replace(self, heads=groups * self.active, kv_heads=groups)
 
-    def rows(self, p: PassRows) -> OperatorRows:
-        """Yield the operators; both products of the experts are one row."""
+    def inputs(self, p: PassRows) -> OperatorRows:
+        """Yield the projections; both products of the experts are one row."""
         part = self.part
         hidden = p.hidden
         width = self.width
@@ -68,6 +68,6 @@ class AttentionExperts(Attention):
             "gated": False,
         }
         yield from p.products(self, "qkv", {"k": width, "v": width}, hidden, False, fuses=True)
-        yield from p.rotary((self.heads + self.kv_heads) * self.rotary)
-        yield p.cache_write(2 * width, self.heads, self.kv_heads)
-        yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
+
+    def written(self, p: PassRows) -> OperatorRows:
+        return iter(())

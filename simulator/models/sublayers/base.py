@@ -21,6 +21,28 @@ BySize = Mapping[str, float]
 """A number for each of some sizes, such as "KV heads"."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Parts of sublayers that width pruning removes."""
+
+    # share of each part: "attention" (KV heads with their query heads), "heads", "kv", "mlp",
+    # "mamba_heads", "mamba_channels" and "mamba_state"
+    shares: BySize
+    align: int  # inner widths are multiples of it
+    inner: int | None = None  # inner width of MLPs, instead of their share
+
+    def kept(self, part: str, size: int) -> int:
+        """Return how many remain of a size that is divided into parts."""
+        return remaining(size, self.shares[part])
+
+    def width(self, size: int, stated: int | None = None) -> int:
+        """Return the width that remains of an inner width: the ``stated`` one, if any."""
+        share = self.shares["mlp"]
+        if stated and share and size:
+            return stated
+        return aligned(size, share, self.align)
+
+
 class SharedSize(NamedTuple):
     """A size that devices divide among them."""
 
@@ -101,7 +123,7 @@ class Sublayer:
 
     def weights(self, hidden: int) -> Shapes:
         """Return outputs and inputs of the weights that pruning counts, by role."""
-        raise NotImplementedError
+        return {}
 
     def products(self, hidden: int) -> Products:
         """Return outputs and inputs of all linear products, and how many there are, by role.
@@ -142,15 +164,14 @@ class Sublayer:
     def sizes(self) -> BySize:
         return {name: getattr(self, field) for name, field in self.NAMED}
 
-    def narrower(self: S, shares: BySize, align: int, inner: int | None) -> S:
-        """Return the sublayer without shares of its parts: "attention" (KV heads with their query
-        heads), "heads", "kv", "mlp", "mamba_heads", "mamba_channels" and "mamba_state". Inner
-        widths are multiples of ``align``, or ``inner``."""
+    def narrower(self: S, cut: Cut) -> S:
+        """Return the sublayer without shares of its parts."""
         return self
 
     def rows(self, p: PassRows) -> OperatorRows:
-        """Yield the operators of the sublayer, without norms and collectives."""
-        raise NotImplementedError
+        """Yield the operators of the sublayer, without norms and collectives: its weights."""
+        for role, shape in self.weights(p.hidden).items():
+            yield p.gemm(role, self.part, *shape)
 
     def form(self, role: str) -> Form:
         return dict(self.forms).get(role, PLAIN)
@@ -203,6 +224,8 @@ def remaining(size: int, share: float) -> int:
 def aligned(size: int, share: float, align: int) -> int:
     """Return a size without a share of it, rounded up to a multiple of ``align``, at most the
     size."""
+    if share <= 0:
+        return size
     wanted = math.ceil((1.0 - share) * size / align - 1e-9) * align
     return min(max(wanted, align), size)
 

@@ -79,4 +79,4 @@ class CompressedAttention(LatentAttention):
         yield from p.rotary(heads * self.rotary)  # values are rotated keys: rotated back
         yield from p.quantized("o", part, queries)
         yield p.gemm("o_a", part, *weights["o_a"])
-        yield from p.product(self, "o", *weights["o"])
+        yield from p.weight(self, "o")

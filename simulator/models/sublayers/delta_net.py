@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.codes import Kind
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, remaining
+from simulator.models.sublayers.base import Cut, Sublayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,20 +102,19 @@ class DeltaNet(Sublayer):
     def other_parameters(self, hidden: int) -> int:
         return self.state_parameters + self.value
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> DeltaNet:
+    def narrower(self, cut: Cut) -> DeltaNet:
         # a group is a key head with its value heads; the net has no query or KV heads alone
-        groups = remaining(self.kv_heads, shares["attention"])
+        groups = cut.kept("attention", self.kv_heads)
         return replace(self, heads=self.heads * groups // self.kv_heads, kv_heads=groups)
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         hidden = p.hidden
         values = self.values
-        weights = self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
         if self.joint == "all" or p.fuses("qkv"):
-            yield from p.product(self, "delta_in", *weights["delta_in"])
-            yield p.wide_gemm("delta_ba", part, *weights["delta_ba"])
+            yield from p.weight(self, "delta_in")
+            yield p.wide_gemm("delta_ba", part, *self.weights(hidden)["delta_ba"])
         else:
             made = self.products(hidden)
             for name in ("qkv", "q", "k", "v", "gate"):
@@ -140,4 +139,4 @@ class DeltaNet(Sublayer):
             kv_len=p.kept(self.conv),
         )
         yield p.move("gated_norm", part, values, 2 * values, values, self.value)
-        yield from p.output(self, values)
+        yield from p.output(self)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from simulator.codes import ELEMENTWISE, Kind, Part
+from simulator.codes import Kind, Part
 from simulator.models.form import present
 from simulator.models.pass_rows import (
     OperatorRow,
@@ -17,7 +17,7 @@ from simulator.models.pass_rows import (
     Shapes,
     elements,
 )
-from simulator.models.sublayers.base import BySize, SharedSize, Sublayer, aligned
+from simulator.models.sublayers.base import BySize, Cut, SharedSize, Sublayer
 from simulator.models.sublayers.mlp import Mlp
 
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
@@ -183,13 +183,9 @@ class Experts(Sublayer):
         counts = {"experts": self.experts, "active experts": self.active}
         return {**shared, **latent, **counts, "expert width": self.inner}
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Experts:
-        if not shares["mlp"]:
-            return self
-        shared = self.shared_inner
-        if shared:
-            shared = inner or aligned(shared, shares["mlp"], align)
-        return replace(self, inner=aligned(self.inner, shares["mlp"], align), shared_inner=shared)
+    def narrower(self, cut: Cut) -> Experts:
+        shared = cut.width(self.shared_inner, cut.inner)
+        return replace(self, inner=cut.width(self.inner), shared_inner=shared)
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
@@ -221,12 +217,11 @@ class Experts(Sublayer):
             "params": owned * p.owns,
             "gated": self.gated,
         }
-        latents = self._latents(hidden)
-        if latents:
-            yield from p.product(self, "latent_in", *latents["latent_in"], self.shared_bias)
+        if present(self.latent):
+            yield from p.weight(self, "latent_in", self.shared_bias)
         yield row | ({"batch": devices} if devices > 1 else {})
-        if latents:
-            yield from p.product(self, "latent_out", *latents["latent_out"], self.shared_bias)
+        if present(self.latent):
+            yield from p.weight(self, "latent_out", self.shared_bias)
         if self.branch_norms:
             yield p.norm_after(part, adds=False)
             yield p.move("residual", part, hidden, 2 * hidden)
@@ -246,16 +241,7 @@ class Experts(Sublayer):
     def _select(self, p: PassRows, tokens: int, devices: int) -> OperatorRow:
         """Return the kernel that changes which experts each token uses."""
         choices = np.round(np.asarray(self.choices) * devices)
-        stream = p.lowering.stream_dtype
-        return {
-            "kind": ELEMENTWISE,
-            "role": "select",
-            "part": self.part,
-            "m": tokens,
-            "n": choices,
-            "read_bytes": tokens * choices * SCORE_BYTES,
-            "write_bytes": tokens * choices * SCORE_BYTES,
-            "dtype": stream,
-            "weight_dtype": stream,
-            "overhead": True,
-        }
+        moved = tokens * choices * SCORE_BYTES
+        bytes_moved = {"read_bytes": moved, "write_bytes": moved}
+        row = p.kernel(Kind.ELEMENTWISE, "select", self.part, m=tokens, n=choices, **bytes_moved)
+        return row | {"overhead": True}

@@ -92,17 +92,16 @@ class Indexer:
         owned = 0 if self.compressor is not None else self.own
         yield p.move("index_norm", part, made, params=owned)
         paged = p.lowering.engine.cache == "paged"
-        yield {
-            "kind": Kind.INDEXER,
-            "role": "indexer",
-            "part": part,
-            "dtype": p.lowering.stream_dtype,
-            "weight_dtype": _FP8 if paged else p.lowering.stream_dtype,
-            "heads": self.heads,
-            "head_dim": self.features,
-            "batch": p.batch,
-            "q_len": p.q_len,
-            "k": topk,
-            "n": self.ratio,
-            "latent": self.cached,
-        }
+        row = p.kernel(
+            Kind.INDEXER,
+            "indexer",
+            part,
+            heads=self.heads,
+            head_dim=self.features,
+            batch=p.batch,
+            q_len=p.q_len,
+            k=topk,
+            n=self.ratio,
+            latent=self.cached,
+        )
+        yield row | ({"weight_dtype": _FP8} if paged else {})

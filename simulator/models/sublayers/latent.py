@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, remaining
+from simulator.models.sublayers.base import Cut, Sublayer
 from simulator.models.sublayers.indexer import Indexer
 
 
@@ -99,14 +99,13 @@ class LatentAttention(Sublayer):
         others = self.gates * hidden + self.sinks * self.heads + indexer
         return biases + self.normed + others
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> LatentAttention:
-        if shares["kv"] > 0:
+    def narrower(self, cut: Cut) -> LatentAttention:
+        if cut.shares["kv"] > 0:
             raise InputError(
                 "sparsity of kv: latent attention has one vector for all heads; expected attention"
                 " or heads"
             )
-        heads = remaining(remaining(self.heads, shares["attention"]), shares["heads"])
-        return replace(self, heads=heads)
+        return replace(self, heads=cut.kept("heads", cut.kept("attention", self.heads)))
 
     def rows(self, p: PassRows) -> OperatorRows:
         """Yield the operators. A copied cache has keys and values of every head, and a decode step
@@ -125,14 +124,12 @@ class LatentAttention(Sublayer):
         inner = heads * self.value
         weights = self.weights(hidden)
         yield from p.quantized("qkv", part, hidden)
-        if not self.query_rank:
-            yield from p.product(self, "q", *weights["q"])
-        elif p.fuses("qkv"):
+        if self.query_rank and p.fuses("qkv"):
             yield from p.product(self, "qkv_a", self.query_rank + self.cached, hidden, self.bias)
         else:
-            yield from p.product(self, "q_a", *weights["q_a"], self.bias)
-        if not (self.query_rank and p.fuses("qkv")):
-            yield from p.product(self, "kv_a", *weights["kv_a"], self.bias)
+            first = ("q_a", self.bias) if self.query_rank else ("q", False)
+            for role, bias in (first, ("kv_a", self.bias)):
+                yield from p.weight(self, role, bias)
         yield p.move("latent_norm", part, self.normed, params=self.normed)
         if self.query_rank:
             yield p.gemm("q_b", part, *weights["q_b"])
@@ -158,4 +155,4 @@ class LatentAttention(Sublayer):
             yield p.gemm("head_gate", part, self.gates, hidden)
         if self.gate:
             yield p.move("output_gate", part, inner, 2 * inner)
-        yield from p.output(self, inner, self.bias)
+        yield from p.output(self, self.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
+from simulator.models.pass_rows import Shapes
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -20,7 +20,3 @@ class Laurel(Sublayer):
 
     def weights(self, hidden: int) -> Shapes:
         return {"laurel_in": (self.rank, hidden), "laurel_out": (hidden, self.rank)}
-
-    def rows(self, p: PassRows) -> OperatorRows:
-        for role, shape in self.weights(p.hidden).items():
-            yield p.gemm(role, self.part, *shape)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, remaining
+from simulator.models.sublayers.base import Cut, Sublayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,18 @@ class LightningAttention(Sublayer):
     def other_parameters(self, hidden: int) -> int:
         return self.inner
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> LightningAttention:
-        return replace(self, heads=remaining(self.heads, shares["attention"]))
+    def narrower(self, cut: Cut) -> LightningAttention:
+        return replace(self, heads=cut.kept("attention", self.heads))
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         inner = self.inner
         yield from p.quantized("qkv", part, p.hidden)
-        yield from p.product(self, "qkv", 3 * inner, p.hidden)
+        yield from p.weight(self, "qkv")
         yield p.move("activation", part, 3 * inner)
         sizes = self.heads, self.heads, self.head_dim, self.head_dim
         yield p.recurrence("lightning", *sizes, block=self.chunk) | p.wide
         yield p.move("inner_norm", part, inner, params=inner)
-        yield from p.product(self, "head_gate", inner, p.hidden)
+        yield from p.weight(self, "head_gate")
         yield p.move("output_gate", part, inner, 2 * inner)
-        yield from p.output(self, inner)
+        yield from p.output(self)

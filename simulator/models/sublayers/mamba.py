@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, aligned, remaining
+from simulator.models.sublayers.base import Cut, Sublayer, aligned
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -68,16 +68,14 @@ class Mamba(Sublayer):
         biases = self.bias * (2 * self.channels + hidden)
         return conv + self.state_parameters + self.norm_weights + biases
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba:
-        if shares["mamba_channels"] > 0:
+    def narrower(self, cut: Cut) -> Mamba:
+        if cut.shares["mamba_channels"] > 0:
             raise InputError(
                 "sparsity of mamba_channels: each head of Mamba has one channel; expected"
                 " mamba_heads or mamba_state"
             )
-        each = self.channels // self.heads
-        if shares["mamba_heads"] > 0:
-            each = aligned(each, shares["mamba_heads"], align)
-        state = remaining(self.state, shares["mamba_state"])
+        each = aligned(self.channels // self.heads, cut.shares["mamba_heads"], cut.align)
+        state = cut.kept("mamba_state", self.state)
         return replace(self, channels=each * self.heads, state=state)
 
     def rows(self, p: PassRows) -> OperatorRows:
@@ -85,17 +83,16 @@ class Mamba(Sublayer):
         channels = self.channels
         each = self.channels // self.heads
         yield from p.quantized("qkv", part, p.hidden)
-        yield from p.product(self, "mamba_in", 2 * channels, p.hidden, self.bias)
+        yield from p.weight(self, "mamba_in", self.bias)
         yield convolution(p, channels, self.conv, self.conv_bias)
         for _ in range(self.heads):
             yield from p.product(self, "mamba_x", self.selected, each)
             # devices have sums over their channels
             yield from p.collective("all_reduce", part, p.tokens, self.selected)
         if self.norm:
-            moved = self.selected
-            yield p.move("mamba_norm", part, moved, params=self.norm_weights)
+            yield p.move("mamba_norm", part, self.selected, params=self.norm_weights)
         for _ in range(self.heads):
             yield from p.product(self, "mamba_dt", each, self.rank)
         owned = self.state_parameters * p.owns
         yield p.recurrence("mamba", channels, self.heads, self.state, 1, params=owned)
-        yield from p.output(self, channels, self.bias)
+        yield from p.output(self, self.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, remaining
+from simulator.models.sublayers.base import Cut, Sublayer
 from simulator.models.sublayers.short_conv import convolution
 
 
@@ -59,23 +59,22 @@ class Mamba2(Sublayer):
         biases = self.bias * (self.inner + self.convolved + self.heads + hidden)
         return conv + self.state_parameters + self.norm * self.inner + biases
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mamba2:
+    def narrower(self, cut: Cut) -> Mamba2:
         # groups keep equal numbers of heads (arXiv 2504.11409, section 3.1)
-        heads = remaining(self.heads // self.groups, shares["mamba_heads"]) * self.groups
-        channels = remaining(self.channels, shares["mamba_channels"])
-        state = remaining(self.state, shares["mamba_state"])
+        heads = cut.kept("mamba_heads", self.heads // self.groups) * self.groups
+        channels = cut.kept("mamba_channels", self.channels)
+        state = cut.kept("mamba_state", self.state)
         return replace(self, heads=heads, channels=channels, state=state)
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
         inner = self.inner
         yield from p.quantized("qkv", part, p.hidden)
-        inputs = inner + self.convolved + self.heads
-        yield from p.product(self, "mamba_in", inputs, p.hidden, self.bias)
+        yield from p.weight(self, "mamba_in", self.bias)
         yield convolution(p, self.convolved, self.conv, self.conv_bias)
         sizes = self.heads, self.groups, self.state, self.channels
         owned = self.state_parameters * p.owns
         yield p.recurrence("mamba", *sizes, block=self.chunk, params=owned)
         role = "gated_norm" if self.norm else "output_gate"
         yield p.move(role, part, inner, 2 * inner, inner, self.norm * inner)
-        yield from p.output(self, inner, self.bias)
+        yield from p.output(self, self.bias)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from simulator.codes import Part
 from simulator.models.form import present
 from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
-from simulator.models.sublayers.base import BySize, Sublayer, aligned
+from simulator.models.sublayers.base import Cut, Sublayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,8 @@ class Mlp(Sublayer):
         others."""
         return (2 if self.channel_scales else self.inner_norm) * self.inner
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Mlp:
-        if not shares["mlp"]:
-            return self
-        return replace(self, inner=inner or aligned(self.inner, shares["mlp"], align))
+    def narrower(self, cut: Cut) -> Mlp:
+        return replace(self, inner=cut.width(self.inner, cut.inner))
 
     def rows(self, p: PassRows) -> OperatorRows:
         part = self.part
@@ -78,4 +76,4 @@ class Mlp(Sublayer):
             yield p.move("inner_norm", part, inner, params=self.inner_weights)
         yield from p.quantized("down", part, inner)
         bias = self.bias or self.down_bias
-        yield from p.product(self, "down", self.outputs(hidden), inner, bias)
+        yield from p.weight(self, "down", bias)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from simulator.codes import Part
 from simulator.errors import InputError
 from simulator.models.pass_rows import OperatorRows, PassRows, Products, Shapes, elements
-from simulator.models.sublayers.base import BySize, Sublayer
+from simulator.models.sublayers.base import Cut, Sublayer
 
 CHUNK = 256  # tokens of a chunk of a recurrence, as in Mamba-2 (arXiv 2405.21060; assumed)
 
@@ -47,9 +47,9 @@ class Modules(Sublayer):
     def parameters(self, hidden: int) -> int:
         return elements(self.products(hidden))
 
-    def narrower(self, shares: BySize, align: int, inner: int | None) -> Modules:
+    def narrower(self, cut: Cut) -> Modules:
         for name in ("mlp",) if self.place == Part.MLP else ("attention", "heads", "kv"):
-            if shares[name] > 0:
+            if cut.shares[name] > 0:
                 kinds = "some modules are of no known kind, so their widths cannot be pruned"
                 raise InputError(f"sparsity of {name}: {kinds}; expected depth")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simulator.codes import Part
-from simulator.models.pass_rows import OperatorRows, PassRows, Shapes
+from simulator.models.pass_rows import OperatorRows, PassRows
 from simulator.models.sublayers.base import Sublayer
 
 
@@ -19,9 +19,6 @@ class ResidualScale(Sublayer):
     @property
     def part(self) -> Part:
         return self.of
-
-    def weights(self, hidden: int) -> Shapes:
-        return {}
 
     def parameters(self, hidden: int) -> int:
         return 4 * hidden

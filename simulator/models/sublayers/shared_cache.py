@@ -30,6 +30,15 @@ class SharedCacheAttention(Attention):
         return {role: n for role, n in made.items() if role not in absent}
 
     @property
+    def cached_heads(self) -> int:
+        return 0 if self.reads_cache else self.kv_heads
+
+    @property
+    def normed(self) -> int:
+        """Features of the norms of queries, keys and values."""
+        return (self.heads + 2 * self.cached_heads) * self.head_dim
+
+    @property
     def norm_weights(self) -> int:
         """Parameters of the norms of queries and keys; the norm of values has none."""
         return (2 - self.reads_cache) * self.head_dim
@@ -39,24 +48,13 @@ class SharedCacheAttention(Attention):
         skips = self.skips_prompts and self.reads_cache and not p.decodes
         return replace(p, q_len=1) if skips and p.lowering.engine.cache == "joined" else p
 
-    def rows(self, p: PassRows) -> OperatorRows:
-        part = self.part
+    def inputs(self, p: PassRows) -> OperatorRows:
+        if not p.fuses("qkv"):
+            yield from super().inputs(p)
+            return
+        # vLLM keeps one product of queries, keys and values in every layer (models/gemma4.py)
         hidden = p.hidden
-        made = super().projected
-        yield from p.quantized("qkv", part, hidden)
-        if p.fuses("qkv"):
-            # vLLM keeps one product of queries, keys and values in every layer (models/gemma4.py)
-            row = p.gemm("qkv", part, sum(made.values()), hidden, self.form("q"))
-            owned = (hidden + self.qkv_bias) * sum(self.projected.values())
-            yield row | {"params": owned * p.owns}
-        else:
-            yield from p.products(self, "qkv", self.projected, hidden, self.qkv_bias, False)
-        own = 0 if self.reads_cache else self.kv_heads
-        normed = made["q"] + 2 * own * self.head_dim
-        yield p.move("qk_norm", part, normed, params=self.norm_weights)
-        yield from p.rotary((self.heads + own) * self.rotary)
-        if not self.reads_cache:
-            yield p.cache_write(made["k"] + made["v"], self.heads, self.kv_heads)
-        role = {"role": "shared_attention"} if self.reads_cache else {}
-        yield p.attend(self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim) | role
-        yield from p.output(self, self.attended, self.o_bias)
+        yield from p.quantized("qkv", self.part, hidden)
+        row = p.gemm("qkv", self.part, sum(super().projected.values()), hidden, self.form("q"))
+        owned = (hidden + self.qkv_bias) * sum(self.projected.values())
+        yield row | {"params": owned * p.owns}

@@ -19,19 +19,17 @@ def convolution(
     role: str = "short_conv",
 ) -> OperatorRow:
     """Return the causal convolution of each channel over ``positions``."""
-    return {
-        "kind": Kind.SHORT_CONV,
-        "role": role,
-        "part": part,
-        "params": channels * (positions + bias) * p.owns,
-        "m": p.tokens,
-        "n": channels,
-        "batch": p.batch,
-        "window": positions,
-        "kv_len": p.kept(positions),
-        "dtype": p.lowering.stream_dtype,
-        "weight_dtype": p.lowering.stream_dtype,
-    }
+    return p.kernel(
+        Kind.SHORT_CONV,
+        role,
+        part,
+        params=channels * (positions + bias) * p.owns,
+        m=p.tokens,
+        n=channels,
+        batch=p.batch,
+        window=positions,
+        kv_len=p.kept(positions),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +61,8 @@ class ShortConv(Sublayer):
         channels = p.hidden // self.parts
         gate = p.move("conv_gate", part, channels, 2 * channels)
         yield from p.quantized("qkv", part, p.hidden)
-        yield from p.product(self, "conv_in", 3 * channels, p.hidden, self.bias)
+        yield from p.weight(self, "conv_in", self.bias)
         yield gate
         yield convolution(p, channels, self.conv, self.bias)
         yield gate
-        yield from p.output(self, channels, self.bias)
+        yield from p.output(self, self.bias)

@@ -13,6 +13,7 @@ from typing import Any
 
 from simulator.errors import InputError
 from simulator.models.model import Layer, Model
+from simulator.models.sublayers.base import Cut
 from simulator.pruning._family import (
     MAMBA,
     NESTED,
@@ -42,8 +43,8 @@ def width(
     wanted = None if inner is None else _inner(model, whole("inner", inner))
 
     def narrower(layer: Layer, *shares: float) -> Layer:
-        by_part = dict(zip(PARTS, shares))
-        return layer.each(lambda sublayer: sublayer.narrower(by_part, align, wanted))
+        cut = Cut(dict(zip(PARTS, shares)), align, wanted)
+        return layer.each(lambda sublayer: sublayer.narrower(cut))
 
     out = changed(model, narrower, *(choice.of(part) for part in PARTS))
     if (hidden := float(choice.of("hidden").max(initial=0.0))) > 0:
