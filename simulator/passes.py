@@ -283,14 +283,11 @@ def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, Engine
         and selected(name, engine.generations, times.version).name != engine.generation
     ):
         return engine, None
-    each_pass, each_layer, each_sequence = (
-        HostTime(t, times.host_log_sd, "")
-        for t in (times.each_pass, times.each_layer, times.each_sequence)
-    )
-    return (
-        replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence),
-        times,
-    )
+    names = ("each_pass", "each_layer", "each_sequence")
+    host: dict[str, Any] = {
+        part: HostTime(getattr(times, part), times.host_log_sd, "") for part in names
+    }
+    return replace(engine, **host), times
 
 
 def tokens_of(w: Workload) -> FloatArray:

@@ -403,6 +403,11 @@ class Request:
     ] = None
     positions: Annotated[int, None] = 1
 
+    def __new__(cls, **settings: Any) -> Request:
+        for name in settings.keys() - cls.__dataclass_fields__.keys():
+            raise unknown("setting", name, SETTINGS)
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(getattr(self, name)))

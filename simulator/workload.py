@@ -243,15 +243,13 @@ class Workload(Table):
     def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
         """Yield the rows of each operator and pair of number formats, those of latent attention
         separately."""
-        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(
-            DTYPES
-        ) + self.weight_dtype
-        codes = codes * 2 + (self.value_dim > 0)
+        shape = MOST_CODES, len(DTYPES), len(DTYPES), 2
+        columns = self.kind, self.dtype, self.weight_dtype, np.minimum(self.value_dim, 1)
+        codes = np.ravel_multi_index(columns, shape)
         for code in np.bincount(codes).nonzero()[0].tolist():
-            kind, formats = divmod(code // 2, len(DTYPES) ** 2)
-            dtype, second = divmod(formats, len(DTYPES))
+            kind, dtype, second, _ = np.unravel_index(code, shape)
             rows = Rows(self, (codes == code).nonzero()[0])
-            yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
+            yield BY_CODE[int(kind)], rows, Formats(DTYPES[dtype], DTYPES[second])
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
         """Return ``value`` of each row, for one execution; it is called once per operator and pair
@@ -354,6 +352,13 @@ def _values(
     return out
 
 
+_SIZES = (
+    *("m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "value_dim"),
+    *("latent", "window", "block", "experts", "density", "active", "skew"),
+    *("read_bytes", "write_bytes"),
+)
+"""Columns of 64 bits that determine the time of an operator."""
+
 FEW_ROWS = 200
 """Number of rows below which a search for equal operators takes longer than timing them twice."""
 
@@ -442,25 +447,18 @@ class WorkloadBatch:
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
         if len(batches) == 1:
             return batches[0]
-        columns = (f.name for f in fields(cls) if f.name != "rows")
+        columns = (f.name for f in fields(cls)[1:])
         joined = {name: np.concatenate([getattr(b, name) for b in batches]) for name in columns}
         return cls(Workload.concat([b.rows for b in batches]), **joined)
 
     def take(self, index: IndexArray) -> WorkloadBatch:
         """Return the workloads ``index``; these include their dense workloads."""
-        lengths, place = self.lengths[index], np.full(len(self), -1)
+        place = np.full(len(self), -1)
         place[index] = np.arange(len(index))
-        first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
-        return WorkloadBatch(
-            rows=self.rows.take(first + np.arange(int(lengths.sum()))),
-            lengths=lengths,
-            sequences=self.sequences[index],
-            dense=place[self.dense[index]],
-            pruning=self.pruning[index],
-            sparsity=self.sparsity[index],
-            realised=self.realised[index],
-            models=self.models[index],
-        )
+        rows = np.concatenate([self.rows_of(i) for i in index])
+        columns = {f.name: getattr(self, f.name)[index] for f in fields(self)[1:]}
+        columns["dense"] = place[columns["dense"]]
+        return WorkloadBatch(self.rows.take(rows), **columns)
 
     def rows_of(self, index: int) -> IndexArray:
         return int(self.starts[index]) + np.arange(int(self.lengths[index]))
@@ -497,15 +495,11 @@ class WorkloadBatch:
 
     @cached_property
     def flops(self) -> FloatArray:
-        return np.asarray(
-            self.each(lambda operator, rows: operator.flops(rows))
-            * self.rows.density
-            * self.rows.count
-        )
+        return self.rows.flops
 
     @cached_property
     def bytes(self) -> FloatArray:
-        return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
+        return self.rows.bytes
 
     def bound(self, column: FloatArray) -> FloatArray:
         """Return the ratio of sums of a column, dense over pruned, by workload, without overhead
@@ -539,33 +533,11 @@ class WorkloadBatch:
         w, every = self.rows, np.arange(len(self.rows))
         if len(w) < FEW_ROWS:
             return w, every
-        small = w.kind.astype(np.int64)
-        role = np.where(w.kind == Kind.GEMM, 0, w.role)
-        for codes, many in (
-            (role, len(ROLES)),
-            (w.kernel, 8),
-            (w.dtype, len(DTYPES)),
-            (w.weight_dtype, len(DTYPES)),
-        ):
-            small = small * many + codes
-        columns = [
-            small,
-            w.m,
-            w.n,
-            w.k,
-            w.batch,
-            w.q_len,
-            w.kv_len,
-            w.heads,
-            w.kv_heads,
-            w.head_dim,
-            w.window,
-            w.block,
-        ]
-        columns += [w.experts, w.value_dim, w.latent]
-        columns += [
-            c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)
-        ]
+        small = np.ravel_multi_index(
+            (w.kind, np.where(w.kind == Kind.GEMM, 0, w.role), w.kernel, w.dtype, w.weight_dtype),
+            (MOST_CODES, len(ROLES), len(Kernel), len(DTYPES), len(DTYPES)),
+        )
+        columns = [small, *(getattr(w, name) for name in _SIZES)]
         key = np.zeros(len(w), dtype=np.uint64)
         for values in columns:  # a mixing hash; equal hashes are checked below
             key ^= np.ascontiguousarray(values).view(np.uint64)

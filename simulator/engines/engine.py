@@ -39,6 +39,7 @@ from simulator.files.fields import (
     Text,
     read,
 )
+from simulator.files.read import stamp
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
@@ -107,13 +108,11 @@ def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Gen
     for generation in generations:
         if generation.name == wanted:
             return generation
-    version = numbers(wanted)
-    since = [
-        generation
-        for generation in generations
-        if version is not None and reached(version, generation.since)
-    ]
-    if not since:
+    version = numbers(wanted) or ()
+    since = [one for one in generations if reached(version, one.since)]
+    newest = numbers(generations[-1].since) or ()
+    # neither an empty version nor one beyond the next major version exists
+    if not since or not any(version) or version[0] > newest[0] + 1:
         names = ", ".join(f"{g.name} (from {g.since})" for g in generations)
         example = f"a version such as {generations[-1].since}"
         raise InputError(
@@ -618,14 +617,7 @@ def load_engine(name_or_path: str) -> Engine:
     if not name_or_path:
         return _KERNELS
     path, wanted, shipped = _place(name_or_path)
-    stamp = (0, 0)
-    if not shipped:
-        try:
-            status = os.stat(path)
-            stamp = (status.st_mtime_ns, status.st_size)
-        except (OSError, ValueError):
-            stamp = (-1, -1)
-    return _load(path, stamp, wanted)
+    return _load(path, (0, 0) if shipped else stamp(path), wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -697,9 +689,9 @@ def _place(name_or_path: str) -> tuple[str, str, bool]:
 
 
 @lru_cache(maxsize=64)
-def _load(path: str, stamp: tuple[int, int], wanted: str = "") -> Engine:
+def _load(path: str, stamped: tuple[int, int], wanted: str = "") -> Engine:
     if wanted:
-        engine = _load(path, stamp)
+        engine = _load(path, stamped)
         found = selected(engine.name, engine.generations, wanted)
         title = f"{engine.short_title or engine.name} {wanted}"
         return replace(_as_of(engine, found), name=f"{engine.name}@{wanted}", short_title=title)

@@ -136,16 +136,9 @@ class Geometry(Sizes):
 
     @property
     def is_latent(self) -> bool:
-        """Whether all calls are multi-head latent attention; InputError for a mixture."""
-        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(
-            self.latent, dtype=bool
-        )
-        many = np.count_nonzero(known)
-        if many not in (0, np.size(known)):
-            raise InputError(
-                "value_dim, latent: expected all calls of plain attention, or none, got both"
-            )
-        return bool(many)
+        """Whether the calls are multi-head latent attention; all calls are, or none."""
+        own = self.value_dim is not None and np.any(np.asarray(self.value_dim) > 0)
+        return bool(own or np.any(self.latent))
 
     @property
     def sides(self) -> Any:
@@ -512,12 +505,6 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
     return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
-@lru_cache(maxsize=512)
-def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, RowValues]:
-    which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
-    return which, distance, r.kernels.constants(r.common, which)
-
-
 def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
     latent = g.is_latent
     r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
@@ -526,20 +513,10 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
         "cache_bytes": r.machine.weight_bytes,
     }
     g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
-    width = np.asarray(g.head_dim)
-    windowed = np.asarray(g.window) > 0
-    if (
-        width.size
-        and width.min() == width.max()
-        and np.count_nonzero(windowed) in (0, windowed.size)
-    ):
-        which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
-    else:
-        which, distance = r.kernels.which(width, windowed, r.narrow)
-        c = r.kernels.constants(r.common, which)
+    which, distance = r.kernels.which(g.head_dim, np.asarray(g.window) > 0, r.narrow)
     e = AttentionCalls(
         phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift
-    ).estimate(c)
+    ).estimate(r.kernels.constants(r.common, which))
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 

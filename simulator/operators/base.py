@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -187,6 +187,7 @@ class Device(Protocol):
     def section(self, operator: str, dtype: str) -> FittedValues: ...
     def error_scales(self, section: FittedValues) -> tuple[float, float]: ...
     def over(self, link: str) -> Device: ...
+    @property
     def beyond(self) -> Device: ...
     def __hash__(self) -> int: ...
 
@@ -334,29 +335,25 @@ class Calls(Sizes, ABC):
         return np.asarray(e.time * e.unit_s)
 
 
-def overlapped(
-    compute: FloatArray, memory: FloatArray, machine: Machine
-) -> tuple[FloatArray, tuple[FloatArray, FloatArray]]:
-    """Return the time of arithmetic and bytes, and the part of each in its slope. The kernels of a
-    recurrence overlap in part; on a CPU, torch runs products and moves one after the other."""
-    work = compute + memory if machine.packs else np.hypot(compute, memory)
-    power = 1.0 if machine.packs else 2.0
-    least = np.maximum(work, 1e-30)
-    return work, ((compute / least) ** power, (memory / least) ** power)
-
-
 def chained(
     calls: Calls,
     machine: Machine,
-    parts: Mapping[str, FloatArray],
-    least: tuple[FloatArray, FloatArray],
+    parts: RowValues,
+    least: tuple[Any, Any],
     position: tuple[Array, ...],
+    overlaps: bool = True,
 ) -> Estimate:
-    """Return the cost of a recurrence from the parts of its time, s: arithmetic and bytes
-    (:func:`overlapped`), the chain of chunks (latency) and launches. ``least`` are the times of
-    bytes and of FLOPs at the datasheet's rates."""
-    work, shares = overlapped(parts["compute"], parts["memory"], machine)
-    total = np.asarray(parts["launch"] + parts["latency"] + work)
+    """Return the cost of an operator from the parts of its time, s: arithmetic and bytes, which
+    overlap in part or run one after the other; a chain of steps (latency); and launches. ``least``
+    are the times of bytes and of FLOPs at the datasheet's rates."""
+    compute, memory = parts.get("compute", 0.0), parts["memory"]
+    work = np.hypot(compute, memory) if overlaps else compute + memory
+    total = np.asarray(parts["launch"] + parts.get("latency", 0.0) + work)
+    loadings = {}
+    for name, part in parts.items():
+        share = part / np.maximum(work, 1e-30)
+        both = work * (share * share if overlaps else share)
+        loadings[name] = (both if name in ("compute", "memory") else part) / total
     bytes_s, flops_s = least
     return Estimate(
         operator=calls.operator,
@@ -365,32 +362,20 @@ def chained(
         floor=np.maximum(bytes_s, flops_s / machine.headroom),
         roofline=np.maximum(bytes_s, flops_s),
         bottleneck=largest_part(parts, total.shape),
-        loadings={
-            "launch": parts["launch"] / total,
-            "compute": shares[0] * work / total,
-            "memory": shares[1] * work / total,
-            "latency": parts["latency"] / total,
-        },
+        loadings=loadings,
         coordinates=np.stack([np.ravel(x) for x in position], axis=1),
         position=position,
     )
 
 
-def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
-    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over
-    the axes."""
-    return np.asarray(
-        (np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1)
-    )
-
-
-def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
-    """Return the octaves outside the sizes of a section's fit; None for a section without these
-    sizes."""
+def octaves_outside(coordinates: Array, section: FittedValues | None) -> Any:
+    """Return the octaves (n,) by which coordinates (n, 3) lie outside the sizes of a section's fit,
+    summed over the axes; None for a section without these sizes."""
     if section is None or "measured" not in section.arrays:
         return None
     low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
-    return octaves_outside(coordinates, low, high)
+    below, above = low - coordinates, coordinates - high
+    return (np.maximum(below, 0.0) + np.maximum(above, 0.0)).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -512,6 +497,11 @@ class Ready(NamedTuple):
 
     def cost(self, calls: Calls) -> Estimate:
         return calls.estimate(self.constants).on_grid(self.residual, self.section)
+
+    def of_sizes(self, calls: Callable[..., Calls], *sizes: Any) -> Estimate:
+        """Return the cost of calls of a machine and of sizes, which broadcast."""
+        arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
+        return self.cost(calls(self.machine, *arrays))
 
 
 @lru_cache(maxsize=512)

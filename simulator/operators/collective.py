@@ -221,7 +221,7 @@ def collective(
     near = _over(link, hw, payload, count, COLLECTIVES.index(kind))
     if link.beyond is None or most <= link.max_devices:
         return near
-    far = _over(link.beyond, hw.beyond(), payload, count, COLLECTIVES.index(kind))
+    far = _over(link.beyond, hw.beyond, payload, count, COLLECTIVES.index(kind))
     return _either(count <= link.max_devices, near, far)
 
 

@@ -15,7 +15,7 @@ errors of nine rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +35,6 @@ from simulator.operators.base import (
     read_constants,
     ready,
 )
-
-_CONSTANTS, _ERRORS = read_constants("delta_net")
 
 CHUNK = 64.0
 """Tokens of a chunk."""
@@ -58,17 +56,6 @@ _DECAY_BYTES = 4.0  # of a decay of KDA: fp32
 _KDA = ROLES.index("kda")
 
 
-class DeltaSizes(NamedTuple):
-    tokens: Any  # tokens of all sequences: one per sequence is a decode step, more are a prompt
-    batch: Any  # sequences
-    heads: Any  # value heads
-    key_heads: Any  # heads of queries and keys, which value heads share
-    key: Any  # features of a key head
-    value: Any  # features of a value head
-    conv: Any = 4  # positions of the causal convolution; 0: none
-    channel_decay: Any = False  # whether each feature of a key has a decay (KDA)
-
-
 @dataclass(frozen=True)
 class DeltaNets(Calls):
     """Gated delta nets on one device."""
@@ -85,7 +72,7 @@ class DeltaNets(Calls):
     channel_decay: FloatArray  # whether each feature of a key has a decay (KDA)
 
     def estimate(self, c: RowValues) -> Estimate:
-        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        """Return the cost: arithmetic and bytes; the chain of chunks and the
         fixed time are added."""
         m = self.machine
         heads = self.heads
@@ -114,7 +101,7 @@ class DeltaNets(Calls):
         flops_s = 6.0 * self.tokens * heads * key * value / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
         parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position)
+        return chained(self, m, parts, (bytes_s, flops_s), position, not m.packs)
 
     def _between(self, padded: FloatArray, step: Array) -> FloatArray:
         """Return the bytes of intermediate results that cross memory, of a value head; ``padded``
@@ -136,15 +123,6 @@ class DeltaNets(Calls):
         return np.asarray(padded * (each + 2.0 * act * key * value / CHUNK))
 
 
-def delta_net(
-    sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
-) -> Estimate:
-    """Return the cost of gated delta nets."""
-    r = ready(hw, "delta_net", dtype, state_dtype)
-    arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    return r.cost(DeltaNets(r.machine, *arrays))
-
-
 class DeltaNet(Cached):
     """Gated delta nets: ``m`` tokens of ``batch`` sequences; ``weight_dtype`` is the format of the
     state."""
@@ -152,10 +130,9 @@ class DeltaNet(Cached):
     code = int(Kind.DELTA_NET)
     name = "delta_net"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = _CONSTANTS
-    titles = ("gated delta nets",)
     # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
-    errors = _ERRORS
+    constants, errors = read_constants("delta_net")
+    titles = ("gated delta nets",)
     owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
@@ -183,5 +160,5 @@ class DeltaNet(Cached):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
-        sizes = DeltaSizes(w.m, w.batch, *heads, w.window, w.role == _KDA)
-        yield slice(None), delta_net(sizes, hw, formats.dtype, formats.second)
+        sizes = w.m, w.batch, *heads, w.window, w.role == _KDA
+        yield slice(None), ready(hw, self.name, *formats[:2]).of_sizes(DeltaNets, *sizes)

@@ -36,8 +36,6 @@ from simulator.operators.base import (
     ready,
 )
 
-_CONSTANTS, _ERRORS = read_constants("state_space")
-
 # times that torch reads or writes each element in fp32 on a CPU, counted in `mamba2_chunk_scan` and
 # `mamba2_selective_state_update` of Transformers 5.24: scores per head (masks, sums, exponentials,
 # products, copies), x with y, B and C per head (repeats, padding, copies for products, decays),
@@ -69,7 +67,7 @@ class Recurrences(Calls):
     chunk: FloatArray  # tokens of a chunk; 0: Mamba, which has none
 
     def estimate(self, c: RowValues) -> Estimate:
-        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        """Return the cost: arithmetic and bytes; the chain of chunks and the
         fixed time are added."""
         m = self.machine
         heads = self.heads
@@ -112,25 +110,7 @@ class Recurrences(Calls):
         flops_s = 4.0 * self.tokens * elements / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads * self.channels), np.log2(self.state)
         parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position)
-
-
-def state_space(
-    tokens: Any,
-    batch: Any,
-    heads: Any,
-    groups: Any,
-    channels: Any,
-    state: Any,
-    chunk: Any,
-    hw: Device,
-    dtype: str = "bf16",
-    state_dtype: str = "fp32",
-) -> Estimate:
-    """Return the cost of recurrences."""
-    r = ready(hw, "state_space", dtype, state_dtype)
-    sizes = np.broadcast_arrays(tokens, batch, heads, groups, channels, state, chunk)
-    return r.cost(Recurrences(r.machine, *(np.asarray(size, dtype=np.float64) for size in sizes)))
+        return chained(self, m, parts, (bytes_s, flops_s), position, not m.packs)
 
 
 class StateSpace(Cached):
@@ -141,10 +121,9 @@ class StateSpace(Cached):
     code = int(Kind.STATE_SPACE)
     name = "state_space"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = _CONSTANTS
+    # no table of kernels fits the constants, so priors are wider than those of the gated delta net
+    constants, errors = read_constants("state_space")
     titles = ("state-space recurrences",)
-    # no table of kernels fits them, so priors are wider than those of the gated delta net
-    errors = _ERRORS
     owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
@@ -168,4 +147,4 @@ class StateSpace(Cached):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         sizes = (w.m, w.batch, w.heads, w.kv_heads, w.value_dim, w.head_dim, w.block)
-        yield slice(None), state_space(*sizes, hw, formats.dtype, formats.second)
+        yield slice(None), ready(hw, self.name, *formats[:2]).of_sizes(Recurrences, *sizes)
