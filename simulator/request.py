@@ -403,11 +403,6 @@ class Request:
     ] = None
     positions: Annotated[int, None] = 1
 
-    def __new__(cls, **settings: Any) -> Request:
-        for name in settings.keys() - cls.__dataclass_fields__.keys():
-            raise unknown("setting", name, SETTINGS)
-        return object.__new__(cls)
-
     def __post_init__(self) -> None:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(getattr(self, name)))
@@ -435,6 +430,13 @@ class Request:
             for name, s in SETTINGS.items()
             if (value := getattr(self, name)) != s.default
         }
+
+
+def known(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return keywords of :class:`Request`; InputError for a name that is not one."""
+    for name in settings.keys() - Request.__dataclass_fields__.keys():
+        raise unknown("setting", name, SETTINGS)
+    return settings
 
 
 def _settings() -> dict[str, Setting]:

@@ -244,7 +244,7 @@ def judge_claim(
     >>> found.unlikely, found.breaks_bound
     (False, False)
     """
-    (request,) = requests_of([Request(model=model, **settings).model], settings)
+    (request,) = requests_of([Request(model=model, **known(settings)).model], settings)
     return judge(Claim(claimed, request, Pruning.read(prune), load_hardware(hardware)))
 
 

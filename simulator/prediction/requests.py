@@ -16,7 +16,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.model import Model
-from simulator.request import SETTINGS, Request
+from simulator.request import SETTINGS, Request, known
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -25,6 +25,7 @@ K = TypeVar("K")
 def requests_of(models: Sequence[str | Model], settings: Mapping[str, Any]) -> list[Request]:
     """Return the request of every combination of models and of the settings that are lists, in the
     order of the fields of :class:`simulator.Request`; each value is used once."""
+    known(settings)
     axes = {
         name: once(setting.check(value) for value in listed(name, settings[name]))
         for name, setting in SETTINGS.items()

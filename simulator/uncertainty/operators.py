@@ -91,8 +91,8 @@ def predicted(
         coverage = posterior.coverage_factors[uncertainty.kind]
     width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
     ends = time, np.maximum(time / width, e.floor), time * width, e.roofline
-    in_seconds = (_in_seconds(e, values) for values in ends)
-    times = OperatorTimes(*in_seconds, e.bottleneck, details=e.details)
+    middle, lower, upper, roofline = (_in_seconds(e, values) for values in ends)
+    times = OperatorTimes(middle, lower, upper, roofline, e.bottleneck, details=e.details)
     if e.measured is not None:
         rows = e.measured.rows
         known = e.measured.seconds

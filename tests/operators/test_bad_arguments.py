@@ -206,7 +206,6 @@ def test_what_is_right_is_taken(call: str) -> None:
         partial(simulator.predict, MODEL, "depth 0.25", HW),
         partial(simulator.table, [MODEL], [HW], "depth", 0.25),
         partial(simulator.lower, MODEL),
-        Request,
     ],
 )
 def test_an_unknown_setting_is_named(function: Callable[..., Any]) -> None:
