@@ -38,7 +38,7 @@ from simulator.prediction.wording import (
     probability_text,
     speedup_text,
 )
-from simulator.request import SETTINGS, Request
+from simulator.request import SETTINGS, Request, known
 from simulator.units import parse_ratio, ratio
 
 RATIO = Range(0.001, 10_000.0, "a ratio from 0.001 to 10,000")
