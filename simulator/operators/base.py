@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arrays import Array, BoolArray, CodeArray, FloatArray
+from simulator.arrays import Array, BoolArray, CodeArray, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, Kind, formats_of, label_of
 from simulator.errors import InputError
 
@@ -414,19 +414,13 @@ class ResidualGrid:
         return start, per_unit, last, last_cell
 
     @cached_property
-    def _corners(self) -> tuple[Array, NDArray[np.int32]]:
-        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), and
-        strides of the nodes. The second half of the corners is the far side of the first
-        coordinate; beyond an edge it is not used."""
-        strides = [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
-        offsets = [0]
-        for stride in reversed(strides):
-            offsets += [stride + offset for offset in offsets]
-        padded = np.concatenate(
-            [np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)]
-        )
-        corners = np.stack([padded[offset : offset + self.values.size] for offset in offsets])
-        return corners, np.array(strides, dtype=np.int32)[:, None]
+    def _places(self) -> tuple[IndexArray, IndexArray]:
+        """Strides of the nodes, and distances of the corners of a cell from its first node, in the
+        flat values. The second half of the corners is the far side of the first coordinate; beyond
+        an edge it is not used."""
+        shape = self.values.shape
+        strides = np.array([math.prod(shape[i + 1 :]) for i in range(len(shape))])
+        return strides, strides @ np.indices((2,) * len(shape)).reshape(len(shape), -1)
 
     def cells(self, coordinates: Any) -> tuple[NDArray[np.int32], Array]:
         """Return the cell of each point and its position in [0, 1] in the cell, arrays
@@ -447,10 +441,8 @@ class ResidualGrid:
     def __call__(self, coordinates: Any) -> Array:
         """Return the values at points; ``coordinates`` has an array per axis."""
         cells, inside = self.cells(coordinates)
-        corners, strides = self._corners
-        found = corners.take(
-            np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip"
-        )
+        strides, corners = self._places
+        found = self.values.take(corners[:, None] + strides @ cells, mode="clip")
         # one coordinate after the other, between the near and the far side of the cell
         for position in inside:
             half = len(found) // 2
