@@ -7,7 +7,7 @@ row, and counts of dynamic methods can be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -254,7 +254,10 @@ class Workload(Table):
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
         """Return ``value`` of each row, for one execution; it is called once per operator and pair
         of formats."""
-        return _values(self.operators(), value, len(self))
+        out = np.zeros(len(self))
+        for operator, rows, _ in self.operators():
+            out[rows.at] = value(operator, rows)
+        return out
 
     @property
     def pairs(self) -> Array:
@@ -339,17 +342,6 @@ class Workload(Table):
         layer = np.where(out.layers > 0, out.layer + offset, -1)
         share = 1.0 / times[index]
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
-
-
-def _values(
-    operators: Iterable[tuple[Operator, Rows, Formats]],
-    value: Callable[[Operator, Rows], Any],
-    size: int,
-) -> Array:
-    out = np.zeros(size)
-    for operator, rows, _ in operators:
-        out[rows.at] = value(operator, rows)
-    return out
 
 
 _SIZES = (
@@ -485,15 +477,6 @@ class WorkloadBatch:
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
-    def operators(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
-        """Rows of each operator and pair of number formats (:meth:`Workload.operators`)."""
-        return tuple(self.rows.operators())
-
-    def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
-        """Return ``value`` of each row (:meth:`Workload.each`)."""
-        return _values(self.operators, value, len(self.rows))
-
-    @cached_property
     def flops(self) -> FloatArray:
         return self.rows.flops
 
@@ -552,6 +535,5 @@ class WorkloadBatch:
 
     @cached_property
     def distinct(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
-        """Operators with different times, in the form of :attr:`operators`."""
-        rows = self.shapes[0]
-        return self.operators if rows is self.rows else tuple(rows.operators())
+        """Operators with different times (:meth:`Workload.operators`)."""
+        return tuple(self.shapes[0].operators())

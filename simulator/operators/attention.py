@@ -567,13 +567,16 @@ class Attention(Cached):
         elements = w.kv_heads * (w.head_dim + w.value_features)
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
 
+    def _stored(self, w: Rows) -> Any:
+        """Elements per position: keys and values of all heads, or the latent vector."""
+        return np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Keys and values of all heads, or the latent vector, at the positions inside the window,
-        selected or not, and of the entries of a compressed cache."""
-        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+        """Elements at the positions inside the window, selected or not, and of the entries of a
+        compressed cache."""
         seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
         seen = seen + np.where(w.n > 0, positions // np.maximum(w.n, 1), 0)
-        return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
+        return sequences * self._stored(w) * seen * DTYPE_BYTES[w.weight_dtype]
 
     def section(self, w: Rows) -> str:
         return list(self.constants)[int(w.value_dim[0] > 0)]
@@ -587,7 +590,7 @@ class Attention(Cached):
             options["window"] = np.where(compressed, 0, w.limit)
             options["density"] = w.density * np.where(compressed, share, 1.0)
         options["selected"] = compressed | (w.k > 0)
-        return Geometry(*(size.astype(np.float64) for size in sizes), **options)
+        return Geometry.of(*sizes, **options)
 
 
 class PrefillAttention(Attention):
@@ -611,8 +614,8 @@ class DecodeAttention(Attention):
 
     def cache_bytes_read(self, w: Rows) -> Any:
         """Bytes that are read of keys and values of all heads, or of the latent vector."""
-        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
-        return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
+        each = self._stored(w) * DTYPE_BYTES[w.weight_dtype] * w.density
+        return 1.0 * w.batch * w.keys_seen * each
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         calls = self._calls(w, latent=w.latent)

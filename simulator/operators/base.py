@@ -368,6 +368,46 @@ def chained(
     )
 
 
+@dataclass(frozen=True)
+class Recurrent(Calls):
+    """Operators that keep a state of each sequence: one token per sequence is a decode step, more
+    are a prompt."""
+
+    machine: Machine  # weight_bytes: of an element of the state
+    tokens: FloatArray  # of all sequences
+    batch: FloatArray  # sequences
+
+    @property
+    def sequences(self) -> FloatArray:
+        """Sequences that are computed; a dynamic method may skip some."""
+        return np.minimum(self.batch, self.tokens)
+
+    @property
+    def each(self) -> FloatArray:
+        """Tokens per sequence."""
+        return self.tokens / self.sequences
+
+    def cost(
+        self,
+        c: RowValues,
+        work: tuple[Any, Any],
+        chunks: Any,
+        least: tuple[Any, Any],
+        position: tuple[Array, ...],
+    ) -> Estimate:
+        """Return the cost of ``work``, the times of arithmetic and bytes, s; the chain of chunks of
+        a prompt and the fixed time are added. ``least`` and ``position`` are those of
+        :func:`chained`."""
+        step = self.each <= 1.0
+        parts = {
+            "compute": work[0],
+            "memory": work[1],
+            "latency": np.where(step, 0.0, c["chunk_s"] * chunks),
+            "launch": np.where(step, c["t0_s"], c["prompt_s"]),
+        }
+        return chained(self, self.machine, parts, least, position, not self.machine.packs)
+
+
 def octaves_outside(coordinates: Array, section: FittedValues | None) -> Any:
     """Return the octaves (n,) by which coordinates (n, 3) lie outside the sizes of a section's fit,
     summed over the axes; None for a section without these sizes."""
@@ -609,6 +649,12 @@ class Rows:
         return values
 
 
+def states_moved(w: Rows) -> Any:
+    """Return how many states of sequences are moved: a step writes them, a decode step also reads
+    them; a dynamic method may skip sequences."""
+    return np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
+
+
 class Operator(ABC):
     """An operator. Methods get rows of this operator alone and return a value for one execution of
     each."""
@@ -632,9 +678,9 @@ class Operator(ABC):
         """FLOPs that the device executes, those of empty rows of tiles included."""
         return self.flops(w)
 
-    @abstractmethod
     def bytes(self, w: Rows) -> Any:
         """Minimum bytes: operands are read once, results are written once."""
+        return w.read_bytes + w.write_bytes
 
     def weight_bytes(self, w: Rows) -> Any:
         """Bytes of weights that are read, compressed if the kernel stores no zeros."""

@@ -252,9 +252,6 @@ class Collective(Operator):
     constants = _CONSTANTS
     errors = _ERRORS
 
-    def bytes(self, w: Rows) -> Any:
-        return w.read_bytes + w.write_bytes
-
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         over = hw.over(w.table.meta.link)
         for role in np.unique(w.role).tolist():

@@ -23,17 +23,16 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, ROLES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
-    chained,
     read_constants,
     ready,
+    states_moved,
 )
 
 CHUNK = 64.0
@@ -57,13 +56,10 @@ _KDA = ROLES.index("kda")
 
 
 @dataclass(frozen=True)
-class DeltaNets(Calls):
+class DeltaNets(Recurrent):
     """Gated delta nets on one device."""
 
     operator = "delta_net"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     heads: FloatArray  # value heads
     key_heads: FloatArray  # heads of queries and keys, which value heads share
     key: FloatArray  # features of a key head
@@ -78,8 +74,7 @@ class DeltaNets(Calls):
         heads = self.heads
         key = self.key
         value = self.value
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         act = m.element_bytes
         step = each <= 1.0
         channels = 2.0 * self.key_heads * key + heads * value
@@ -95,13 +90,10 @@ class DeltaNets(Calls):
         memory = (state + stream + heads * between) / (c["e_d"] * bandwidth)
         memory = memory + (2.0 * act * self.tokens * channels + tail) / (c["e_conv"] * bandwidth)
         compute = 2.0 * padded * heads * products / (c["e_tc"] * m.peak_flop_per_s)
-        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
         bytes_s = (state + stream + tail) / bandwidth
         flops_s = 6.0 * self.tokens * heads * key * value / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
-        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position, not m.packs)
+        return self.cost(c, (compute, memory), chunks, (bytes_s, flops_s), position)
 
     def _between(self, padded: FloatArray, step: Array) -> FloatArray:
         """Return the bytes of intermediate results that cross memory, of a value head; ``padded``
@@ -115,7 +107,7 @@ class DeltaNets(Calls):
             moved = moved + _PAIRS_MOVED * CHUNK * key * self.channel_decay
             moved = padded * (moved + STATES_MOVED * key * value / CHUNK)
             # the operands of the state are counted apart
-            steps = np.minimum(self.batch, self.tokens) * (STEP_MOVED - 2.0) * key * value
+            steps = self.sequences * (STEP_MOVED - 2.0) * key * value
             return np.asarray(_FP32 * np.where(step, steps, moved))
         # per token and head: scores of keys and their inverse, two transformed products, new
         # values, states of chunks
@@ -143,9 +135,7 @@ class DeltaNet(Cached):
         """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
         decays = _DECAY_BYTES * w.m * w.heads * w.head_dim * (w.role == _KDA)
-        # a dynamic method may skip sequences
-        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)
-        states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
+        states = self.state_bytes(w) / np.maximum(w.batch, 1) * states_moved(w)
         return DTYPE_BYTES[w.dtype] * w.m * features + decays + states
 
     def state_bytes(self, w: Rows) -> Any:

@@ -187,9 +187,6 @@ class Elementwise(Operator):
     titles = ("elementwise operators",)
     errors = _ERRORS
 
-    def bytes(self, w: Rows) -> Any:
-        return w.read_bytes + w.write_bytes
-
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         known = np.flatnonzero(w.k > 0)
         if len(known):

@@ -16,36 +16,32 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
     chained,
     read_constants,
     ready,
+    states_moved,
 )
 
 
 @dataclass(frozen=True)
-class Convolutions(Calls):
+class Convolutions(Recurrent):
     """Convolutions on one device."""
 
     operator = "short_conv"
-    machine: Machine
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     channels: FloatArray
     positions: FloatArray  # that the convolution reads, with the current one
 
     def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: the time of the bytes after the fixed time."""
         m = self.machine
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         tails = batch * (self.positions - 1.0) * np.where(each <= 1.0, 2.0, 1.0)
         bytes_ = m.element_bytes * self.channels * (2.0 * self.tokens + tails)
         memory = bytes_ / (c["e_d"] * m.bandwidth_bytes_per_s)
@@ -72,8 +68,7 @@ class ShortConv(Cached):
     def bytes(self, w: Rows) -> Any:
         """Channels of each token, and the last positions: a step writes them, a decode step also
         reads them."""
-        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
-        return DTYPE_BYTES[w.dtype] * w.n * (2.0 * w.m + computed * (w.window - 1.0))
+        return DTYPE_BYTES[w.dtype] * w.n * (2.0 * w.m + states_moved(w) * (w.window - 1.0))
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return 1.0 * sequences * positions * w.n * DTYPE_BYTES[w.dtype]

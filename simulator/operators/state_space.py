@@ -23,17 +23,16 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
-    chained,
     read_constants,
     ready,
+    states_moved,
 )
 
 # times that torch reads or writes each element in fp32 on a CPU, counted in `mamba2_chunk_scan` and
@@ -53,13 +52,10 @@ _FP32 = 4.0  # bytes
 
 
 @dataclass(frozen=True)
-class Recurrences(Calls):
+class Recurrences(Recurrent):
     """Recurrences on one device."""
 
     operator = "state_space"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     heads: FloatArray
     groups: FloatArray  # pairs of keys and queries (B and C), which heads share
     channels: FloatArray  # features of a head; Mamba's heads have one
@@ -72,8 +68,7 @@ class Recurrences(Calls):
         m = self.machine
         heads = self.heads
         chunk = self.chunk
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         step = each <= 1.0
         scans = chunk == 0.0
         features = heads * self.channels
@@ -104,13 +99,11 @@ class Recurrences(Calls):
         )
         compute = np.where(step, 0.0, arithmetic) / m.peak_flop_per_s
         memory = (states + stream + between) / (c["e_d"] * m.bandwidth_bytes_per_s)
-        chain = np.where(step | (scans & (not m.packs)), 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
+        chunks = np.where(scans & (not m.packs), 0.0, chunks)
         bytes_s = (states + stream) / m.bandwidth_bytes_per_s
         flops_s = 4.0 * self.tokens * elements / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads * self.channels), np.log2(self.state)
-        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position, not m.packs)
+        return self.cost(c, (compute, memory), chunks, (bytes_s, flops_s), position)
 
 
 class StateSpace(Cached):
@@ -136,8 +129,7 @@ class StateSpace(Cached):
         reads them."""
         features = (2.0 + (w.block == 0)) * w.heads * w.value_dim
         inputs = features + 2.0 * w.kv_heads * w.head_dim + w.heads
-        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
-        return DTYPE_BYTES[w.dtype] * w.m * inputs + computed * self._state_bytes(w)
+        return DTYPE_BYTES[w.dtype] * w.m * inputs + states_moved(w) * self._state_bytes(w)
 
     def _state_bytes(self, w: Rows) -> Any:
         return 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
