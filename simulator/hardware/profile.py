@@ -210,13 +210,17 @@ class LocalUpdate:
             raise InputError(f"factors: {expected}, got {len(self.factors)}")
 
 
+_LogSd = Annotated[float, Number(0.0, 3.0, "0.2")]
+_Added = Annotated[float, Quantity("s", 0.0, 1.0)]
+
+
 @dataclass(frozen=True)
 class Correction:
     """Measured time of an operator in an engine over its predicted time."""
 
     # for each of the numbers of tokens
     factors: tuple[Annotated[float, Number(0.01, 100.0, "0.8")], ...]
-    log_sd: Annotated[float, Number(0.0, 3.0, "0.05")]  # scatter of the log over shapes
+    log_sd: _LogSd  # scatter of the log over shapes
 
 
 @dataclass(frozen=True)
@@ -226,10 +230,9 @@ class EngineTimes:
     version: Quoted  # release of the engine
     source: Quoted
     each_pass: Annotated[float, Quantity("s", 0.0, 10.0)]  # host time per pass
-    each_layer: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per layer
-    # further host time per sequence of a decode step
-    each_sequence: Annotated[float, Quantity("s", 0.0, 1.0)]
-    host_log_sd: Annotated[float, Number(0.0, 3.0, "0.2")]
+    each_layer: _Added  # further host time per layer
+    each_sequence: _Added  # further host time per sequence of a decode step
+    host_log_sd: _LogSd
     # rising: tokens of a pass
     tokens: tuple[Annotated[int, Number(1, 2**31, "8", whole=True)], ...]
     operators: Annotated[

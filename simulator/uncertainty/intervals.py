@@ -197,8 +197,10 @@ class _Pairs:
         of_time = of_time + wider - explained**2 + self.mix * (1.0 - follows) ** 2
         between = between - (explained - explained[:, self.other]) ** 2
         log, beyond = hosts.log, UNEXPLAINED * math.log(dense_s / predicted_s)
-        of_time = of_time + (beyond * -np.expm1(-np.abs(log - log[:, [0]]))) ** 2
-        between = between + (beyond * -np.expm1(-np.abs(log - log[:, self.other]))) ** 2
+        of_time, between = (
+            square + (beyond * np.expm1(-np.abs(log - log[:, other]))) ** 2
+            for square, other in ((of_time, [0]), (between, self.other))
+        )
         return hosts, of_time, between
 
 
