@@ -209,7 +209,7 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
         )
         looped[routed] = touched if engine.experts == "touched" else w.experts[routed]
         times = groups.sums(w.count * looped)
-    return np.asarray(times * engine.kernels[groups.role])
+    return times * engine.kernels[groups.role]
 
 
 def _beside(
@@ -339,7 +339,7 @@ def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Fl
     every = (
         (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE) & (hw.architecture != "cpu")
     )
-    return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
+    return np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row]
 
 
 def gaps(
@@ -353,10 +353,10 @@ def gaps(
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[
             groups.segment // 3
         ]
-        return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
+        return launched * (graph * (runtime["graph_gap_s"] + engine.gap.value))
     launched = np.where(np.isin(groups.kind, _RECURRENT), groups.count, launched)
     beside = np.maximum(launched - groups.count, 0.0)
-    return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
+    return launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"]
 
 
 def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:

@@ -294,7 +294,7 @@ class Workload(Table):
     @property
     def _compressed(self) -> BoolArray:
         """Mask of attention rows with a compressed cache."""
-        return np.asarray(self.is_attention & (self.n > 0))
+        return self.is_attention & (self.n > 0)
 
     @property
     def value_features(self) -> Array:
@@ -362,7 +362,7 @@ _SEGMENT[Part.HEAD] = 2
 def segment_of(w: Workload) -> NDArray[np.int64]:
     """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the
     layers."""
-    return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
+    return w.phase.astype(np.int64) * 3 + _SEGMENT[w.part]
 
 
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ class WorkloadBatch:
     @cached_property
     def starts(self) -> IndexArray:
         """First row of each workload."""
-        return np.asarray(np.cumsum(self.lengths) - self.lengths)
+        return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def owner(self) -> IndexArray:
@@ -470,7 +470,7 @@ class WorkloadBatch:
 
     def total(self, column: FloatArray) -> FloatArray:
         """Return the sum of a column of the rows, by workload."""
-        return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
+        return np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts)
 
     def largest(self, column: Any) -> Any:
         """Return the maximum of a column of the rows, by workload."""
@@ -488,7 +488,7 @@ class WorkloadBatch:
         """Return the ratio of sums of a column, dense over pruned, by workload, without overhead
         operators."""
         totals = self.total(np.where(self.rows.overhead, 0.0, column))
-        return np.asarray(totals[self.dense] / totals)
+        return totals[self.dense] / totals
 
     @cached_property
     def flop_bound(self) -> FloatArray:

@@ -388,7 +388,7 @@ class Kernels:
         step = self.grid.step[0]
         nodes = self.grid.values.shape[0] // len(self.kinds)
         first = which * (nodes * step) + np.clip(position[0], start, start + (nodes - 1) * step)
-        return np.asarray(self.grid((first, *position[1:])))
+        return self.grid((first, *position[1:]))
 
 
 @dataclass(frozen=True)

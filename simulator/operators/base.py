@@ -332,7 +332,7 @@ class Calls(Sizes, ABC):
     def seconds(self, c: RowValues) -> FloatArray:
         """Return the analytical time alone, s; a fit evaluates it many times."""
         e = self.estimate(c)
-        return np.asarray(e.time * e.unit_s)
+        return e.time * e.unit_s
 
 
 def chained(

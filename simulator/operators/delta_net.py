@@ -108,11 +108,11 @@ class DeltaNets(Recurrent):
             moved = padded * (moved + STATES_MOVED * key * value / CHUNK)
             # the operands of the state are counted apart
             steps = self.sequences * (STEP_MOVED - 2.0) * key * value
-            return np.asarray(_FP32 * np.where(step, steps, moved))
+            return _FP32 * np.where(step, steps, moved)
         # per token and head: scores of keys and their inverse, two transformed products, new
         # values, states of chunks
         each = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
-        return np.asarray(padded * (each + 2.0 * act * key * value / CHUNK))
+        return padded * (each + 2.0 * act * key * value / CHUNK)
 
 
 class DeltaNet(Cached):

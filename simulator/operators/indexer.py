@@ -61,7 +61,7 @@ class IndexerSizes(Sizes):
     @property
     def pairs(self) -> Array:
         """Scores, those of later keys excluded."""
-        return np.asarray(self.batch * entry_pairs(self.q_len, self.kv_len, self.ratio))
+        return self.batch * entry_pairs(self.q_len, self.kv_len, self.ratio)
 
     @property
     def flops(self) -> Array:

@@ -94,7 +94,7 @@ class Uncertainty:
         out = self.correlated * self.correlated + self.independent
         for row in self.systematic:  # a fixed order, for equal rounding in chunks of any size
             out = out + row * row
-        return np.asarray(out)
+        return out
 
     def wide(self) -> Array:
         """Return ``systematic`` transposed, with a column for each of :data:`ERROR_FACTORS`."""

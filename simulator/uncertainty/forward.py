@@ -180,7 +180,7 @@ class PredictedPass:
     @property
     def host_bound(self) -> BoolArray:
         """Whether the host takes most of the time (W,)."""
-        return np.asarray(self.device_share < 0.5)
+        return self.device_share < 0.5
 
     def bottleneck(self, device_share: FloatArray) -> tuple[CodeArray, FloatArray]:
         """Return codes (W,) of the bottlenecks with the largest share of the time, and these
@@ -453,7 +453,7 @@ class PassUncertainty:
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        return np.asarray(self.coverage_factor * level_scale(level) * np.sqrt(variance))
+        return self.coverage_factor * level_scale(level) * np.sqrt(variance)
 
 
 def ratio_half(

@@ -329,7 +329,7 @@ class _Posterior:
     @property
     def log_weight(self) -> FloatArray:
         square = self.log * self.log / self.whole
-        return np.asarray(-0.5 * (self.prior + square + np.log(self.whole)))
+        return -0.5 * (self.prior + square + np.log(self.whole))
 
     def deviation(self, i: int, j: int) -> float:
         """Return the standard deviations between measured and predicted time on one host."""
@@ -349,7 +349,7 @@ def _rarity(speeds: FloatArray, slowest: float) -> FloatArray:
     if not slowest:
         return speeds * speeds
     slow = SLOW_HOSTS * math.sqrt(2.0 * math.pi) / slowest * (speeds > SLOW_SD)
-    return np.asarray(-2.0 * np.log((1.0 - SLOW_HOSTS) * np.exp(-0.5 * speeds * speeds) + slow))
+    return -2.0 * np.log((1.0 - SLOW_HOSTS) * np.exp(-0.5 * speeds * speeds) + slow)
 
 
 def _grids(unknowns: int, slowest: float) -> tuple[FloatArray, FloatArray]:
@@ -417,7 +417,7 @@ def _hosts_of(
 def _quantiles(values: FloatArray, weights: FloatArray, shares: FloatArray) -> FloatArray:
     """Return the values below which shares of the weights lie."""
     total = np.cumsum(weights)
-    return np.asarray(np.interp(shares, (total - 0.5 * weights) / total[-1], values))
+    return np.interp(shares, (total - 0.5 * weights) / total[-1], values)
 
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:
