@@ -12,6 +12,8 @@ True
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulator._version import __version__ as __version__
@@ -61,44 +63,23 @@ if TYPE_CHECKING:
     from simulator.uncertainty.operators import gemm_time as gemm_time
     from simulator.workload import Workload as Workload
 else:
-    _MODULES = {
-        "errors": "InputError",
-        "engines.engine": "list_engines load_engine",
-        "uncertainty.intervals": "workload_time",
-        "uncertainty.operators": "GemmOptions gemm_time",
-        "hardware.profile": "HardwareProfile",
-        "hardware.library": "list_hardware load_hardware",
-        "hardware.save": "save_hardware",
-        "capacity": "memory",
-        "pruning": "FAMILIES prune",
-        "pruning._family": "Choice Family",
-        "pruning._methods": "METHODS Method",
-        "plans.costs": "Costs costs",
-        "plans.search": "Plan search",
-        "plans.solve": "Targets",
-        "prediction.table": "predict speedup speedups table",
-        "prediction.result": "Result Results",
-        "prediction.service": "serve",
-        "request": "Request",
-        "prediction.claims": "judge_claim",
-        "prediction.draft": "draft",
-        "prediction.explain": "Step waterfall",
-        "prediction.sweep": "sweep",
-        "prediction.tariff": "Energy Tariff",
-        "models.model": "Model",
-        "models.library": "list_models load_model",
-        "models.lower": "lower",
-        "workload": "Workload",
+    # name -> module, read from the imports above: ``import simulator`` stays fast, as a module is
+    # imported at the first use of a name
+    _HOME = {
+        name: module
+        for module, name in re.findall(
+            r"^    from (simulator\.[\w.]+) import (\w+) as \2$",
+            Path(__file__).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
     }
-    # name -> module; imported on first use, so that ``import simulator`` stays fast
-    _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
     __all__ = sorted((*_HOME, "__version__"))
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module 'simulator' has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"simulator.{_HOME[name]}"), name)
+        value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
 

@@ -223,7 +223,7 @@ def _verdict(total: float, capacity: float, devices: int, needed: int) -> str:
 
 def weights_bytes(workloads: WorkloadBatch) -> FloatArray:
     w = workloads.rows
-    each = workloads.each(lambda operator, rows: operator.parameter_bytes(rows))
+    each = workloads.rows.each(lambda operator, rows: operator.parameter_bytes(rows))
     stored = np.where(w.params > 0, each * w.count, 0.0)
     if w.meta.parallel != "pipeline":
         return workloads.total(stored)
@@ -366,7 +366,7 @@ def _activation_bytes(workloads: WorkloadBatch, here: BoolArray) -> FloatArray:
     attention = outer[:, _QKV].sum(axis=1) + inner[:, _O]
     mlp = outer[:, _WIDE].sum(axis=1) + inner[:, _DOWN]
     inside = np.where(
-        here, workloads.each(lambda operator, rows: operator.inner_elements(rows)), 0.0
+        here, workloads.rows.each(lambda operator, rows: operator.inner_elements(rows)), 0.0
     )
     widest_three = np.maximum(
         np.maximum(attention, np.maximum(mlp, workloads.largest(inside))), outer[:, _HEAD]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -71,148 +73,10 @@ DTYPE_BYTES: NDArray[np.float64] = np.array(
 """Stored bytes of one element by dtype code; nvfp4 has one scale byte per 16 elements, mxfp4 and
 mxfp6 per 32."""
 
-ROLES: tuple[str, ...] = (
-    # GEMMs of a decoder layer
-    "q",
-    "k",
-    "v",
-    "qkv",
-    "o",
-    "gate",
-    "up",
-    "gate_up",
-    "down",
-    # GEMMs outside the layers, and those that pruning adds
-    "lm_head",
-    "router",
-    "residual_projection",
-    # attention
-    "attention",
-    # elementwise
-    "embedding",
-    "attention_norm",
-    "mlp_norm",
-    "qk_norm",
-    "post_norm",
-    "final_norm",
-    "rotary",
-    "activation",
-    "residual",
-    "cache_write",
-    "softcap",
-    "sampling",
-    "gather",
-    "scatter",
-    "mask",
-    "select",
-    "sort",
-    "quantize",
-    # collectives
-    "all_reduce",
-    "send",
-    "all_gather",
-    "reduce_scatter",
-    "all_to_all",
-    # latent attention: projections to the ranks, from the query rank, from the latent vector (whole
-    # and halves)
-    "q_a",
-    "kv_a",
-    "qkv_a",
-    "q_b",
-    "kv_b",
-    "absorb_k",
-    "absorb_v",
-    "latent_norm",
-    # hidden x hidden product instead of attention or MLP; routed experts, and the gate of shared
-    # experts
-    "linear",
-    "experts",
-    "shared_gate",
-    # zeros for skipped tokens; gate times up if a GEMM includes the activation
-    "fill",
-    "product",
-    # gated delta net: queries, keys, values and gate; decay and strength of the update; its norm;
-    # gate after attention
-    "delta_in",
-    "delta_ba",
-    "delta_net",
-    "gated_norm",
-    "output_gate",
-    # conversion of activations for narrow products (quantize: residual stream): outputs of heads,
-    # inner features
-    "quantize_heads",
-    "quantize_inner",
-    # projection that gates the outputs of heads; norm before an output or down projection; norm of
-    # the embedding, and projections between the embedding's width and the hidden size
-    "head_gate",
-    "inner_norm",
-    "embedding_norm",
-    "embedding_in",
-    "embedding_out",
-    # indexer: queries, key, weights of its heads; norm of its key; scores and selection
-    "index_q",
-    "index_k",
-    "index_weights",
-    "index_norm",
-    "indexer",
-    # entries of a compressed cache: their product, and their weighted mean
-    "compress",
-    "compressed",
-    # low-rank output projection: product of each group of heads
-    "o_a",
-    # between the residual stream and a sublayer: products that make weights, the weighted sum of
-    # streams or the gated input, and the sum into all streams
-    "entry_in",
-    "entry_out",
-    "entry_weights",
-    "entry",
-    "streams",
-    # Mamba: input projection; step sizes, B and C; step sizes of channels; their norm; recurrence
-    "mamba_in",
-    "mamba_x",
-    "mamba_dt",
-    "mamba_norm",
-    "mamba",
-    # convolution of each channel; input projection of a layer with nothing else, and its gates
-    "short_conv",
-    "conv_in",
-    "conv_gate",
-    # convolution after a sublayer
-    "output_conv",
-    # recurrences of lightning attention and of Kimi's delta attention; low-rank projections to its
-    # decays and gates, first and second factors
-    "lightning",
-    "kda",
-    "delta_rank",
-    "delta_up",
-    # projection of values that makes a mask of scores
-    "mask_values",
-    # product without a nonlinearity beside other sublayers; factors that adapt a shared product
-    "projection",
-    "adapter_in",
-    "adapter_out",
-    # projections of relative positions, sinks and weights of convolutions; mix of profiles
-    "relative",
-    # projections between the residual stream and the features that experts read and write; products
-    # of attention experts (queries and outputs)
-    "latent_in",
-    "latent_out",
-    "attention_experts",
-    # attention over the cache of an earlier layer
-    "shared_attention",
-    # embeddings per layer: their product of the embedding and their sum; gate and output in a layer
-    "layer_inputs",
-    "layer_gate",
-    "layer_output",
-    # low-rank addition to attention (LAuReL); predictions and corrections of streams (AltUp)
-    "laurel_in",
-    "laurel_out",
-    "altup",
-    # convolution of queries and keys, each group of channels
-    "grouped_conv",
-)
-"""Names of operator roles; the index is the code in the column ``role`` and in files, so new names
-go to the end."""
+_GROUPS = json.loads(Path(__file__).with_name("roles.json").read_text(encoding="utf-8"))
+ROLES: tuple[str, ...] = tuple(name for group in _GROUPS for name in group["names"])
+"""Names of operator roles, with their meanings in ``roles.json``; the index is the code in the
+column ``role`` and in files, so new names go to the end."""
 
 _ROLE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(ROLES)})
 _DTYPE_CODE: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(DTYPES)})

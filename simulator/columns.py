@@ -153,30 +153,30 @@ class Table(Displayed):
         """Return a table of ``rows``, mappings from column to value; columns with codes accept
         names. ``others`` are fields of all rows."""
         rows = list(rows)
-        names = {name: None for row in rows for name in row}
-        cls._known(names)
-        columns: dict[str, Any] = {}
-        for name in names:
-            values = [row.get(name, cls.SCHEMA[name][1]) for row in rows]
-            columns[name] = [_code(name, v, cls.CODES) if isinstance(v, str) else v for v in values]
-        return cls.from_columns(*others, size=len(rows), **columns)
+        return cls.from_columns(*others, size=len(rows), **cls._columns_of(rows))
+
+    @classmethod
+    def _columns_of(cls, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Return columns of numbers and codes; missing values are defaults."""
+        cls._known(name for row in rows for name in row)
+        columns: dict[str, list[Any]] = {}
+        for i, row in enumerate(rows):
+            for name, value in row.items():
+                if name not in columns:
+                    columns[name] = [cls.SCHEMA[name][1]] * len(rows)
+                named = isinstance(value, str)
+                columns[name][i] = _code(name, value, cls.CODES) if named else value
+        return columns
 
     @classmethod
     def computed(cls: type[T], rows: Sequence[Mapping[str, Any]], *others: Any) -> T:
         """Return the table of :meth:`from_rows` for ``rows`` that this package computed; ``others``
         are fields of all rows. Values are checked, which takes longer, only if some are too large
         to be exact."""
-        columns: dict[str, list[Any]] = {}
-        for i, row in enumerate(rows):
-            for name, value in row.items():
-                if name not in columns:
-                    columns[name] = [cls.SCHEMA[name][1]] * len(rows)
-                columns[name][i] = (
-                    _code(name, value, cls.CODES) if isinstance(value, str) else value
-                )
-        if any(max(values) > MOST for values in columns.values()):
-            return cls.from_rows(rows, *others)
-        return cls.filled(*others, size=len(rows), **columns)
+        columns = cls._columns_of(rows)
+        exact = all(max(values) <= MOST for values in columns.values())
+        make = cls.filled if exact else cls.from_columns
+        return make(*others, size=len(rows), **columns)
 
     @classmethod
     def concat(cls: type[T], parts: Iterable[T], **others: Any) -> T:

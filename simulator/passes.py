@@ -209,7 +209,7 @@ def launches(workloads: WorkloadBatch, engine: Engine) -> FloatArray:
         )
         looped[routed] = touched if engine.experts == "touched" else w.experts[routed]
         times = groups.sums(w.count * looped)
-    return np.asarray(times * engine.kernels[groups.role])
+    return times * engine.kernels[groups.role]
 
 
 def _beside(
@@ -283,14 +283,11 @@ def measured_engine(engine: Engine, hw: HardwareProfile) -> tuple[Engine, Engine
         and selected(name, engine.generations, times.version).name != engine.generation
     ):
         return engine, None
-    each_pass, each_layer, each_sequence = (
-        HostTime(t, times.host_log_sd, "")
-        for t in (times.each_pass, times.each_layer, times.each_sequence)
-    )
-    return (
-        replace(engine, each_pass=each_pass, each_layer=each_layer, each_sequence=each_sequence),
-        times,
-    )
+    names = ("each_pass", "each_layer", "each_sequence")
+    host: dict[str, Any] = {
+        part: HostTime(getattr(times, part), times.host_log_sd, "") for part in names
+    }
+    return replace(engine, **host), times
 
 
 def tokens_of(w: Workload) -> FloatArray:
@@ -342,7 +339,7 @@ def streams(workloads: WorkloadBatch, engine: Engine, hw: HardwareProfile) -> Fl
     every = (
         (groups.kind == ELEMENTWISE) & (groups.role != _CACHE_WRITE) & (hw.architecture != "cpu")
     )
-    return np.asarray(np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row])
+    return np.where(every, kernels, np.minimum(kernels, 1.0))[groups.of_row]
 
 
 def gaps(
@@ -356,10 +353,10 @@ def gaps(
         graph = np.array([engine.in_graph(name) for name in ("prefill", "decode")])[
             groups.segment // 3
         ]
-        return np.asarray(launched * (graph * (runtime["graph_gap_s"] + engine.gap.value)))
+        return launched * (graph * (runtime["graph_gap_s"] + engine.gap.value))
     launched = np.where(np.isin(groups.kind, _RECURRENT), groups.count, launched)
     beside = np.maximum(launched - groups.count, 0.0)
-    return np.asarray(launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"])
+    return launched * runtime["graph_gap_s"] + beside * runtime["host_op_s"]
 
 
 def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:

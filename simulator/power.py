@@ -51,7 +51,7 @@ def datasheet_times(workloads: WorkloadBatch, hw: HardwareProfile) -> tuple[Floa
     """Return the times of each row's bytes and executed FLOPs at the datasheet rates, s."""
     rows = workloads.rows
     moved = np.where(rows.kind == COLLECTIVE, 0.0, workloads.bytes)
-    executed = workloads.each(lambda operator, rows: operator.executed_flops(rows))
+    executed = rows.each(lambda operator, rows: operator.executed_flops(rows))
     flop_s = rows.density * rows.count * hw.flop_s[rows.dtype]
     return moved / hw.bandwidth_bytes_per_s, executed * flop_s
 

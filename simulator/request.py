@@ -432,6 +432,13 @@ class Request:
         }
 
 
+def known(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return keywords of :class:`Request`; InputError for a name that is not one."""
+    for name in settings.keys() - Request.__dataclass_fields__.keys():
+        raise unknown("setting", name, SETTINGS)
+    return settings
+
+
 def _settings() -> dict[str, Setting]:
     hints, out = get_type_hints(Request, include_extras=True), {}
     for one in fields(Request):

@@ -7,7 +7,7 @@ row, and counts of dynamic methods can be fractional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -243,20 +243,21 @@ class Workload(Table):
     def operators(self) -> Iterator[tuple[Operator, Rows, Formats]]:
         """Yield the rows of each operator and pair of number formats, those of latent attention
         separately."""
-        codes = (self.kind.astype(np.int64) * len(DTYPES) + self.dtype) * len(
-            DTYPES
-        ) + self.weight_dtype
-        codes = codes * 2 + (self.value_dim > 0)
+        shape = MOST_CODES, len(DTYPES), len(DTYPES), 2
+        columns = self.kind, self.dtype, self.weight_dtype, np.minimum(self.value_dim, 1)
+        codes = np.ravel_multi_index(columns, shape)
         for code in np.bincount(codes).nonzero()[0].tolist():
-            kind, formats = divmod(code // 2, len(DTYPES) ** 2)
-            dtype, second = divmod(formats, len(DTYPES))
+            kind, dtype, second, _ = np.unravel_index(code, shape)
             rows = Rows(self, (codes == code).nonzero()[0])
-            yield BY_CODE[kind], rows, Formats(DTYPES[dtype], DTYPES[second])
+            yield BY_CODE[int(kind)], rows, Formats(DTYPES[dtype], DTYPES[second])
 
     def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
         """Return ``value`` of each row, for one execution; it is called once per operator and pair
         of formats."""
-        return _values(self.operators(), value, len(self))
+        out = np.zeros(len(self))
+        for operator, rows, _ in self.operators():
+            out[rows.at] = value(operator, rows)
+        return out
 
     @property
     def pairs(self) -> Array:
@@ -293,7 +294,7 @@ class Workload(Table):
     @property
     def _compressed(self) -> BoolArray:
         """Mask of attention rows with a compressed cache."""
-        return np.asarray(self.is_attention & (self.n > 0))
+        return self.is_attention & (self.n > 0)
 
     @property
     def value_features(self) -> Array:
@@ -343,16 +344,12 @@ class Workload(Table):
         return out.replace(count=out.count * share, layer=layer, layers=np.minimum(out.layers, 1))
 
 
-def _values(
-    operators: Iterable[tuple[Operator, Rows, Formats]],
-    value: Callable[[Operator, Rows], Any],
-    size: int,
-) -> Array:
-    out = np.zeros(size)
-    for operator, rows, _ in operators:
-        out[rows.at] = value(operator, rows)
-    return out
-
+_SIZES = (
+    *("m", "n", "k", "batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim", "value_dim"),
+    *("latent", "window", "block", "experts", "density", "active", "skew"),
+    *("read_bytes", "write_bytes"),
+)
+"""Columns of 64 bits that determine the time of an operator."""
 
 FEW_ROWS = 200
 """Number of rows below which a search for equal operators takes longer than timing them twice."""
@@ -365,7 +362,7 @@ _SEGMENT[Part.HEAD] = 2
 def segment_of(w: Workload) -> NDArray[np.int64]:
     """Return the segment of each row: phase x 3 + 0 before the layers, 1 in the layers, 2 after the
     layers."""
-    return np.asarray(w.phase.astype(np.int64) * 3 + _SEGMENT[w.part])
+    return w.phase.astype(np.int64) * 3 + _SEGMENT[w.part]
 
 
 @dataclass(frozen=True)
@@ -442,25 +439,18 @@ class WorkloadBatch:
     def join(cls, batches: Sequence[WorkloadBatch]) -> WorkloadBatch:
         if len(batches) == 1:
             return batches[0]
-        columns = (f.name for f in fields(cls) if f.name != "rows")
+        columns = (f.name for f in fields(cls)[1:])
         joined = {name: np.concatenate([getattr(b, name) for b in batches]) for name in columns}
         return cls(Workload.concat([b.rows for b in batches]), **joined)
 
     def take(self, index: IndexArray) -> WorkloadBatch:
         """Return the workloads ``index``; these include their dense workloads."""
-        lengths, place = self.lengths[index], np.full(len(self), -1)
+        place = np.full(len(self), -1)
         place[index] = np.arange(len(index))
-        first = np.repeat(self.starts[index] - (np.cumsum(lengths) - lengths), lengths)
-        return WorkloadBatch(
-            rows=self.rows.take(first + np.arange(int(lengths.sum()))),
-            lengths=lengths,
-            sequences=self.sequences[index],
-            dense=place[self.dense[index]],
-            pruning=self.pruning[index],
-            sparsity=self.sparsity[index],
-            realised=self.realised[index],
-            models=self.models[index],
-        )
+        rows = np.concatenate([self.rows_of(i) for i in index])
+        columns = {f.name: getattr(self, f.name)[index] for f in fields(self)[1:]}
+        columns["dense"] = place[columns["dense"]]
+        return WorkloadBatch(self.rows.take(rows), **columns)
 
     def rows_of(self, index: int) -> IndexArray:
         return int(self.starts[index]) + np.arange(int(self.lengths[index]))
@@ -471,7 +461,7 @@ class WorkloadBatch:
     @cached_property
     def starts(self) -> IndexArray:
         """First row of each workload."""
-        return np.asarray(np.cumsum(self.lengths) - self.lengths)
+        return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def owner(self) -> IndexArray:
@@ -480,38 +470,25 @@ class WorkloadBatch:
 
     def total(self, column: FloatArray) -> FloatArray:
         """Return the sum of a column of the rows, by workload."""
-        return np.asarray(np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts))
+        return np.add.reduceat(np.asarray(column, dtype=np.float64), self.starts)
 
     def largest(self, column: Any) -> Any:
         """Return the maximum of a column of the rows, by workload."""
         return np.maximum.reduceat(column, self.starts)
 
     @cached_property
-    def operators(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
-        """Rows of each operator and pair of number formats (:meth:`Workload.operators`)."""
-        return tuple(self.rows.operators())
-
-    def each(self, value: Callable[[Operator, Rows], Any]) -> Array:
-        """Return ``value`` of each row (:meth:`Workload.each`)."""
-        return _values(self.operators, value, len(self.rows))
-
-    @cached_property
     def flops(self) -> FloatArray:
-        return np.asarray(
-            self.each(lambda operator, rows: operator.flops(rows))
-            * self.rows.density
-            * self.rows.count
-        )
+        return self.rows.flops
 
     @cached_property
     def bytes(self) -> FloatArray:
-        return np.asarray(self.each(lambda operator, rows: operator.bytes(rows)) * self.rows.count)
+        return self.rows.bytes
 
     def bound(self, column: FloatArray) -> FloatArray:
         """Return the ratio of sums of a column, dense over pruned, by workload, without overhead
         operators."""
         totals = self.total(np.where(self.rows.overhead, 0.0, column))
-        return np.asarray(totals[self.dense] / totals)
+        return totals[self.dense] / totals
 
     @cached_property
     def flop_bound(self) -> FloatArray:
@@ -539,33 +516,11 @@ class WorkloadBatch:
         w, every = self.rows, np.arange(len(self.rows))
         if len(w) < FEW_ROWS:
             return w, every
-        small = w.kind.astype(np.int64)
-        role = np.where(w.kind == Kind.GEMM, 0, w.role)
-        for codes, many in (
-            (role, len(ROLES)),
-            (w.kernel, 8),
-            (w.dtype, len(DTYPES)),
-            (w.weight_dtype, len(DTYPES)),
-        ):
-            small = small * many + codes
-        columns = [
-            small,
-            w.m,
-            w.n,
-            w.k,
-            w.batch,
-            w.q_len,
-            w.kv_len,
-            w.heads,
-            w.kv_heads,
-            w.head_dim,
-            w.window,
-            w.block,
-        ]
-        columns += [w.experts, w.value_dim, w.latent]
-        columns += [
-            c.view(np.int64) for c in (w.density, w.active, w.skew, w.read_bytes, w.write_bytes)
-        ]
+        small = np.ravel_multi_index(
+            (w.kind, np.where(w.kind == Kind.GEMM, 0, w.role), w.kernel, w.dtype, w.weight_dtype),
+            (MOST_CODES, len(ROLES), len(Kernel), len(DTYPES), len(DTYPES)),
+        )
+        columns = [small, *(getattr(w, name) for name in _SIZES)]
         key = np.zeros(len(w), dtype=np.uint64)
         for values in columns:  # a mixing hash; equal hashes are checked below
             key ^= np.ascontiguousarray(values).view(np.uint64)
@@ -580,6 +535,5 @@ class WorkloadBatch:
 
     @cached_property
     def distinct(self) -> tuple[tuple[Operator, Rows, Formats], ...]:
-        """Operators with different times, in the form of :attr:`operators`."""
-        rows = self.shapes[0]
-        return self.operators if rows is self.rows else tuple(rows.operators())
+        """Operators with different times (:meth:`Workload.operators`)."""
+        return tuple(self.shapes[0].operators())

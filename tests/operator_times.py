@@ -9,17 +9,11 @@ from typing import Any
 import numpy as np
 
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators import (
-    attention,
-    collective,
-    delta_net,
-    elementwise,
-    experts,
-    indexer,
-    short_conv,
-    state_space,
-)
-from simulator.operators.base import ELEMENT_BYTES, Estimate
+from simulator.operators import attention, collective, elementwise, experts, indexer
+from simulator.operators.base import ELEMENT_BYTES, Estimate, ready
+from simulator.operators.delta_net import DeltaNets
+from simulator.operators.short_conv import Convolutions
+from simulator.operators.state_space import Recurrences
 from simulator.uncertainty.factors import Uncertainty
 from simulator.uncertainty.operators import OperatorTimes, operator_time, predicted
 
@@ -70,11 +64,24 @@ def of_experts(
     return experts.experts(experts.ExpertSizes(m, n, k, number, active, **further), hw, **options)
 
 
-def of_delta_net(*sizes: Any, conv: Any = 4, **options: Any) -> Estimate:
+def of_delta_net(
+    *sizes: Any, conv: Any = 4, dtype: str = "bf16", state_dtype: str = "fp32"
+) -> Estimate:
     """Return the cost of gated delta nets, from their sizes and a profile."""
-    tokens, batch, heads, key_heads, key, value, hw = sizes
-    shape = delta_net.DeltaSizes(tokens, batch, heads, key_heads, key, value, conv)
-    return delta_net.delta_net(shape, hw, **options)
+    *shape, hw = sizes
+    return ready(hw, "delta_net", dtype, state_dtype).of_sizes(DeltaNets, *shape, conv, False)
+
+
+def of_recurrences(*sizes: Any, dtype: str = "bf16", state_dtype: str = "fp32") -> Estimate:
+    """Return the cost of recurrences, from their sizes and a profile."""
+    *shape, hw = sizes
+    return ready(hw, "state_space", dtype, state_dtype).of_sizes(Recurrences, *shape)
+
+
+def of_convolutions(*sizes: Any, dtype: str = "bf16") -> Estimate:
+    """Return the cost of convolutions, from their sizes and a profile."""
+    *shape, hw = sizes
+    return ready(hw, "short_conv", dtype).of_sizes(Convolutions, *shape)
 
 
 def of_indexer(*sizes: Any, key_dtype: str = "fp8", **options: Any) -> Estimate:
@@ -109,5 +116,5 @@ prefill_time, decode_time = of_sizes(prefill), of_sizes(decode)
 elementwise_time, experts_time = of_sizes(elementwise.elementwise), of_sizes(of_experts)
 collective_time, delta_net_time = of_sizes(collective.collective), of_sizes(of_delta_net)
 indexer_time = of_sizes(of_indexer)
-state_space_time = of_sizes(state_space.state_space)
-short_conv_time = of_sizes(short_conv.short_conv)
+state_space_time = of_sizes(of_recurrences)
+short_conv_time = of_sizes(of_convolutions)

@@ -14,6 +14,7 @@ import numpy as np
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.gemm import weight_copies
 from calibration.fit.operators import experts_part, index_sizes
+from calibration.fit.recurrent import CALLS
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, NEEDED, OPERATORS, Records
 from simulator.arrays import BoolArray, IndexArray
@@ -21,15 +22,12 @@ from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
 from simulator.operators.attention import Geometry
-from simulator.operators.base import BOTTLENECKS, ELEMENT_BYTES, Estimate
+from simulator.operators.base import BOTTLENECKS, ELEMENT_BYTES, Estimate, ready
 from simulator.operators.collective import collective
-from simulator.operators.delta_net import DeltaSizes, delta_net
 from simulator.operators.elementwise import elementwise
 from simulator.operators.experts import PARTS, ExpertSizes, experts
 from simulator.operators.gemm import Options
 from simulator.operators.indexer import indexer
-from simulator.operators.short_conv import short_conv
-from simulator.operators.state_space import state_space
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
@@ -259,16 +257,9 @@ def _indexer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 
 
 def _recurrent(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
-    operator, dtype = OPERATORS[int(r.operator[0])], options.dtype
-    states = r.heads, r.kv_heads
-    if operator == "short_conv":
-        estimate = short_conv(r.m, r.batch, r.n, r.window, hw, dtype)
-    elif operator == "state_space":
-        estimate = state_space(r.m, r.batch, *states, r.n, r.head_dim, r.block, hw, dtype)
-    else:
-        sizes = DeltaSizes(r.m, r.batch, *states, r.head_dim, r.n, r.window)
-        estimate = delta_net(sizes, hw, dtype)
-    time, uncertainty = predicted(estimate, hw)
+    operator = OPERATORS[int(r.operator[0])]
+    fitted = ready(hw, operator, options.dtype)
+    time, uncertainty = predicted(fitted.cost(CALLS[operator](fitted.machine, r)), hw)
     shown = {name: getattr(r, name) for name in NEEDED[operator]}
     return Predicted(time, shown, uncertainty)
 

@@ -39,6 +39,7 @@ from simulator.files.fields import (
     Text,
     read,
 )
+from simulator.files.read import stamp
 from simulator.files.yaml import Node, Problems, aliases_of, parse_yaml, read_text
 
 SCHEMA_VERSION = 1
@@ -54,7 +55,10 @@ _NAME = Text(
     (), "[a-z0-9][a-z0-9_.-]{0,63}", "a name of lower-case letters, digits, _ - and ., at most 64"
 )
 _COUNT = 2**31 - 1
-_SHARE = Number(0, 3, "0.1")
+_Seconds = Annotated[float, Quantity("s", 0.0, 1.0)]
+_Ratio = Annotated[float, Number(0, 3, "0.1")]
+_Count = Annotated[int, Number(1, _COUNT, "8", whole=True)]
+_Rows = Annotated[int, Number(1, 1024, "64", whole=True)]
 
 _VERSION = re.compile(r"(\d{1,6}(?:\.\d{1,6}){0,5})(?:[.+-]?[a-z][a-z0-9.+-]{0,30})?", re.ASCII)
 SINCE = r"\d{1,6}(\.\d{1,6}){0,5}"
@@ -107,13 +111,11 @@ def selected(engine: str, generations: Sequence[Generation], wanted: str) -> Gen
     for generation in generations:
         if generation.name == wanted:
             return generation
-    version = numbers(wanted)
-    since = [
-        generation
-        for generation in generations
-        if version is not None and reached(version, generation.since)
-    ]
-    if not since:
+    version = numbers(wanted) or ()
+    since = [one for one in generations if reached(version, one.since)]
+    newest = numbers(generations[-1].since) or ()
+    # neither an empty version nor one beyond the next major version exists
+    if not since or not any(version) or version[0] > newest[0] + 1:
         names = ", ".join(f"{g.name} (from {g.since})" for g in generations)
         example = f"a version such as {generations[-1].since}"
         raise InputError(
@@ -234,8 +236,8 @@ class TallTiles:
 
     on: String  # architecture
     # rows of the smallest tile of a GEMM that was not fitted
-    gemm: Annotated[int, Number(1, 1024, "64", whole=True)]
-    decode: Annotated[int, Number(1, 1024, "128", whole=True)]  # rows of a tile of decode attention
+    gemm: _Rows
+    decode: _Rows  # rows of a tile of decode attention
     decode_rate: Annotated[float, Number(0.01, 1, "0.85")]  # share of the datasheet's rate
     source: SourceName
     note: String = ""
@@ -245,8 +247,8 @@ class TallTiles:
 class HostTime:
     """Time of the host, s, and the standard deviation of its log between hosts."""
 
-    value: Annotated[float, Quantity("s", 0.0, 1.0)]
-    log_sd: Annotated[float, _SHARE]
+    value: _Seconds
+    log_sd: _Ratio
     source: SourceName
     note: String = ""
     # factor on the host of a workstation's GPU
@@ -258,9 +260,9 @@ class HostTime:
 
 @dataclass(frozen=True)
 class Share:
-    value: Annotated[float, _SHARE]
+    value: _Ratio
     source: SourceName
-    sd: Annotated[float, _SHARE] = 0.0  # its standard deviation between users
+    sd: _Ratio = 0.0  # its standard deviation between users
     note: String = ""
 
 
@@ -295,9 +297,9 @@ class HostBlock:
 class Captured:
     """Batch sizes of an engine's CUDA graphs; other batches are padded to the next of them."""
 
-    sizes: tuple[Annotated[int, Number(1, _COUNT, "4", whole=True)], ...]  # below ``multiple``
-    multiple: Annotated[int, Number(1, _COUNT, "8", whole=True)]  # larger sizes are its multiples
-    most: Annotated[int, Number(1, _COUNT, "512", whole=True)]  # the largest size
+    sizes: tuple[_Count, ...]  # below ``multiple``
+    multiple: _Count  # larger sizes are its multiples
+    most: _Count  # the largest size
     source: SourceName
 
     def pads(self, batch: int) -> bool:
@@ -309,8 +311,8 @@ class StepLimit:
     """Most tokens and sequences of one step on GPUs of at least some memory."""
 
     memory: Annotated[float, Quantity("B", 0.0, 1e15)]  # the limit applies from this memory on
-    tokens: Annotated[int, Number(1, _COUNT, "8192", whole=True)]
-    sequences: Annotated[int, Number(1, _COUNT, "256", whole=True)]
+    tokens: _Count
+    sequences: _Count
     not_on: Strings = ()  # GPUs whose names contain one of these
 
 
@@ -322,8 +324,8 @@ class Reserve:
 
     first: _Fraction
     least: _Fraction
-    steps: Annotated[int, Number(1, _COUNT, "600", whole=True)]
-    most: Annotated[int, Number(1, _COUNT, "4096", whole=True)]  # tokens that count per request
+    steps: _Count
+    most: _Count  # tokens that count per request
     source: SourceName
 
 
@@ -331,9 +333,9 @@ class Reserve:
 class FrontEnd:
     """Work of an API server before the engine gets a request: HTTP and tokenising."""
 
-    request: Annotated[float, Quantity("s", 0.0, 1.0)]  # per request
-    token: Annotated[float, Quantity("s", 0.0, 1.0)]  # per prompt token
-    log_sd: Annotated[float, _SHARE]  # between hosts
+    request: _Seconds  # per request
+    token: _Seconds  # per prompt token
+    log_sd: _Ratio  # between hosts
     source: SourceName
     note: String = ""
 
@@ -344,7 +346,7 @@ class Sampler:
     token and entry of the vocabulary."""
 
     value: Annotated[float, Quantity("s", 0.0, 1e-6)]
-    log_sd: Annotated[float, _SHARE]
+    log_sd: _Ratio
     source: SourceName
     note: String = ""
 
@@ -618,14 +620,7 @@ def load_engine(name_or_path: str) -> Engine:
     if not name_or_path:
         return _KERNELS
     path, wanted, shipped = _place(name_or_path)
-    stamp = (0, 0)
-    if not shipped:
-        try:
-            status = os.stat(path)
-            stamp = (status.st_mtime_ns, status.st_size)
-        except (OSError, ValueError):
-            stamp = (-1, -1)
-    return _load(path, stamp, wanted)
+    return _load(path, (0, 0) if shipped else stamp(path), wanted)
 
 
 def check_engine(path: str) -> list[str]:
@@ -697,9 +692,9 @@ def _place(name_or_path: str) -> tuple[str, str, bool]:
 
 
 @lru_cache(maxsize=64)
-def _load(path: str, stamp: tuple[int, int], wanted: str = "") -> Engine:
+def _load(path: str, stamped: tuple[int, int], wanted: str = "") -> Engine:
     if wanted:
-        engine = _load(path, stamp)
+        engine = _load(path, stamped)
         found = selected(engine.name, engine.generations, wanted)
         title = f"{engine.short_title or engine.name} {wanted}"
         return replace(_as_of(engine, found), name=f"{engine.name}@{wanted}", short_title=title)

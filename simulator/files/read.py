@@ -53,6 +53,15 @@ def read_bounded(
     return raw
 
 
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Return the time and size of a file; -1 for a file that cannot be read."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_mtime_ns, status.st_size
+
+
 def parse_json(content: str | bytes, label: str) -> Any:
     """Return parsed JSON. JSONDecodeError for other text; InputError for too many levels or digits,
     and for an object with equal keys, of which ``json.loads`` takes the last."""

@@ -12,7 +12,6 @@ import io
 import lzma
 import math
 import re
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -24,9 +23,10 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from simulator.files.read import read_bounded
 from simulator.operators import MOST_CODES
 from simulator.operators.elementwise import CLASSES
-from simulator.operators.gemm import check_exact
+from simulator.operators.gemm import EXACT_BITS
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -37,30 +37,56 @@ MOST_ROWS = 2000
 # log ratio of the constants of two kernels, one of which may be at the lower end of its range
 MOST_FACTOR = 30.0
 
-_FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
-    dict.fromkeys(("values", "row_values", "log_ratio"), (-MOST_LOG, MOST_LOG))
-    | {
-        "factors": (-MOST_FACTOR, MOST_FACTOR),
-        "exact_log_half": (0.0, MOST_LOG),
-    }
-)
-"""Array that a fit computes from times -> lowest and highest value."""
-
-_LOCAL_UPDATE: Mapping[str, tuple[tuple[int, ...], str, float, float]] = MappingProxyType(
+_LOGS = (-MOST_LOG, MOST_LOG)
+_PLACE = (-1e6, 1e6)  # coordinates are logarithms, indices and shares
+_GROUPS: Mapping[str, Mapping[str, tuple[str, float, float]]] = MappingProxyType(
     {
-        "log_ratio": ((), "(rows,)", *_FITTED["log_ratio"]),
-        "systematic": ((0,), "(rows, factors)", -100.0, 100.0),
-        "independent": ((), "(rows,)", 0.0, MOST_LOG**2),
-        "correlated": ((), "(rows,)", 0.0, MOST_LOG),
-        "coordinates": ((3,), "(rows, 3)", -100.0, 100.0),
-        "kind": ((), "(rows,)", 0.0, float(MOST_CODES - 1)),
+        "update": {
+            "log_ratio": ("rows", *_LOGS),
+            "systematic": ("rows factors", -100.0, 100.0),
+            "independent": ("rows", 0.0, MOST_LOG**2),
+            "correlated": ("rows", 0.0, MOST_LOG),
+            "coordinates": ("rows 3", -100.0, 100.0),
+            "kind": ("rows", 0.0, MOST_CODES - 1.0),
+        },
+        "exact": {
+            **{name: ("shapes", 1.0, 2.0**bits - 2.0) for name, bits in EXACT_BITS.items()},
+            "exact_s": ("shapes", 1e-12, 1e9),
+            "exact_log_half": ("shapes", 0.0, MOST_LOG),
+        },
+        "measured": {"measured": ("2 3", 0.0, 64.0)},
+        # the residual of GEMMs on a CPU by the number of rows
+        "by_rows": {"row_m": ("sizes", 1.0, 2.0**31), "row_values": ("sizes", *_LOGS)},
+        "grid": {
+            "values": ("a b c", *_LOGS),
+            "start": ("3", *_PLACE),
+            "step": ("3", 1e-3, _PLACE[1]),
+        },
+        # kernels by head width, window and cache, whose grids are joined along the last axis
+        "kernels": {
+            "kinds": ("v 3", 0.0, 20.0),
+            "factors": ("v constants", -MOST_FACTOR, MOST_FACTOR),
+        },
+        # grids of the elementwise classes over one coordinate
+        "classes": {"values": ("classes nodes", *_LOGS), "start": ("", *_PLACE)},
     }
 )
-"""Array of a local update -> axes after the rows (0: any length), shape in words, lowest and
-highest value."""
+"""Arrays that belong together: sizes of the axes (equal names have equal sizes), lowest and highest
+value. The first array needs the others."""
 
-_MOST_COORDINATE = 1e6  # coordinates are logarithms, indices and shares
-_LEAST_STEP = 1e-3
+_OF = {"local_update": ("update",), "elementwise": ("classes",)}
+_OF_OTHERS = ("exact", "measured", "by_rows", "grid", "kernels")
+_MOST_SIZE = {"rows": MOST_ROWS, "classes": len(CLASSES)}
+_MAY_BE_NONE = ("factors", "constants", "shapes")
+_WHOLE = (*EXACT_BITS, "kind")
+
+_FITTED = {
+    name: rule[1:]
+    for group in _GROUPS.values()
+    for name, rule in group.items()
+    if name in ("values", "row_values", "log_ratio", "factors", "exact_log_half")
+}
+"""Array that a fit computes from times -> lowest and highest value."""
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,120}\.npz")  # without a folder or a drive
 ARRAY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -104,20 +130,7 @@ def pack_arrays(arrays: Arrays) -> bytes:
 
 def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
     """Return the files in an ``.npz`` by name; ValueError, one line, for another file or digest."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(
-                f"{path.name} is not a regular file; expected the .npz that was saved with the"
-                " profile"
-            )
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(
-            f"{path.name} cannot be read ({error.strerror}); expected it next to the profile"
-        ) from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_BYTES / 1e6:g} MB")
+    raw = read_bounded(path, MAX_BYTES, f"{path.name} next to the profile ")
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         belongs = "it belongs to another version of the profile"
@@ -187,23 +200,38 @@ def _check_numbers(name: str, array: NDArray[Any]) -> None:
 def check_arrays(operator: str, arrays: Arrays) -> None:
     """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore
     unknown names."""
-    if operator == "gemm":
-        if "exact_m" in arrays:
-            check_exact(arrays)
-            _check(arrays, "exact_log_half", True, "")
-            _check(arrays, "exact_s", True, "", 1e-12, 1e9)
-        if "row_m" in arrays:  # the residual of GEMMs on a CPU by the number of rows
-            _need(arrays, "row_m", "row_values")
-            m = arrays["row_m"]
-            good = m.ndim == 1 and m.size >= 1 and bool((np.diff(m) > 0).all())
-            _check(arrays, "row_m", good, "(sizes,), ascending", 1.0, 2.0**31)
-            _check(arrays, "row_values", arrays["row_values"].shape == m.shape, f"{m.shape}")
-        if "measured" in arrays:
-            _check(arrays, "measured", arrays["measured"].shape == (2, 3), "(2, 3)", 0.0, 64.0)
-    if operator == "local_update":
-        _check_update(arrays)
-    elif "values" in arrays:
-        _check_values(operator, arrays)
+    for group in (_GROUPS[name] for name in _OF.get(operator, _OF_OTHERS)):
+        if next(iter(group)) in arrays or operator == "local_update":
+            _check_group(group, arrays)
+    if "row_m" in arrays and (np.diff(arrays["row_m"]) <= 0).any():
+        raise ValueError("array row_m: expected ascending numbers")
+    if {"kinds", "values"} <= arrays.keys() and arrays["values"].shape[-1] % len(arrays["kinds"]):
+        raise ValueError("array kinds: expected a number that divides the last axis of values")
+
+
+def _check_group(group: Mapping[str, tuple[str, float, float]], arrays: Arrays) -> None:
+    sizes: dict[str, int] = {}
+    for name, (shape, low, high) in group.items():
+        if name not in arrays:
+            raise ValueError(f"array {next(iter(group))} needs array {name}, which is missing")
+        array, axes = np.asarray(arrays[name], dtype=np.float64), shape.split()
+        fits = len(axes) == array.ndim and all(
+            size == (int(axis) if axis.isdigit() else sizes.setdefault(axis, size))
+            for axis, size in zip(axes, array.shape)
+        )
+        if not fits:
+            expected = f"expected the shape ({', '.join(axes)})"
+            raise ValueError(f"array {name}: {expected}, got {array.shape}")
+        if array.size and not (low <= array.min() and array.max() <= high):
+            found = f"{array.min():g} to {array.max():g}"
+            raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")
+        if name in _WHOLE and (array != np.floor(array)).any():
+            raise ValueError(f"array {name}: expected whole numbers")
+    for axis, size in sizes.items():
+        least, most = int(axis not in _MAY_BE_NONE), _MOST_SIZE.get(axis, MAX_BYTES)
+        if not least <= size <= most:
+            expected = f"expected {axis} from {least} to {most}"
+            raise ValueError(f"array {next(iter(group))}: {expected}, got {size}")
 
 
 def clipped(arrays: Arrays) -> Arrays:
@@ -213,75 +241,3 @@ def clipped(arrays: Arrays) -> Arrays:
     }
     same = all(np.array_equal(array, arrays[name]) for name, array in found.items())
     return arrays if same else MappingProxyType({**arrays, **found})
-
-
-def _check_values(operator: str, arrays: Arrays) -> None:
-    """Check a residual grid over three coordinates, or the grids of the elementwise classes over
-    one coordinate."""
-    shape = arrays["values"].shape
-    place = (-_MOST_COORDINATE, _MOST_COORDINATE)
-    if operator == "elementwise":
-        _need(arrays, "values", "start")
-        good = len(shape) == 2 and 1 <= shape[0] <= len(CLASSES) and shape[1] >= 1
-        _check(arrays, "values", good, f"({len(CLASSES)}, nodes), or fewer classes")
-        _check(arrays, "start", arrays["start"].shape == (), "a single number", *place)
-        return
-    _need(arrays, "values", "start", "step")
-    _check(
-        arrays,
-        "values",
-        len(shape) == 3 and math.prod(shape) > 0,
-        "(a, b, c), at least one of each",
-    )
-    _check(arrays, "start", arrays["start"].shape == (3,), "(3,)", *place)
-    _check(arrays, "step", arrays["step"].shape == (3,), "(3,)", _LEAST_STEP, _MOST_COORDINATE)
-    # kernels by head width, window and cache, whose grids are joined along the last axis
-    if "kinds" in arrays:
-        _need(arrays, "kinds", "factors")
-        kinds, factors = arrays["kinds"].shape, arrays["factors"].shape
-        good = len(kinds) == 2 and kinds[1] == 3 and kinds[0] >= 1 and shape[2] % kinds[0] == 0
-        _check(
-            arrays, "kinds", good, "(v, 3), v a divisor of the last dimension of values", 0.0, 20.0
-        )
-        _check(
-            arrays,
-            "factors",
-            len(factors) == 2 and factors[0] == kinds[0],
-            f"({kinds[0]}, constants)",
-        )
-
-
-def _check_update(arrays: Arrays) -> None:
-    """Check rows measured on the user's machine: log errors, and their inputs to the error
-    model."""
-    _need(arrays, "log_ratio", *_LOCAL_UPDATE)
-    count = arrays["log_ratio"].shape[:1]
-    for name, (more, expected, low, high) in _LOCAL_UPDATE.items():
-        shape = arrays[name].shape
-        good = (
-            len(shape) == 1 + len(more)
-            and shape[:1] == count
-            and (more == (0,) or shape[1:] == more)
-        )
-        good = good and 1 <= shape[0] <= MOST_ROWS
-        _check(arrays, name, good, f"{expected}, rows from 1 to {MOST_ROWS}", low, high)
-    if arrays["kind"].dtype.kind not in "iu":
-        raise ValueError(f"array kind: expected whole numbers, got {arrays['kind'].dtype}")
-
-
-def _need(arrays: Arrays, first: str, *others: str) -> None:
-    for name in others:
-        if name not in arrays:
-            raise ValueError(f"array {first} needs array {name}, which is missing")
-
-
-def _check(arrays: Arrays, name: str, good: bool, expected: str, *limits: float) -> None:
-    """Check the shape and the values of an array; the limits of a fitted array are in
-    ``_FITTED``."""
-    array = np.asarray(arrays[name], dtype=np.float64)
-    low, high = limits or _FITTED[name]
-    if not good:
-        raise ValueError(f"array {name}: expected the shape {expected}, got {array.shape}")
-    if array.size and not (low <= array.min() and array.max() <= high):
-        found = f"{array.min():g} to {array.max():g}"
-        raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from simulator.codes import STACKS, labels
 from simulator.errors import InputError, unknown
+from simulator.files.read import stamp
 from simulator.files.yaml import Problems, aliases_of, read_text
 from simulator.hardware.arrays import Arrays, read_archive, read_arrays
 from simulator.hardware.profile import (
@@ -216,15 +217,8 @@ def _stack_files(path: str) -> dict[str, str]:
 
 
 def _stamps(path: str) -> tuple[tuple[str, int, int], ...]:
-    """Return the profile's files, each with its time and size; -1 for files that cannot be read."""
-    out = []
-    try:
-        for file in (path, *_stack_files(path).values()):
-            status = os.stat(file)
-            out.append((file, status.st_mtime_ns, status.st_size))
-    except (OSError, ValueError):
-        return ((path, -1, -1),)
-    return tuple(out)
+    """Return the profile's files, each with its time and size."""
+    return tuple((file, *stamp(file)) for file in (path, *_stack_files(path).values()))
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +20,19 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPES, STACKS
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError, unknown
-from simulator.files.fields import BAD, Keyed, Keys, Number, Quantity, Quoted, Text, TreeReader
+from simulator.files.fields import (
+    BAD,
+    Keyed,
+    Keys,
+    Number,
+    Object,
+    Quantity,
+    Quoted,
+    Text,
+    TreeReader,
+)
 from simulator.files.yaml import Node
+from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.names import CONNECTIONS, PCIE
 from simulator.operators import CONSTANTS, OPERATORS
 from simulator.operators.attention import DECODE_KERNELS
@@ -85,13 +97,27 @@ class Fitted:
     status: Annotated[str, Text(("fitted", "fixed", "inherited", "default"))] = "fitted"
 
 
+class _Date(Text):
+    def value(self, node: Node) -> str:
+        found = super().value(node)
+        try:
+            if found != "unknown":
+                datetime.fromisoformat(found)
+        except ValueError:
+            raise ValueError(f'expected a date such as "2026-01-31", got {node}') from None
+        return found
+
+
+SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits", quote=True)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Data that a section was fitted on."""
 
     source: Quoted
-    digest: Quoted
-    date: Quoted
+    digest: Annotated[str, SHA256]
+    date: Annotated[str, _Date(quote=True)]
     software: Quoted
     device: Quoted
     protocol: Quoted
@@ -130,15 +156,62 @@ class Section(Displayed):
         )
 
 
+@dataclass(eq=False, repr=False)
+class ArraysEntry:
+    file: Annotated[
+        str,
+        Text(
+            (), FILE_NAME.pattern, "the name of an .npz file next to the profile, without folders"
+        ),
+    ]
+    sha256: Annotated[str, SHA256]
+    names: tuple[
+        Annotated[str, Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")], ...
+    ]
+
+
+class StoredArrays(Object):
+    """Arrays of a section or of the local update, which are fetched from their file."""
+
+    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
+        entry = super().read(node, path, reader)
+        if entry is BAD:
+            return BAD
+        folder, fetch = reader.context["folder"], reader.context["fetch"]
+        prefix = ".".join(path[:-1]).removeprefix("calibrated.")
+        try:
+            return fetch(folder / entry.file, entry.sha256, prefix, entry.names)
+        except ValueError as error:
+            return reader.wrong(node.at("file"), (*path, "file"), str(error))
+
+
+_FACTOR = Text(
+    (), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True
+)
+
+
 @dataclass(frozen=True, eq=False)
 class LocalUpdate:
     """Rows measured on the user's machine that update the predictions of a whole profile."""
 
     provenance: Provenance
-    factors: tuple[str, ...]  # names of the error factors, the columns of ``systematic``
+    # names of the error factors, the columns of ``systematic``
+    factors: tuple[Annotated[str, _FACTOR], ...]
     # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape
     # (rows,), systematic has (rows, factors), coordinates has (rows, 3)
-    arrays: Mapping[str, NDArray[Any]] = field(repr=False)
+    arrays: Annotated[Any, StoredArrays(ArraysEntry)] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
+        if systematic is not None and systematic.shape[1] != len(self.factors):
+            expected = (
+                f"expected {systematic.shape[1]} names, one per column of the array systematic"
+            )
+            raise InputError(f"factors: {expected}, got {len(self.factors)}")
+
+
+_LogSd = Annotated[float, Number(0.0, 3.0, "0.2")]
+_Added = Annotated[float, Quantity("s", 0.0, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +220,7 @@ class Correction:
 
     # for each of the numbers of tokens
     factors: tuple[Annotated[float, Number(0.01, 100.0, "0.8")], ...]
-    log_sd: Annotated[float, Number(0.0, 3.0, "0.05")]  # scatter of the log over shapes
+    log_sd: _LogSd  # scatter of the log over shapes
 
 
 @dataclass(frozen=True)
@@ -157,10 +230,9 @@ class EngineTimes:
     version: Quoted  # release of the engine
     source: Quoted
     each_pass: Annotated[float, Quantity("s", 0.0, 10.0)]  # host time per pass
-    each_layer: Annotated[float, Quantity("s", 0.0, 1.0)]  # further host time per layer
-    # further host time per sequence of a decode step
-    each_sequence: Annotated[float, Quantity("s", 0.0, 1.0)]
-    host_log_sd: Annotated[float, Number(0.0, 3.0, "0.2")]
+    each_layer: _Added  # further host time per layer
+    each_sequence: _Added  # further host time per sequence of a decode step
+    host_log_sd: _LogSd
     # rising: tokens of a pass
     tokens: tuple[Annotated[int, Number(1, 2**31, "8", whole=True)], ...]
     operators: Annotated[
@@ -433,19 +505,6 @@ class HardwareProfile(Displayed):
         }
         return {name: as_plain(value) for name, value in found.items()}
 
-    def _columns(self) -> Mapping[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in self.to_dict().items():
-            if isinstance(value, dict):
-                out |= {f"{name}.{key}": [v] for key, v in value.items()}
-            else:
-                out[name] = [value]
-        return {
-            name: column
-            for name, column in out.items()
-            if name.partition(".")[0] not in ("sources", "sections")
-        }
-
     def on(self, stack: str) -> HardwareProfile:
         """Return the device with one stack selected for all engines; InputError for a stack that it
         does not have."""
@@ -597,9 +656,10 @@ class HardwareProfile(Displayed):
             return found
         return replace(found, constants=MappingProxyType({**default.constants, **found.constants}))
 
+    @cached_property
     def beyond(self) -> HardwareProfile:
-        """Return the device with the link that joins the pairs of its bridges."""
-        return _beyond(self)
+        """The device with the link that joins the pairs of its bridges."""
+        return replace(self, link=self.link.beyond if self.link else None)
 
     def _runs_another(self, section: Section, operator: str, dtype: str) -> bool:
         """Return whether the engine's kernel is known to differ from the kernel of a fit."""
@@ -668,11 +728,6 @@ def _over(profile: HardwareProfile, name: str) -> HardwareProfile:
     return replace(
         profile, link=link, sections=without(profile.sections), stacks=MappingProxyType(stacks)
     )
-
-
-@lru_cache(maxsize=64)
-def _beyond(profile: HardwareProfile) -> HardwareProfile:
-    return replace(profile, link=profile.link.beyond if profile.link else None)
 
 
 def with_section(profile: HardwareProfile, dtype: str, section: Section) -> HardwareProfile:
@@ -755,15 +810,10 @@ def _joined(bridge: Link, link: Link | None, architecture: str) -> Link:
 
 def _pcie(name: re.Match[str] | None, link: Link | None, architecture: str) -> Link:
     parts = name.groupdict() if name else {}
-    generation = int(parts.get("generation") or 0)
-    own = link if link and link.family == "pcie" else None
-    if not generation:
-        generation = (
-            int(own.kind[-1])
-            if own and own.kind[-1].isdigit()
-            else GENERATIONS.get(architecture, 5)
-        )
-    lanes, host = int(parts.get("lanes") or 16), bool(parts.get("host"))
+    own = link.kind[-1] if link and link.family == "pcie" else ""
+    usual = own if own.isdigit() else GENERATIONS.get(architecture, 5)
+    generation, lanes = int(parts.get("generation") or usual), int(parts.get("lanes") or 16)
+    host = parts.get("host")
     return Link(
         f"pcie{generation}",
         lanes * LANE_BYTES_PER_S[generation],

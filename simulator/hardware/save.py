@@ -18,7 +18,7 @@ from simulator.files.write import check_target, one_writer, remove_left, write_w
 from simulator.files.yaml import MAX_BYTES, Problems
 from simulator.hardware import library, schema
 from simulator.hardware.arrays import FILE_NAME, Arrays, check_arrays, pack_arrays
-from simulator.hardware.profile import HardwareProfile, Sections
+from simulator.hardware.profile import ArraysEntry, HardwareProfile, Sections
 from simulator.operators import CONSTANTS
 from simulator.operators.base import Link
 
@@ -54,21 +54,18 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     50.0
     """
     path = _target(path)
-    update, entry = profile.local_update, None
+    update = profile.local_update
     file, packed, calibrated = _calibrated(
         path, profile.sections, update.arrays if update else None
     )
     if update:
-        entry = schema.UpdateEntry(
-            update.provenance, update.factors, _entry(update.arrays, file, packed)
-        )
+        update = replace(update, arrays=_entry(update.arrays, file, packed))
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
     whole = replace(
-        facts_of(profile), calibrated=calibrated, local_update=entry, engines=profile.engines
+        facts_of(profile), calibrated=calibrated, local_update=update, engines=profile.engines
     )
-    text = "\n".join([head, *lines_of(whole)]) + "\n"
-    problems = Problems(str(path))
+    text, problems = _text(head, whole), Problems(str(path))
     schema.profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
 
@@ -97,10 +94,13 @@ def save_stack(profile: HardwareProfile, stack: str, path: str | os.PathLike[str
         f" {facts}.yaml."
     )
     whole = schema.StackFile(schema.SCHEMA_VERSION, profile.name, stack, calibrated)
-    text = "\n".join([head, *lines_of(whole)]) + "\n"
-    problems = Problems(str(path))
+    text, problems = _text(head, whole), Problems(str(path))
     schema.stack_from_text(text, path, problems, _no_arrays, profile, stack)
     _write(path, text, problems, file, packed)
+
+
+def _text(head: str, whole: Any) -> str:
+    return "\n".join([head, *lines_of(whole)]) + "\n"
 
 
 def _no_arrays(file: Path, sha256: str, prefix: str, names: tuple[str, ...]) -> Mapping[str, Any]:
@@ -149,8 +149,8 @@ def _calibrated(
     return file, packed, {operator: by_dtype for operator, by_dtype in tree.items() if by_dtype}
 
 
-def _entry(arrays: Arrays, file: str, packed: bytes) -> schema.ArraysEntry:
-    return schema.ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
+def _entry(arrays: Arrays, file: str, packed: bytes) -> ArraysEntry:
+    return ArraysEntry(file, hashlib.sha256(packed).hexdigest(), tuple(sorted(arrays)))
 
 
 def _stem(path: Path) -> str:

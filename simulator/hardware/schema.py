@@ -9,15 +9,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, Generic, TypeVar
 
 from simulator.codes import DTYPES, STACKS, labels
-from simulator.errors import InputError
 from simulator.files.fields import (
-    BAD,
     Keyed,
     Keys,
     Map,
     MapOf,
     Number,
-    Object,
     Quantity,
     Quoted,
     Scalar,
@@ -29,11 +26,11 @@ from simulator.files.fields import (
     unknown_key,
 )
 from simulator.files.yaml import Node, Problems, parse_yaml
-from simulator.hardware.arrays import ARRAY_NAME, FILE_NAME
 from simulator.hardware.profile import (
     ANY_DTYPE,
     ARCHITECTURES,
     LIMITS,
+    ArraysEntry,
     EngineTimes,
     Fitted,
     HardwareProfile,
@@ -41,6 +38,7 @@ from simulator.hardware.profile import (
     Provenance,
     Section,
     Sections,
+    StoredArrays,
 )
 from simulator.names import CONNECTIONS
 from simulator.operators import CONSTANTS
@@ -78,12 +76,6 @@ _ALIAS = Text(
     (), "[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}", "letters, digits, blanks, _ - and .", quote=True
 )
 _SHORT = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_FILE = Text((), FILE_NAME.pattern, "the name of an .npz file next to the profile, without folders")
-_SHA256 = Text((), "[0-9a-f]{64}", "64 lower-case hexadecimal digits", quote=True)
-_ARRAY = Text((), ARRAY_NAME.pattern, "an array name of letters, digits and _")
-_FACTOR = Text(
-    (), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True
-)
 
 Version = Annotated[int, Number(SCHEMA_VERSION, SCHEMA_VERSION, str(SCHEMA_VERSION), whole=True)]
 
@@ -167,32 +159,6 @@ class Datasheet:
             )
 
 
-@dataclass(eq=False, repr=False)
-class ArraysEntry:
-    file: Annotated[str, _FILE]
-    sha256: Annotated[str, _SHA256]
-    names: tuple[Annotated[str, _ARRAY], ...]
-
-
-class _Arrays(Object):
-    """Arrays of a section or of the local update, which are fetched from their file."""
-
-    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        entry = super().read(node, path, reader)
-        if entry is BAD:
-            return BAD
-        folder, fetch = reader.context["folder"], reader.context["fetch"]
-        try:
-            return fetch(
-                folder / entry.file,
-                entry.sha256,
-                ".".join(path[:-1]).removeprefix("calibrated."),
-                entry.names,
-            )
-        except ValueError as error:
-            return reader.wrong(node.at("file"), (*path, "file"), str(error))
-
-
 class _Constants(MapOf):
     def wrong_key(self, key: str, path: Keyed, reader: TreeReader) -> str:
         return "" if key in CONSTANTS[path[1]] else unknown_key(key, CONSTANTS[path[1]])
@@ -216,7 +182,7 @@ class SectionEntry:
     stack: Annotated[str, Text(STACKS)] = ""
     provenance: Provenance
     constants: Annotated[Mapping[str, Fitted], _Constants(Fitted)]
-    arrays: Annotated[Any, _Arrays(ArraysEntry)] = None
+    arrays: Annotated[Any, StoredArrays(ArraysEntry)] = None
     # None: 1
     section_scale: Annotated[float | None, Number(*LIMITS["section_scale"], "1.2")] = None
     accuracy: Map[Annotated[float, Number(*LIMITS["accuracy"], "0.042")]] = field(
@@ -228,24 +194,6 @@ Calibrated = Annotated[
     Mapping[str, Annotated[Mapping[str, SectionEntry], _Formats(SectionEntry)]],
     Keys("operator", CONSTANTS),
 ]
-
-
-@dataclass(eq=False, repr=False)
-class UpdateEntry:
-    provenance: Provenance
-    factors: tuple[Annotated[str, _FACTOR], ...]
-    arrays: Annotated[Any, _Arrays(ArraysEntry)]
-
-    def __post_init__(self) -> None:
-        systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
-        if systematic is not None and systematic.shape[1] != len(self.factors):
-            expected = (
-                f"expected {systematic.shape[1]} names, one per column of the array systematic"
-            )
-            raise InputError(f"factors: {expected}, got {len(self.factors)}")
-
-    def loaded(self) -> LocalUpdate:
-        return LocalUpdate(self.provenance, self.factors, self.arrays)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -262,7 +210,7 @@ class ProfileFile:
     sources: Map[Quoted]
     datasheet: Datasheet
     calibrated: Calibrated = field(default_factory=dict)
-    local_update: UpdateEntry | None = None
+    local_update: LocalUpdate | None = None
     engines: Map[EngineTimes] = field(default_factory=dict)
 
 
@@ -407,7 +355,7 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         sources=MappingProxyType({key: top.sources[fact.source] for key, fact in facts.items()}),
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
-        local_update=top.local_update.loaded() if top.local_update else None,
+        local_update=top.local_update,
         engines=top.engines,
         path=path,
     )

@@ -64,7 +64,7 @@ from simulator.models.pass_rows import Lowering, OperatorRow, OperatorRows, Pass
 from simulator.models.sublayers import SharedCacheAttention
 from simulator.models.sublayers.entry import Streams
 from simulator.operators.experts import EXPERT_SKEW
-from simulator.request import DEFAULT_DTYPE, Lowered, Request
+from simulator.request import DEFAULT_DTYPE, Lowered, Request, known
 from simulator.workload import Workload
 
 # prompts always get at least 1 / LEAST_PROMPTS of the token budget, as servers limit the number of
@@ -115,7 +115,7 @@ def lower(model: str | Model | Request, **settings: Any) -> Workload:
     request = (
         replace(model, **settings)
         if isinstance(model, Request)
-        else Request(model=model, **settings)
+        else Request(model=model, **known(settings))
     )
     # the level and a measured time change no operator
     request = replace(request, model=load_model(request.model), level=0.9, dense_s=None)

@@ -136,16 +136,9 @@ class Geometry(Sizes):
 
     @property
     def is_latent(self) -> bool:
-        """Whether all calls are multi-head latent attention; InputError for a mixture."""
-        known = (0 if self.value_dim is None else np.asarray(self.value_dim) > 0) | np.asarray(
-            self.latent, dtype=bool
-        )
-        many = np.count_nonzero(known)
-        if many not in (0, np.size(known)):
-            raise InputError(
-                "value_dim, latent: expected all calls of plain attention, or none, got both"
-            )
-        return bool(many)
+        """Whether the calls are multi-head latent attention; all calls are, or none."""
+        own = self.value_dim is not None and np.any(np.asarray(self.value_dim) > 0)
+        return bool(own or np.any(self.latent))
 
     @property
     def sides(self) -> Any:
@@ -395,7 +388,7 @@ class Kernels:
         step = self.grid.step[0]
         nodes = self.grid.values.shape[0] // len(self.kinds)
         first = which * (nodes * step) + np.clip(position[0], start, start + (nodes - 1) * step)
-        return np.asarray(self.grid((first, *position[1:])))
+        return self.grid((first, *position[1:]))
 
 
 @dataclass(frozen=True)
@@ -512,12 +505,6 @@ def _makeshift(hw: Device, section: FittedValues, narrow: bool) -> bool:
     return hw.error_scales(section)[0] >= OTHER_STACK and not similar
 
 
-@lru_cache(maxsize=512)
-def _nearest(r: _Ready, width: float, windowed: bool) -> tuple[Any, Any, RowValues]:
-    which, distance = r.kernels.which(np.float64(width), np.bool_(windowed), r.narrow)
-    return which, distance, r.kernels.constants(r.common, which)
-
-
 def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | None) -> Estimate:
     latent = g.is_latent
     r = _ready(hw, f"{'mla' if latent else 'attention'}_{phase}", dtype, kv_dtype)
@@ -526,20 +513,10 @@ def _estimate(phase: str, g: Geometry, hw: Device, dtype: str, kv_dtype: str | N
         "cache_bytes": r.machine.weight_bytes,
     }
     g = replace(g, **stored) if latent else replace(g, **stored, value_dim=None, latent=False)
-    width = np.asarray(g.head_dim)
-    windowed = np.asarray(g.window) > 0
-    if (
-        width.size
-        and width.min() == width.max()
-        and np.count_nonzero(windowed) in (0, windowed.size)
-    ):
-        which, distance, c = _nearest(r, float(width.flat[0]), bool(windowed.flat[0]))
-    else:
-        which, distance = r.kernels.which(width, windowed, r.narrow)
-        c = r.kernels.constants(r.common, which)
+    which, distance = r.kernels.which(g.head_dim, np.asarray(g.window) > 0, r.narrow)
     e = AttentionCalls(
         phase, latent, g, r.machine, r.fastest, distance, r.unfitted, r.makeshift
-    ).estimate(c)
+    ).estimate(r.kernels.constants(r.common, which))
     return e.with_residual(r.kernels.residual(e.position, which), r.section)
 
 
@@ -590,13 +567,16 @@ class Attention(Cached):
         elements = w.kv_heads * (w.head_dim + w.value_features)
         return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype]
 
+    def _stored(self, w: Rows) -> Any:
+        """Elements per position: keys and values of all heads, or the latent vector."""
+        return np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
-        """Keys and values of all heads, or the latent vector, at the positions inside the window,
-        selected or not, and of the entries of a compressed cache."""
-        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
+        """Elements at the positions inside the window, selected or not, and of the entries of a
+        compressed cache."""
         seen = np.where(w.window > 0, np.minimum(positions, w.window), positions)
         seen = seen + np.where(w.n > 0, positions // np.maximum(w.n, 1), 0)
-        return sequences * elements * seen * DTYPE_BYTES[w.weight_dtype]
+        return sequences * self._stored(w) * seen * DTYPE_BYTES[w.weight_dtype]
 
     def section(self, w: Rows) -> str:
         return list(self.constants)[int(w.value_dim[0] > 0)]
@@ -610,7 +590,7 @@ class Attention(Cached):
             options["window"] = np.where(compressed, 0, w.limit)
             options["density"] = w.density * np.where(compressed, share, 1.0)
         options["selected"] = compressed | (w.k > 0)
-        return Geometry(*(size.astype(np.float64) for size in sizes), **options)
+        return Geometry.of(*sizes, **options)
 
 
 class PrefillAttention(Attention):
@@ -634,8 +614,8 @@ class DecodeAttention(Attention):
 
     def cache_bytes_read(self, w: Rows) -> Any:
         """Bytes that are read of keys and values of all heads, or of the latent vector."""
-        elements = np.where(w.latent > 0, w.latent, w.kv_heads * (w.head_dim + w.value_features))
-        return 1.0 * w.batch * w.keys_seen * elements * DTYPE_BYTES[w.weight_dtype] * w.density
+        each = self._stored(w) * DTYPE_BYTES[w.weight_dtype] * w.density
+        return 1.0 * w.batch * w.keys_seen * each
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         calls = self._calls(w, latent=w.latent)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.arrays import Array, BoolArray, CodeArray, FloatArray
+from simulator.arrays import Array, BoolArray, CodeArray, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, Kind, formats_of, label_of
 from simulator.errors import InputError
 
@@ -187,6 +187,7 @@ class Device(Protocol):
     def section(self, operator: str, dtype: str) -> FittedValues: ...
     def error_scales(self, section: FittedValues) -> tuple[float, float]: ...
     def over(self, link: str) -> Device: ...
+    @property
     def beyond(self) -> Device: ...
     def __hash__(self) -> int: ...
 
@@ -331,32 +332,28 @@ class Calls(Sizes, ABC):
     def seconds(self, c: RowValues) -> FloatArray:
         """Return the analytical time alone, s; a fit evaluates it many times."""
         e = self.estimate(c)
-        return np.asarray(e.time * e.unit_s)
-
-
-def overlapped(
-    compute: FloatArray, memory: FloatArray, machine: Machine
-) -> tuple[FloatArray, tuple[FloatArray, FloatArray]]:
-    """Return the time of arithmetic and bytes, and the part of each in its slope. The kernels of a
-    recurrence overlap in part; on a CPU, torch runs products and moves one after the other."""
-    work = compute + memory if machine.packs else np.hypot(compute, memory)
-    power = 1.0 if machine.packs else 2.0
-    least = np.maximum(work, 1e-30)
-    return work, ((compute / least) ** power, (memory / least) ** power)
+        return e.time * e.unit_s
 
 
 def chained(
     calls: Calls,
     machine: Machine,
-    parts: Mapping[str, FloatArray],
-    least: tuple[FloatArray, FloatArray],
+    parts: RowValues,
+    least: tuple[Any, Any],
     position: tuple[Array, ...],
+    overlaps: bool = True,
 ) -> Estimate:
-    """Return the cost of a recurrence from the parts of its time, s: arithmetic and bytes
-    (:func:`overlapped`), the chain of chunks (latency) and launches. ``least`` are the times of
-    bytes and of FLOPs at the datasheet's rates."""
-    work, shares = overlapped(parts["compute"], parts["memory"], machine)
-    total = np.asarray(parts["launch"] + parts["latency"] + work)
+    """Return the cost of an operator from the parts of its time, s: arithmetic and bytes, which
+    overlap in part or run one after the other; a chain of steps (latency); and launches. ``least``
+    are the times of bytes and of FLOPs at the datasheet's rates."""
+    compute, memory = parts.get("compute", 0.0), parts["memory"]
+    work = np.hypot(compute, memory) if overlaps else compute + memory
+    total = np.asarray(parts["launch"] + parts.get("latency", 0.0) + work)
+    loadings = {}
+    for name, part in parts.items():
+        share = part / np.maximum(work, 1e-30)
+        both = work * (share * share if overlaps else share)
+        loadings[name] = (both if name in ("compute", "memory") else part) / total
     bytes_s, flops_s = least
     return Estimate(
         operator=calls.operator,
@@ -365,32 +362,60 @@ def chained(
         floor=np.maximum(bytes_s, flops_s / machine.headroom),
         roofline=np.maximum(bytes_s, flops_s),
         bottleneck=largest_part(parts, total.shape),
-        loadings={
-            "launch": parts["launch"] / total,
-            "compute": shares[0] * work / total,
-            "memory": shares[1] * work / total,
-            "latency": parts["latency"] / total,
-        },
+        loadings=loadings,
         coordinates=np.stack([np.ravel(x) for x in position], axis=1),
         position=position,
     )
 
 
-def octaves_outside(coordinates: Array, low: Array, high: Array) -> Array:
-    """Return the octaves (n,) by which coordinates (n, 3) lie outside a measured range, summed over
-    the axes."""
-    return np.asarray(
-        (np.maximum(low - coordinates, 0.0) + np.maximum(coordinates - high, 0.0)).sum(axis=1)
-    )
+@dataclass(frozen=True)
+class Recurrent(Calls):
+    """Operators that keep a state of each sequence: one token per sequence is a decode step, more
+    are a prompt."""
+
+    machine: Machine  # weight_bytes: of an element of the state
+    tokens: FloatArray  # of all sequences
+    batch: FloatArray  # sequences
+
+    @property
+    def sequences(self) -> FloatArray:
+        """Sequences that are computed; a dynamic method may skip some."""
+        return np.minimum(self.batch, self.tokens)
+
+    @property
+    def each(self) -> FloatArray:
+        """Tokens per sequence."""
+        return self.tokens / self.sequences
+
+    def cost(
+        self,
+        c: RowValues,
+        work: tuple[Any, Any],
+        chunks: Any,
+        least: tuple[Any, Any],
+        position: tuple[Array, ...],
+    ) -> Estimate:
+        """Return the cost of ``work``, the times of arithmetic and bytes, s; the chain of chunks of
+        a prompt and the fixed time are added. ``least`` and ``position`` are those of
+        :func:`chained`."""
+        step = self.each <= 1.0
+        parts = {
+            "compute": work[0],
+            "memory": work[1],
+            "latency": np.where(step, 0.0, c["chunk_s"] * chunks),
+            "launch": np.where(step, c["t0_s"], c["prompt_s"]),
+        }
+        return chained(self, self.machine, parts, least, position, not self.machine.packs)
 
 
-def octaves_outside_fit(coordinates: Array, section: FittedValues | None) -> Any:
-    """Return the octaves outside the sizes of a section's fit; None for a section without these
-    sizes."""
+def octaves_outside(coordinates: Array, section: FittedValues | None) -> Any:
+    """Return the octaves (n,) by which coordinates (n, 3) lie outside the sizes of a section's fit,
+    summed over the axes; None for a section without these sizes."""
     if section is None or "measured" not in section.arrays:
         return None
     low, high = np.asarray(section.arrays["measured"], dtype=coordinates.dtype)
-    return octaves_outside(coordinates, low, high)
+    below, above = low - coordinates, coordinates - high
+    return (np.maximum(below, 0.0) + np.maximum(above, 0.0)).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -429,19 +454,13 @@ class ResidualGrid:
         return start, per_unit, last, last_cell
 
     @cached_property
-    def _corners(self) -> tuple[Array, NDArray[np.int32]]:
-        """Values at the corners of the cell that begins at each node, (2^coordinates, nodes), and
-        strides of the nodes. The second half of the corners is the far side of the first
-        coordinate; beyond an edge it is not used."""
-        strides = [math.prod(self.values.shape[i + 1 :]) for i in range(self.values.ndim)]
-        offsets = [0]
-        for stride in reversed(strides):
-            offsets += [stride + offset for offset in offsets]
-        padded = np.concatenate(
-            [np.ravel(self.values), np.zeros(max(offsets), dtype=self.values.dtype)]
-        )
-        corners = np.stack([padded[offset : offset + self.values.size] for offset in offsets])
-        return corners, np.array(strides, dtype=np.int32)[:, None]
+    def _places(self) -> tuple[IndexArray, IndexArray]:
+        """Strides of the nodes, and distances of the corners of a cell from its first node, in the
+        flat values. The second half of the corners is the far side of the first coordinate; beyond
+        an edge it is not used."""
+        shape = self.values.shape
+        strides = np.array([math.prod(shape[i + 1 :]) for i in range(len(shape))])
+        return strides, strides @ np.indices((2,) * len(shape)).reshape(len(shape), -1)
 
     def cells(self, coordinates: Any) -> tuple[NDArray[np.int32], Array]:
         """Return the cell of each point and its position in [0, 1] in the cell, arrays
@@ -462,10 +481,8 @@ class ResidualGrid:
     def __call__(self, coordinates: Any) -> Array:
         """Return the values at points; ``coordinates`` has an array per axis."""
         cells, inside = self.cells(coordinates)
-        corners, strides = self._corners
-        found = corners.take(
-            np.add.reduce(cells * strides, axis=0, dtype=np.int32), axis=1, mode="clip"
-        )
+        strides, corners = self._places
+        found = self.values.take(corners[:, None] + strides @ cells, mode="clip")
         # one coordinate after the other, between the near and the far side of the cell
         for position in inside:
             half = len(found) // 2
@@ -512,6 +529,11 @@ class Ready(NamedTuple):
 
     def cost(self, calls: Calls) -> Estimate:
         return calls.estimate(self.constants).on_grid(self.residual, self.section)
+
+    def of_sizes(self, calls: Callable[..., Calls], *sizes: Any) -> Estimate:
+        """Return the cost of calls of a machine and of sizes, which broadcast."""
+        arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
+        return self.cost(calls(self.machine, *arrays))
 
 
 @lru_cache(maxsize=512)
@@ -627,6 +649,12 @@ class Rows:
         return values
 
 
+def states_moved(w: Rows) -> Any:
+    """Return how many states of sequences are moved: a step writes them, a decode step also reads
+    them; a dynamic method may skip sequences."""
+    return np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
+
+
 class Operator(ABC):
     """An operator. Methods get rows of this operator alone and return a value for one execution of
     each."""
@@ -650,9 +678,9 @@ class Operator(ABC):
         """FLOPs that the device executes, those of empty rows of tiles included."""
         return self.flops(w)
 
-    @abstractmethod
     def bytes(self, w: Rows) -> Any:
         """Minimum bytes: operands are read once, results are written once."""
+        return w.read_bytes + w.write_bytes
 
     def weight_bytes(self, w: Rows) -> Any:
         """Bytes of weights that are read, compressed if the kernel stores no zeros."""

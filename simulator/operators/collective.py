@@ -221,7 +221,7 @@ def collective(
     near = _over(link, hw, payload, count, COLLECTIVES.index(kind))
     if link.beyond is None or most <= link.max_devices:
         return near
-    far = _over(link.beyond, hw.beyond(), payload, count, COLLECTIVES.index(kind))
+    far = _over(link.beyond, hw.beyond, payload, count, COLLECTIVES.index(kind))
     return _either(count <= link.max_devices, near, far)
 
 
@@ -251,9 +251,6 @@ class Collective(Operator):
     sizes = ("batch",)
     constants = _CONSTANTS
     errors = _ERRORS
-
-    def bytes(self, w: Rows) -> Any:
-        return w.read_bytes + w.write_bytes
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         over = hw.over(w.table.meta.link)

@@ -15,7 +15,7 @@ errors of nine rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +23,17 @@ from simulator.arrays import Array, FloatArray
 from simulator.codes import DTYPE_BYTES, ROLES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
-    chained,
     read_constants,
     ready,
+    states_moved,
 )
-
-_CONSTANTS, _ERRORS = read_constants("delta_net")
 
 CHUNK = 64.0
 """Tokens of a chunk."""
@@ -58,25 +55,11 @@ _DECAY_BYTES = 4.0  # of a decay of KDA: fp32
 _KDA = ROLES.index("kda")
 
 
-class DeltaSizes(NamedTuple):
-    tokens: Any  # tokens of all sequences: one per sequence is a decode step, more are a prompt
-    batch: Any  # sequences
-    heads: Any  # value heads
-    key_heads: Any  # heads of queries and keys, which value heads share
-    key: Any  # features of a key head
-    value: Any  # features of a value head
-    conv: Any = 4  # positions of the causal convolution; 0: none
-    channel_decay: Any = False  # whether each feature of a key has a decay (KDA)
-
-
 @dataclass(frozen=True)
-class DeltaNets(Calls):
+class DeltaNets(Recurrent):
     """Gated delta nets on one device."""
 
     operator = "delta_net"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     heads: FloatArray  # value heads
     key_heads: FloatArray  # heads of queries and keys, which value heads share
     key: FloatArray  # features of a key head
@@ -85,14 +68,13 @@ class DeltaNets(Calls):
     channel_decay: FloatArray  # whether each feature of a key has a decay (KDA)
 
     def estimate(self, c: RowValues) -> Estimate:
-        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        """Return the cost: arithmetic and bytes; the chain of chunks and the
         fixed time are added."""
         m = self.machine
         heads = self.heads
         key = self.key
         value = self.value
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         act = m.element_bytes
         step = each <= 1.0
         channels = 2.0 * self.key_heads * key + heads * value
@@ -108,13 +90,10 @@ class DeltaNets(Calls):
         memory = (state + stream + heads * between) / (c["e_d"] * bandwidth)
         memory = memory + (2.0 * act * self.tokens * channels + tail) / (c["e_conv"] * bandwidth)
         compute = 2.0 * padded * heads * products / (c["e_tc"] * m.peak_flop_per_s)
-        chain = np.where(step, 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
         bytes_s = (state + stream + tail) / bandwidth
         flops_s = 6.0 * self.tokens * heads * key * value / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads), np.log2(key * value)
-        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position)
+        return self.cost(c, (compute, memory), chunks, (bytes_s, flops_s), position)
 
     def _between(self, padded: FloatArray, step: Array) -> FloatArray:
         """Return the bytes of intermediate results that cross memory, of a value head; ``padded``
@@ -128,21 +107,12 @@ class DeltaNets(Calls):
             moved = moved + _PAIRS_MOVED * CHUNK * key * self.channel_decay
             moved = padded * (moved + STATES_MOVED * key * value / CHUNK)
             # the operands of the state are counted apart
-            steps = np.minimum(self.batch, self.tokens) * (STEP_MOVED - 2.0) * key * value
-            return np.asarray(_FP32 * np.where(step, steps, moved))
+            steps = self.sequences * (STEP_MOVED - 2.0) * key * value
+            return _FP32 * np.where(step, steps, moved)
         # per token and head: scores of keys and their inverse, two transformed products, new
         # values, states of chunks
         each = 2.0 * CHUNK * (4.0 + act) + act * (4.0 * key + 4.0 * value)
-        return np.asarray(padded * (each + 2.0 * act * key * value / CHUNK))
-
-
-def delta_net(
-    sizes: DeltaSizes, hw: Device, dtype: str = "bf16", state_dtype: str = "fp32"
-) -> Estimate:
-    """Return the cost of gated delta nets."""
-    r = ready(hw, "delta_net", dtype, state_dtype)
-    arrays = (np.asarray(size, dtype=np.float64) for size in np.broadcast_arrays(*sizes))
-    return r.cost(DeltaNets(r.machine, *arrays))
+        return padded * (each + 2.0 * act * key * value / CHUNK)
 
 
 class DeltaNet(Cached):
@@ -152,10 +122,9 @@ class DeltaNet(Cached):
     code = int(Kind.DELTA_NET)
     name = "delta_net"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = _CONSTANTS
-    titles = ("gated delta nets",)
     # one GPU and stack was measured, so priors are as wide as those of a prompt's attention
-    errors = _ERRORS
+    constants, errors = read_constants("delta_net")
+    titles = ("gated delta nets",)
     owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
@@ -166,9 +135,7 @@ class DeltaNet(Cached):
         """Features of each token, and states: a step writes them, a decode step also reads them."""
         features = 2.0 * (w.kv_heads * w.head_dim + w.heads * w.value_dim)
         decays = _DECAY_BYTES * w.m * w.heads * w.head_dim * (w.role == _KDA)
-        # a dynamic method may skip sequences
-        computed = np.minimum(w.m / np.maximum(w.batch, 1), 1.0)
-        states = self.state_bytes(w) * computed * np.where(w.m <= w.batch, 2.0, 1.0)
+        states = self.state_bytes(w) / np.maximum(w.batch, 1) * states_moved(w)
         return DTYPE_BYTES[w.dtype] * w.m * features + decays + states
 
     def state_bytes(self, w: Rows) -> Any:
@@ -183,5 +150,5 @@ class DeltaNet(Cached):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         heads = w.heads, w.kv_heads, w.head_dim, w.value_dim
-        sizes = DeltaSizes(w.m, w.batch, *heads, w.window, w.role == _KDA)
-        yield slice(None), delta_net(sizes, hw, formats.dtype, formats.second)
+        sizes = w.m, w.batch, *heads, w.window, w.role == _KDA
+        yield slice(None), ready(hw, self.name, *formats[:2]).of_sizes(DeltaNets, *sizes)

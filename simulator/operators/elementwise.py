@@ -16,7 +16,7 @@ import numpy as np
 
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, Kind
-from simulator.errors import unknown
+from simulator.columns import encode
 from simulator.operators.base import (
     BOTTLENECKS,
     Calls,
@@ -58,12 +58,9 @@ _ROLES = {
     "scatter": "scatter",
     "quantize": "quantize quantize_heads quantize_inner",
 }
+_CLASS_OF = {role: name for name, roles in _ROLES.items() for role in roles.split()}
 # a role without a class counts as a copy
-_CODE = {role: CLASSES.index("copy") for role in ROLES} | {
-    name: i for i, name in enumerate(CLASSES)
-}
-_CODE |= {role: CLASSES.index(name) for name, roles in _ROLES.items() for role in roles.split()}
-_CODE_OF_ROLE = np.array([_CODE[role] for role in ROLES])
+_CODE_OF_ROLE = np.array([CLASSES.index(_CLASS_OF.get(role, "copy")) for role in ROLES])
 
 _PER_CLASS = [
     [pattern.format(name) for name in CLASSES] for pattern in ("t0_{}_s", "e_{}", "l2_{}")
@@ -137,15 +134,10 @@ def class_residual(arrays: Mapping[str, Array]) -> ResidualGrid | None:
 
 
 def class_code(role: Any) -> IndexArray:
-    """Return indices into :data:`CLASSES` from role codes, role names or class names."""
+    """Return indices into :data:`CLASSES` from codes or names of roles."""
     given = np.asarray(role)
-    if given.dtype.kind not in "US":
-        return np.asarray(_CODE_OF_ROLE[given])
-    names = given.ravel().tolist()
-    for name in names:
-        if name not in _CODE:
-            raise unknown("operator", name, _CODE)
-    return np.array([_CODE[name] for name in names], dtype=np.intp).reshape(given.shape)
+    codes = given if given.dtype.kind != "U" else encode("role", given, {"role": ROLES})
+    return np.asarray(_CODE_OF_ROLE[codes])
 
 
 @lru_cache(maxsize=128)
@@ -163,7 +155,7 @@ def elementwise(
     write_bytes: Any,
     hw: Device,
     *,
-    role: Any = "copy",
+    role: Any = "residual",
     added: Any = False,
     dtype: str = "bf16",
 ) -> Estimate:
@@ -194,9 +186,6 @@ class Elementwise(Operator):
     constants = _CONSTANTS
     titles = ("elementwise operators",)
     errors = _ERRORS
-
-    def bytes(self, w: Rows) -> Any:
-        return w.read_bytes + w.write_bytes
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Iterator[tuple[Any, Estimate]]:
         known = np.flatnonzero(w.k > 0)

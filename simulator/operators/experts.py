@@ -198,7 +198,7 @@ def _dealt_counts(m: FloatArray, even: FloatArray, few: BoolArray, power: FloatA
     idle = (counts < 1.0).mean(axis=0)
     over = np.clip(even - counts.mean(axis=0), 0.0, idle) / np.maximum(idle, 1e-9)
     dealt = np.where(counts < 1.0, over, counts)
-    return np.asarray(np.select([power > 0, power < 0], [dealt, share], even))
+    return np.select([power > 0, power < 0], [dealt, share], even)
 
 
 @dataclass(frozen=True)

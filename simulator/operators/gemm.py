@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.arguments import COUNT, SHARE, SIZE, Range, text
-from simulator.arrays import Array, BoolArray, CodeArray, FloatArray, array, plain, together
+from simulator.arrays import Array, CodeArray, FloatArray, array, plain, together
 from simulator.codes import DTYPE_BYTES, LABELS, Kernel, Kind, label_of
-from simulator.errors import InputError, unknown
+from simulator.columns import encode
+from simulator.errors import InputError
 from simulator.operators.base import (
     BOTTLENECKS,
     ELEMENT_BYTES,
@@ -40,7 +41,7 @@ from simulator.operators.base import (
     RowValues,
     Values,
     element_bytes,
-    octaves_outside_fit,
+    octaves_outside,
     read_constants,
     unfitted,
 )
@@ -60,11 +61,12 @@ from simulator.operators.gemm_model import (
 _CONSTANTS, _ERRORS = read_constants("gemm")
 GEMM_CONSTANTS = _CONSTANTS["gemm"]
 
-EXACT_NAMES = ("exact_m", "exact_n", "exact_k", "exact_s", "exact_log_half")
-"""Arrays of measured shapes, of equal length; a profile has all of them or none."""
+EXACT_BITS = {"exact_m": 22, "exact_n": 21, "exact_k": 21}
+"""Bits of m, n and k in the 64-bit key of a measured shape; the largest number of these bits stands
+for all larger dimensions, which are never found."""
 
-EXACT_BITS = (22, 21, 21)
-"""Bits of m, n and k in the 64-bit key of a measured shape; larger dimensions are never found."""
+EXACT_NAMES = (*EXACT_BITS, "exact_s", "exact_log_half")
+"""Arrays of measured shapes, of equal length; a profile has all of them or none."""
 
 
 @dataclass(frozen=True)
@@ -73,61 +75,34 @@ class MeasuredShapes:
     seconds: FloatArray
     log_half: FloatArray  # log half-width of the 90 % interval
 
-    def at(self, m: Any, n: Any, k: Any) -> MeasuredOperators:
-        sizes = [np.asarray(v, dtype=np.float64) for v in (m, n, k)]
-        key = pack(*sizes)
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> MeasuredShapes | None:
+        """Return the measured shapes of a section, None without any. ``exact_s`` are seconds of the
+        dense kernel with cold weights. ``calibration.records.screening`` makes the arrays from
+        records."""
+        if not len(arrays.get("exact_m", ())):
+            return None
+        m, n, k, seconds, log_half = (
+            np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES
+        )
+        key, first = np.unique(_key(m, n, k), return_index=True)
+        return cls(key, seconds[first], log_half[first])
+
+    def at(self, m: Array, n: Array, k: Array) -> MeasuredOperators:
+        key = _key(m, n, k)
         row = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
-        hit = np.asarray(self.key[row] == key, dtype=np.bool_)
-        for value, bits in zip(sizes, EXACT_BITS, strict=True):  # whole numbers that a key can hold
-            hit &= (value >= 1.0) & (value < 2.0**bits) & (value == np.floor(value))
+        hit = np.asarray(self.key[row] == key)
         return MeasuredOperators(hit, self.seconds[row[hit]], self.log_half[row[hit]])
 
 
-def measured_shapes(arrays: Mapping[str, Array]) -> MeasuredShapes | None:
-    """Return the measured shapes of a section, None without any; ValueError as for
-    :func:`check_exact`. ``exact_s`` are seconds of the dense kernel with cold weights.
-    ``calibration.records.screening`` makes the arrays from records."""
-    if "exact_m" not in arrays:
-        return None
-    check_exact(arrays)
-    m, n, k, seconds, log_half = (
-        np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES
-    )
-    if not len(m):
-        return None
-    key, first = np.unique(pack(m, n, k), return_index=True)
-    return MeasuredShapes(key, seconds[first], log_half[first])
-
-
-def pack(m: FloatArray, n: FloatArray, k: FloatArray) -> NDArray[np.uint64]:
-    """Return m, n and k in one number, which is meaningless for shapes out of range."""
-    key = np.zeros(np.shape(m), dtype=np.uint64)
-    for value, bits in zip((m, n, k), EXACT_BITS, strict=True):
-        key = (key << np.uint64(bits)) | np.clip(value, 0.0, 2.0**bits - 1.0).astype(np.uint64)
+def _key(*sizes: Array) -> NDArray[np.uint64]:
+    """Return m, n and k in one number."""
+    key = np.zeros(len(sizes[0]), dtype=np.uint64)
+    for size, bits in zip(sizes, EXACT_BITS.values(), strict=True):
+        key = (key << np.uint64(bits)) | np.minimum(size, 2.0**bits - 1.0).astype(np.uint64)
     return key
 
 
-def check_exact(arrays: Mapping[str, Array]) -> None:
-    """Raise ValueError for exact shapes that cannot be looked up: missing arrays, unequal lengths,
-    or bad values."""
-    if missing := [name for name in EXACT_NAMES if name not in arrays]:
-        raise ValueError(f"exact shapes: array {missing[0]} is missing")
-    *shape, seconds, log_half = (np.asarray(arrays[name], dtype=np.float64) for name in EXACT_NAMES)
-    if seconds.ndim != 1 or any(a.shape != seconds.shape for a in (*shape, log_half)):
-        found = [np.shape(arrays[name]) for name in EXACT_NAMES]
-        raise ValueError(f"exact shapes: expected arrays of one length, got {found}")
-    if not all(
-        ((a >= 1) & (a < 2.0**bits) & (a == np.floor(a))).all()
-        for a, bits in zip(shape, EXACT_BITS)
-    ):
-        raise ValueError(
-            "exact shapes: m, n and k must be whole numbers from 1 to 2^22, 2^21 and 2^21"
-        )
-    if not ((seconds > 0) & np.isfinite(seconds) & (log_half >= 0) & np.isfinite(log_half)).all():
-        raise ValueError("exact shapes: times must be above zero, half-widths at least zero")
-
-
-_DENSE = int(Kernel.DENSE)
 _SPMV = int(Kernel.SPMV)
 
 PRECISION = np.float32
@@ -180,14 +155,11 @@ def read_shapes(m: Any, n: Any, k: Any, path: Options) -> tuple[CodeArray, dict[
 
 def _kernel_codes(kernel: Any) -> CodeArray:
     given = plain(kernel)
-    if given.dtype.kind not in "UO":
-        return array("kernel", kernel, _CODE).astype(np.int8)
-    for name in given.ravel().tolist():
-        if name not in KERNELS:
-            raise unknown("kernel", str(name), KERNELS)
-    return np.array(
-        [KERNELS.index(name) for name in given.ravel().tolist()], dtype=np.int8
-    ).reshape(given.shape)
+    names = given.dtype.kind in "UO"
+    codes = (
+        encode("kernel", given, {"kernel": KERNELS}) if names else array("kernel", kernel, _CODE)
+    )
+    return codes.astype(np.int8)
 
 
 def _stored(n: Any, codes: Array, path: Options) -> Any:
@@ -203,34 +175,18 @@ def _stored(n: Any, codes: Array, path: Options) -> Any:
     )
 
 
-def _large(m: Array, n: Array, k: Array) -> BoolArray | None:
-    """Return a mask of the shapes beyond :data:`EXACT` or :data:`MOST_PRODUCT`, None without
-    any."""
-
-    def large(m: Any, n: Any, k: Any) -> Any:
-        return (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
-
-    return large(m, n, k) if len(m) and large(m.max(), n.max(), k.max()) else None
-
-
 def chunks(codes: CodeArray, m: Array, n: Array, k: Array) -> Iterator[tuple[int, Any, Any]]:
     """Yield a kernel code, some of the flat rows that run it, and their precision."""
-    size = codes.size
-    large = _large(m, n, k)
-    found = np.unique(codes).tolist() if np.count_nonzero(codes) else [_DENSE]
-    if len(found) == 1 and large is None:
-        for start in range(0, max(size, 1), CHUNK):
-            yield found[0], slice(start, start + CHUNK), PRECISION
+    large = (np.maximum(m, np.maximum(n, k)) > EXACT) | (m * n * k > MOST_PRODUCT)
+    if not np.count_nonzero(codes) and not np.count_nonzero(large):
+        for start in range(0, max(codes.size, 1), CHUNK):
+            yield int(Kernel.DENSE), slice(start, start + CHUNK), PRECISION
         return
-    groups = [(code, codes.reshape(-1) == code) for code in found]
-    parts = [(code, mask, PRECISION) for code, mask in groups]
-    if large is not None:
-        parts = [(code, mask & ~large, PRECISION) for code, mask in groups]
-        parts += [(code, mask & large, np.float64) for code, mask in groups]
-    for code, mask, precision in parts:
-        at = np.flatnonzero(mask)
-        for start in range(0, len(at), CHUNK):
-            yield code, at[start : start + CHUNK], precision
+    for code in np.unique(codes).tolist():
+        for precision, mask in ((PRECISION, ~large), (np.float64, large)):
+            rows = np.flatnonzero((codes.reshape(-1) == code) & mask)
+            for start in range(0, len(rows), CHUNK):
+                yield code, rows[start : start + CHUNK], precision
 
 
 def spmv_bytes(density: Any, value_bytes: Any) -> Array:
@@ -295,16 +251,16 @@ class GemmKernel(NamedTuple):
     """Model of GEMMs of one number format, weight format and kernel on a profile."""
 
     model: ReadyModel
-    section: FittedValues | None
-    residual: ResidualGrid | None
-    row_residual: RowResidual | None
-    shapes: MeasuredShapes | None  # measured with cold weights, used instead of the model
-    align_step: float
-    align_load: float
-    load_scale: float
-    pad_m: float
-    group: float  # features, of GROUPS; 0 where no groups are skipped
-    unfitted: tuple[str, ...]  # error factors of kernels without a fit
+    section: FittedValues | None = None
+    residual: ResidualGrid | None = None
+    row_residual: RowResidual | None = None
+    shapes: MeasuredShapes | None = None  # measured with cold weights, used instead of the model
+    align_step: float = 0.0
+    align_load: float = 0.0
+    load_scale: float = 1.0
+    pad_m: float = 1.0
+    group: float = 0.0  # features, of GROUPS; 0 where no groups are skipped
+    unfitted: tuple[str, ...] = ()  # error factors of kernels without a fit
     # for weight-only formats: the dense kernel that computes the same product
     dense: GemmKernel | None = None
     # parts of a 2:4 kernel's time that no table of this architecture covers
@@ -392,7 +348,7 @@ def gemm_kernel(
         section=section,
         residual=residual,
         row_residual=RowResidual.from_arrays(section.arrays),
-        shapes=measured_shapes(section.arrays) if plain else None,
+        shapes=MeasuredShapes.of(section.arrays) if plain else None,
         align_step=c["align_step" if element >= 2.0 else "align_step_8bit"],
         align_load=c["align_load"],
         load_scale=load_scale,
@@ -468,9 +424,7 @@ class Products(Calls):
     copies: FloatArray  # weights that a benchmark uses in turn; inf: cold
 
     def estimate(self, c: RowValues) -> Estimate:
-        kernel = GemmKernel(
-            ready_model(self.machine, c), None, None, None, None, 0.0, 0.0, 1.0, 1.0, 0.0, ()
-        )
+        kernel = GemmKernel(ready_model(self.machine, c))
         given = {"m": self.m, "n": self.n, "k": self.k}
         return estimate(kernel, given if self._cold else {**given, "copies": self.copies})
 
@@ -600,7 +554,7 @@ def estimate(
         section=kernel.section,
         noise={"idle": idle},
         edge=(1.0 - loadings["memory"]) * _edge(m, n) if model.machine.persistent else None,
-        outside=octaves_outside_fit(coordinates, kernel.section),
+        outside=octaves_outside(coordinates, kernel.section),
         measured=(
             None
             if kernel.shapes is None or copies is not None

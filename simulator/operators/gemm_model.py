@@ -159,7 +159,7 @@ def residency(footprint_bytes: Array, model: ReadyModel) -> Array:
         x = x**power
     for _ in range(doublings or 0):  # much faster than a general power
         x = x * x
-    return np.asarray(1.0 / (1.0 + x))
+    return 1.0 / (1.0 + x)
 
 
 def memory_time(
@@ -244,7 +244,7 @@ def wide_waves(m: Array, n: Array, machine: Machine) -> Array:
     """Return the waves of tiles of :data:`WAVE_TILE`."""
     tile_m, tile_n = WAVE_TILE
     tiles = np.ceil(m * (1.0 / tile_m)) * np.ceil(n * (1.0 / tile_n))
-    return np.asarray(tiles / machine.sm_count)
+    return tiles / machine.sm_count
 
 
 def quantisation(m: Array, n: Array, model: ReadyModel) -> tuple[Array, Array]:
@@ -284,4 +284,4 @@ def cube(x: Array) -> Array:
 
 def cube_root(x: Array) -> Array:
     """Return the cube root of positive numbers; faster than ``np.cbrt``, whose loop is scalar."""
-    return np.asarray(np.exp2(np.log2(x) * (1.0 / 3.0)))
+    return np.exp2(np.log2(x) * (1.0 / 3.0))

@@ -31,7 +31,7 @@ from simulator.operators.base import (
     Rows,
     RowValues,
     Sizes,
-    largest_part,
+    chained,
     read_constants,
     ready,
 )
@@ -61,7 +61,7 @@ class IndexerSizes(Sizes):
     @property
     def pairs(self) -> Array:
         """Scores, those of later keys excluded."""
-        return np.asarray(self.batch * entry_pairs(self.q_len, self.kv_len, self.ratio))
+        return self.batch * entry_pairs(self.q_len, self.kv_len, self.ratio)
 
     @property
     def flops(self) -> Array:
@@ -100,28 +100,11 @@ class IndexerCalls(Calls):
         memory = moved / (c["e_d"] * machine.bandwidth_bytes_per_s)
         waves = np.maximum(queries / machine.sm_count, 1.0)
         select = waves * SCORE_BYTES * (x.pairs / queries) / c["row_bytes_per_s"]
-        work = np.hypot(compute, memory)
-        total = c["t0_s"] + work + select
         bytes_s = x.bytes / machine.bandwidth_bytes_per_s
         flops_s = x.flops / machine.peak_flop_per_s
         position = np.log2(queries), np.log2(x.heads * x.features), np.log2(x.kv_len)
         parts = {"compute": compute, "memory": memory, "latency": select, "launch": c["t0_s"]}
-        return Estimate(
-            operator="indexer",
-            kind=int(Kind.INDEXER),
-            time=total,
-            floor=np.maximum(bytes_s, flops_s / machine.headroom),
-            roofline=np.maximum(bytes_s, flops_s),
-            bottleneck=largest_part(parts, total.shape),
-            loadings={
-                "launch": c["t0_s"] / total,
-                "compute": compute**2 / (work * total),
-                "memory": memory**2 / (work * total),
-                "latency": select / total,
-            },
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
+        return chained(self, machine, parts, (bytes_s, flops_s), position)
 
 
 def indexer(

@@ -16,65 +16,38 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
-    largest_part,
+    chained,
     read_constants,
     ready,
+    states_moved,
 )
-
-_CONSTANTS, _ERRORS = read_constants("short_conv")
 
 
 @dataclass(frozen=True)
-class Convolutions(Calls):
+class Convolutions(Recurrent):
     """Convolutions on one device."""
 
     operator = "short_conv"
-    machine: Machine
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     channels: FloatArray
     positions: FloatArray  # that the convolution reads, with the current one
 
     def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: the time of the bytes after the fixed time."""
         m = self.machine
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         tails = batch * (self.positions - 1.0) * np.where(each <= 1.0, 2.0, 1.0)
         bytes_ = m.element_bytes * self.channels * (2.0 * self.tokens + tails)
         memory = bytes_ / (c["e_d"] * m.bandwidth_bytes_per_s)
-        launch = np.full_like(memory, c["t0_s"])
-        total = launch + memory
         position = np.log2(each), np.log2(batch), np.log2(self.channels)
-        roofline = bytes_ / m.bandwidth_bytes_per_s
-        return Estimate(
-            operator=self.operator,
-            kind=int(Kind.SHORT_CONV),
-            time=total,
-            floor=roofline,
-            roofline=roofline,
-            bottleneck=largest_part({"memory": memory, "launch": launch}, total.shape),
-            loadings={"launch": launch / total, "memory": memory / total},
-            coordinates=np.stack([np.ravel(x) for x in position], axis=1),
-            position=position,
-        )
-
-
-def short_conv(
-    tokens: Any, batch: Any, channels: Any, positions: Any, hw: Device, dtype: str = "bf16"
-) -> Estimate:
-    """Return the cost of convolutions."""
-    r = ready(hw, "short_conv", dtype)
-    sizes = np.broadcast_arrays(tokens, batch, channels, positions)
-    return r.cost(Convolutions(r.machine, *(np.asarray(size, dtype=np.float64) for size in sizes)))
+        parts = {"memory": memory, "launch": c["t0_s"]}
+        return chained(self, m, parts, (bytes_ / m.bandwidth_bytes_per_s, 0.0), position)
 
 
 class ShortConv(Cached):
@@ -84,10 +57,9 @@ class ShortConv(Cached):
     code = int(Kind.SHORT_CONV)
     name = "short_conv"
     sizes = ("m", "batch", "n", "window")
-    constants = _CONSTANTS
+    # no table of kernels fits the constants
+    constants, errors = read_constants("short_conv")
     titles = ("short convolutions",)
-    # no table of kernels fits them
-    errors = _ERRORS
 
     def flops(self, w: Rows) -> Any:
         """A multiply-add per token, channel and position."""
@@ -96,11 +68,11 @@ class ShortConv(Cached):
     def bytes(self, w: Rows) -> Any:
         """Channels of each token, and the last positions: a step writes them, a decode step also
         reads them."""
-        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
-        return DTYPE_BYTES[w.dtype] * w.n * (2.0 * w.m + computed * (w.window - 1.0))
+        return DTYPE_BYTES[w.dtype] * w.n * (2.0 * w.m + states_moved(w) * (w.window - 1.0))
 
     def cache_bytes(self, w: Rows, sequences: Any, positions: Any) -> Any:
         return 1.0 * sequences * positions * w.n * DTYPE_BYTES[w.dtype]
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
-        yield slice(None), short_conv(w.m, w.batch, w.n, w.window, hw, formats.dtype)
+        r = ready(hw, self.name, formats.dtype)
+        yield slice(None), r.of_sizes(Convolutions, w.m, w.batch, w.n, w.window)

@@ -23,20 +23,17 @@ from simulator.arrays import FloatArray
 from simulator.codes import DTYPE_BYTES, Kind
 from simulator.operators.base import (
     Cached,
-    Calls,
     Device,
     Estimate,
     Estimates,
     Formats,
-    Machine,
+    Recurrent,
     Rows,
     RowValues,
-    chained,
     read_constants,
     ready,
+    states_moved,
 )
-
-_CONSTANTS, _ERRORS = read_constants("state_space")
 
 # times that torch reads or writes each element in fp32 on a CPU, counted in `mamba2_chunk_scan` and
 # `mamba2_selective_state_update` of Transformers 5.24: scores per head (masks, sums, exponentials,
@@ -55,13 +52,10 @@ _FP32 = 4.0  # bytes
 
 
 @dataclass(frozen=True)
-class Recurrences(Calls):
+class Recurrences(Recurrent):
     """Recurrences on one device."""
 
     operator = "state_space"
-    machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray  # of all sequences: one per sequence is a decode step, more are a prompt
-    batch: FloatArray  # sequences
     heads: FloatArray
     groups: FloatArray  # pairs of keys and queries (B and C), which heads share
     channels: FloatArray  # features of a head; Mamba's heads have one
@@ -69,13 +63,12 @@ class Recurrences(Calls):
     chunk: FloatArray  # tokens of a chunk; 0: Mamba, which has none
 
     def estimate(self, c: RowValues) -> Estimate:
-        """Return the cost: arithmetic and bytes (:func:`overlapped`); the chain of chunks and the
+        """Return the cost: arithmetic and bytes; the chain of chunks and the
         fixed time are added."""
         m = self.machine
         heads = self.heads
         chunk = self.chunk
-        batch = np.minimum(self.batch, self.tokens)  # a dynamic method may skip sequences
-        each = self.tokens / batch
+        batch, each = self.sequences, self.each
         step = each <= 1.0
         scans = chunk == 0.0
         features = heads * self.channels
@@ -106,31 +99,11 @@ class Recurrences(Calls):
         )
         compute = np.where(step, 0.0, arithmetic) / m.peak_flop_per_s
         memory = (states + stream + between) / (c["e_d"] * m.bandwidth_bytes_per_s)
-        chain = np.where(step | (scans & (not m.packs)), 0.0, c["chunk_s"] * chunks)
-        launch = np.where(step, c["t0_s"], c["prompt_s"])
+        chunks = np.where(scans & (not m.packs), 0.0, chunks)
         bytes_s = (states + stream) / m.bandwidth_bytes_per_s
         flops_s = 4.0 * self.tokens * elements / m.peak_flop_per_s
         position = np.log2(each), np.log2(batch * heads * self.channels), np.log2(self.state)
-        parts = {"compute": compute, "memory": memory, "latency": chain, "launch": launch}
-        return chained(self, m, parts, (bytes_s, flops_s), position)
-
-
-def state_space(
-    tokens: Any,
-    batch: Any,
-    heads: Any,
-    groups: Any,
-    channels: Any,
-    state: Any,
-    chunk: Any,
-    hw: Device,
-    dtype: str = "bf16",
-    state_dtype: str = "fp32",
-) -> Estimate:
-    """Return the cost of recurrences."""
-    r = ready(hw, "state_space", dtype, state_dtype)
-    sizes = np.broadcast_arrays(tokens, batch, heads, groups, channels, state, chunk)
-    return r.cost(Recurrences(r.machine, *(np.asarray(size, dtype=np.float64) for size in sizes)))
+        return self.cost(c, (compute, memory), chunks, (bytes_s, flops_s), position)
 
 
 class StateSpace(Cached):
@@ -141,10 +114,9 @@ class StateSpace(Cached):
     code = int(Kind.STATE_SPACE)
     name = "state_space"
     sizes = ("m", "batch", "heads", "kv_heads", "head_dim", "value_dim")
-    constants = _CONSTANTS
+    # no table of kernels fits the constants, so priors are wider than those of the gated delta net
+    constants, errors = read_constants("state_space")
     titles = ("state-space recurrences",)
-    # no table of kernels fits them, so priors are wider than those of the gated delta net
-    errors = _ERRORS
     owned_in = "dtype"
 
     def flops(self, w: Rows) -> Any:
@@ -157,8 +129,7 @@ class StateSpace(Cached):
         reads them."""
         features = (2.0 + (w.block == 0)) * w.heads * w.value_dim
         inputs = features + 2.0 * w.kv_heads * w.head_dim + w.heads
-        computed = np.minimum(w.m, w.batch) * np.where(w.m <= w.batch, 2.0, 1.0)
-        return DTYPE_BYTES[w.dtype] * w.m * inputs + computed * self._state_bytes(w)
+        return DTYPE_BYTES[w.dtype] * w.m * inputs + states_moved(w) * self._state_bytes(w)
 
     def _state_bytes(self, w: Rows) -> Any:
         return 1.0 * w.heads * w.head_dim * w.value_dim * DTYPE_BYTES[w.weight_dtype]
@@ -168,4 +139,4 @@ class StateSpace(Cached):
 
     def estimates(self, w: Rows, hw: Device, formats: Formats) -> Estimates:
         sizes = (w.m, w.batch, w.heads, w.kv_heads, w.value_dim, w.head_dim, w.block)
-        yield slice(None), state_space(*sizes, hw, formats.dtype, formats.second)
+        yield slice(None), ready(hw, self.name, *formats[:2]).of_sizes(Recurrences, *sizes)

@@ -38,7 +38,7 @@ from simulator.prediction.wording import (
     probability_text,
     speedup_text,
 )
-from simulator.request import SETTINGS, Request
+from simulator.request import SETTINGS, Request, known
 from simulator.units import parse_ratio, ratio
 
 RATIO = Range(0.001, 10_000.0, "a ratio from 0.001 to 10,000")
@@ -244,7 +244,7 @@ def judge_claim(
     >>> found.unlikely, found.breaks_bound
     (False, False)
     """
-    (request,) = requests_of([Request(model=model, **settings).model], settings)
+    (request,) = requests_of([Request(model=model, **known(settings)).model], settings)
     return judge(Claim(claimed, request, Pruning.read(prune), load_hardware(hardware)))
 
 

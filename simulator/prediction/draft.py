@@ -32,7 +32,7 @@ from simulator.prediction.requests import computed_on
 from simulator.prediction.result import Results
 from simulator.prediction.table import speedups
 from simulator.pruning import prune as pruned_by
-from simulator.request import Request
+from simulator.request import Request, known
 from simulator.workload import Workload
 
 DRAFTED: tuple[int, ...] = tuple(range(1, 9))
@@ -174,7 +174,7 @@ def draft(
     counts, cases = _cases(drafted, acceptance, by_position)
     rows = list[Draft]()
     for many in listed("batch", batch):
-        request = Request(model=target, batch=many, **settings)
+        request = Request(model=target, batch=many, **known(settings))
         computed = computed_on(request, hw, [drafter.model])
         rounds = _Rounds.of(computed, drafter, target_prune, counts, hw)
         rows += [row for case in cases for row in rounds.rows(*case)]

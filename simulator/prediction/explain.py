@@ -201,7 +201,7 @@ def effects(p: PredictedPass) -> dict[str, FloatArray]:
     seconds["kernel"] = np.maximum(
         p.row_s - np.minimum(_fixed(p), p.row_s), np.minimum(ideal, p.row_s)
     )
-    for operator, rows, formats in p.workloads.operators:
+    for operator, rows, formats in p.workloads.rows.operators():
         for some, e in operator.effects(rows, p.hw, formats):
             index, steps = rows.at[some], gemm_steps_of(operator_time(e, p.hw))
             for name in seconds.keys() & steps.keys():
@@ -248,7 +248,7 @@ def waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
     """Return ``Estimate.idle`` and ``Estimate.waves`` of all rows; 0 where no blocks run in
     waves."""
     idle, filling = np.zeros((2, len(p.workloads.rows)))
-    for operator, rows, formats in p.workloads.operators:
+    for operator, rows, formats in p.workloads.rows.operators():
         for some, e in operator.idling(rows, p.hw, formats):
             idle[rows.at[some]], filling[rows.at[some]] = np.ravel(e.idle), np.ravel(e.waves)
     return idle, filling
@@ -257,7 +257,7 @@ def waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
 def _fixed(p: PredictedPass) -> FloatArray:
     """Return the fixed time of rows, s; GEMMs have theirs beside their other effects."""
     w, out = p.workloads.rows, np.zeros(len(p.workloads.rows))
-    for operator, rows, formats in p.workloads.operators:
+    for operator, rows, formats in p.workloads.rows.operators():
         fixed = operator.fixed(rows, p.hw, formats)
         out[rows.at] = operator_time(fixed, p.hw).seconds if isinstance(fixed, Estimate) else fixed
     return out * w.count

@@ -237,12 +237,9 @@ def beyond_measured(w: Workload, hw: HardwareProfile) -> str:
     ""."""
     served = load_engine(w.meta.engine).serving(hw)
     for rows, dtype, weight in by_formats(w, Kind.GEMM):
-        measured = served.section("gemm", label_of(dtype, weight)).arrays.get("measured")
-        if measured is None:
-            continue
         sizes = np.log2([w.m[rows], w.n[rows], w.k[rows]]).T
-        octaves = octaves_outside(sizes, *np.asarray(measured, dtype=np.float64))
-        if octaves.max(initial=0.0) <= OCTAVES:
+        octaves = octaves_outside(sizes, served.section("gemm", label_of(dtype, weight)))
+        if octaves is None or octaves.max(initial=0.0) <= OCTAVES:
             continue
         spent = _timed(w, hw)[0].seconds * w.count
         if spent[rows][octaves > OCTAVES].sum() >= SHARE * spent.sum():

@@ -16,7 +16,7 @@ from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.model import Model
-from simulator.request import SETTINGS, Request
+from simulator.request import SETTINGS, Request, known
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -25,10 +25,7 @@ K = TypeVar("K")
 def requests_of(models: Sequence[str | Model], settings: Mapping[str, Any]) -> list[Request]:
     """Return the request of every combination of models and of the settings that are lists, in the
     order of the fields of :class:`simulator.Request`; each value is used once."""
-    if unknown_names := [name for name in settings if name not in SETTINGS]:
-        raise TypeError(
-            f"unexpected setting {unknown_names[0]!r}; expected one of {', '.join(SETTINGS)}"
-        )
+    known(settings)
     axes = {
         name: once(setting.check(value) for value in listed(name, settings[name]))
         for name, setting in SETTINGS.items()
@@ -48,7 +45,29 @@ def requests_of(models: Sequence[str | Model], settings: Mapping[str, Any]) -> l
     ]
     for request in requests:
         _check_budget(request)
+    for name, (expected, has_effect) in _EFFECTS.items():
+        given = [r for r in requests if getattr(r, name) != SETTINGS[name].default]
+        if given and not any(map(has_effect, given)):
+            raise InputError(
+                f"{name}: expected {expected}, as it has no effect otherwise, got"
+                f" {getattr(given[0], name)}"
+            )
     return requests
+
+
+def _is_routed(request: Request) -> bool:
+    return load_model(request.model).routed is not None
+
+
+_EFFECTS: Mapping[str, tuple[str, Callable[[Request], bool]]] = {
+    "cached_prefix": ("phase prefill, generate or serve", lambda r: r.phase != "decode"),
+    "skew": ("a model with routed experts", _is_routed),
+    "parallel": (
+        "several devices (expert: and a model with routed experts)",
+        lambda r: r.devices > 1 and (r.parallel != "expert" or _is_routed(r)),
+    ),
+}
+"""Setting -> what it needs, and whether it changes a request."""
 
 
 def _check_budget(request: Request) -> None:

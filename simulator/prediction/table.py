@@ -42,7 +42,7 @@ from simulator.prediction.prunings import (
 from simulator.prediction.requests import check_measured, engines_of, models_of, profiles
 from simulator.prediction.result import Result, Results
 from simulator.pruning._steps import PruningStep
-from simulator.request import SETTINGS, Request
+from simulator.request import SETTINGS, Request, known
 from simulator.workload import Workload
 
 
@@ -214,7 +214,9 @@ def predict(
             )
     several = isinstance(prune, list | tuple)
     every = listed("prune", prune) if several else [prune]
-    found = table([Request(model=model, **settings).model], [hardware], prune=every, **settings)
+    found = table(
+        [Request(model=model, **known(settings)).model], [hardware], prune=every, **settings
+    )
     return found if several else found[0]
 
 

@@ -131,7 +131,7 @@ class Requests:
 def drawn_times(requests: int, seed: int = 0) -> FloatArray:
     """Return times of a Poisson process of one request per second."""
     waits = np.random.default_rng([seed, 0]).exponential(size=requests)
-    return np.asarray(np.cumsum(waits))
+    return np.cumsum(waits)
 
 
 @dataclass(frozen=True)

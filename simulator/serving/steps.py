@@ -237,7 +237,7 @@ class _Passes:
         """Return the factor of errors on the times of all passes."""
         own = np.sqrt(1.0 - self.shared**2)
         error = scale * self.log_sd * (errors.kernels * self.shared + errors.own * own)
-        return np.asarray(np.exp(error))
+        return np.exp(error)
 
     @cached_property
     def work_s(self) -> tuple[FloatArray, ...]:

@@ -94,7 +94,7 @@ class Uncertainty:
         out = self.correlated * self.correlated + self.independent
         for row in self.systematic:  # a fixed order, for equal rounding in chunks of any size
             out = out + row * row
-        return np.asarray(out)
+        return out
 
     def wide(self) -> Array:
         """Return ``systematic`` transposed, with a column for each of :data:`ERROR_FACTORS`."""
@@ -110,20 +110,19 @@ class Uncertainty:
 
     @classmethod
     def joined(cls, parts: list[Uncertainty], order: Any = slice(None)) -> Uncertainty:
-        """Concatenate the errors of several sets of times of one kind, then put them in an
-        order."""
-        first = parts[0]
-        if all(part.factors == first.factors for part in parts):
-            names = first.factors
-            systematic = np.concatenate([part.systematic for part in parts], axis=1)
-        else:
-            names = tuple(ERROR_FACTORS)
-            systematic = np.concatenate([part.wide() for part in parts]).T
+        """Concatenate the errors of several sets of times, then put them in an order; the kind is
+        that of the first."""
+        names = tuple(dict.fromkeys(name for part in parts for name in part.factors))
+        systematic = [np.zeros((len(names), len(part.correlated))) for part in parts]
+        for part, whole in zip(parts, systematic):
+            whole[[names.index(name) for name in part.factors]] = part.systematic
         correlated, independent, coordinates = (
             np.concatenate([np.asarray(getattr(part, name), dtype=np.float64) for part in parts])
             for name in ("correlated", "independent", "coordinates")
         )
-        return cls(names, systematic, correlated, independent, coordinates, first.kind).take(order)
+        every = np.concatenate(systematic, axis=1)
+        kind = parts[0].kind
+        return cls(names, every, correlated, independent, coordinates, kind).take(order)
 
 
 def in_order(errors: Sequence[tuple[Any, Uncertainty]], size: int) -> Uncertainty:

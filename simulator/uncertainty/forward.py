@@ -40,6 +40,7 @@ from simulator.uncertainty.factors import (
     Posterior,
     Uncertainty,
     correlation,
+    in_order,
     level_scale,
     posterior_of,
 )
@@ -179,7 +180,7 @@ class PredictedPass:
     @property
     def host_bound(self) -> BoolArray:
         """Whether the host takes most of the time (W,)."""
-        return np.asarray(self.device_share < 0.5)
+        return self.device_share < 0.5
 
     def bottleneck(self, device_share: FloatArray) -> tuple[CodeArray, FloatArray]:
         """Return codes (W,) of the bottlenecks with the largest share of the time, and these
@@ -210,12 +211,12 @@ class PredictedPass:
     def uncertainty(self) -> PassUncertainty:
         groups, (shapes, which) = self.workloads.groups, self.workloads.shapes
         share = self.share
-        each = _ShapeErrors.of(self.errors, len(shapes))
+        each = in_order(self.errors, len(shapes))
         independent, whole = self._independent(each)
         posterior = posterior_of(self.hw)
         noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
-        centre = np.array([groups.sums(share * axis[which]) / time for axis in each.coordinates])
+        centre = np.array([groups.sums(share * axis[which]) / time for axis in each.coordinates.T])
         return PassUncertainty(
             systematic=self._systematic(each),
             correlated=groups.sums(share * each.correlated[which]) * noise,
@@ -226,19 +227,19 @@ class PredictedPass:
             posterior=posterior,
         )
 
-    def _systematic(self, each: _ShapeErrors) -> Array:
+    def _systematic(self, each: Uncertainty) -> Array:
         """Return the systematic errors (W, c) of the passes."""
         workloads = self.workloads
         which = self.workloads.shapes[1]
         systematic = np.zeros((len(workloads), len(ERROR_FACTORS)))
-        of_row = np.add.reduceat(self.share * each.factors[:, which], workloads.starts, axis=1)
-        systematic[:, [FACTOR_INDEX[name] for name in each.names]] = of_row.T
+        of_row = np.add.reduceat(self.share * each.systematic[:, which], workloads.starts, axis=1)
+        systematic[:, [FACTOR_INDEX[name] for name in each.factors]] = of_row.T
         systematic[:, FACTOR_INDEX["machine launch"]] += (
             ERROR_FACTORS["machine launch"] * self.gap_s / np.maximum(self.device_s, 1e-300)
         )
         return systematic
 
-    def _independent(self, each: _ShapeErrors) -> tuple[Array, Array]:
+    def _independent(self, each: Uncertainty) -> tuple[Array, Array]:
         """Return the standard deviations (W, G) of the independent and of the whole errors. Those
         of operators of several kernels without measured times, and of the gaps between these
         kernels, are added."""
@@ -259,37 +260,6 @@ class PredictedPass:
             for of_shape in (each.independent, each.variance)
         )
         return independent, whole
-
-
-@dataclass(frozen=True)
-class _ShapeErrors:
-    """The errors of all distinct shapes of a batch, of all kinds of operators."""
-
-    names: tuple[str, ...]  # of ERROR_FACTORS
-    factors: Array  # (names, shapes) standard deviation times loading
-    correlated: Array
-    independent: Array
-    coordinates: Array  # (3, shapes)
-
-    @classmethod
-    def of(cls, errors: Errors, size: int) -> _ShapeErrors:
-        names = tuple(dict.fromkeys(name for _, error in errors for name in error.factors))
-        place = {name: i for i, name in enumerate(names)}
-        factors = np.zeros((len(names), size))
-        coordinates = np.zeros((3, size))
-        correlated, independent = np.zeros((2, size))
-        for rows, error in errors:
-            correlated[rows], independent[rows] = error.correlated, error.independent
-            coordinates[:, rows] = error.coordinates.T
-            factors[np.array([place[name] for name in error.factors])[:, None], rows] = (
-                error.systematic
-            )
-        return cls(names, factors, correlated, independent, coordinates)
-
-    @property
-    def variance(self) -> Array:
-        square = self.correlated * self.correlated
-        return np.asarray(square + self.independent + (self.factors * self.factors).sum(axis=0))
 
 
 def forward_passes(
@@ -483,7 +453,7 @@ class PassUncertainty:
         return self._variance(alone), ratio
 
     def half(self, variance: Array, level: float) -> Array:
-        return np.asarray(self.coverage_factor * level_scale(level) * np.sqrt(variance))
+        return self.coverage_factor * level_scale(level) * np.sqrt(variance)
 
 
 def ratio_half(

@@ -197,8 +197,10 @@ class _Pairs:
         of_time = of_time + wider - explained**2 + self.mix * (1.0 - follows) ** 2
         between = between - (explained - explained[:, self.other]) ** 2
         log, beyond = hosts.log, UNEXPLAINED * math.log(dense_s / predicted_s)
-        of_time = of_time + (beyond * -np.expm1(-np.abs(log - log[:, [0]]))) ** 2
-        between = between + (beyond * -np.expm1(-np.abs(log - log[:, self.other]))) ** 2
+        of_time, between = (
+            square + (beyond * np.expm1(-np.abs(log - log[:, other]))) ** 2
+            for square, other in ((of_time, [0]), (between, self.other))
+        )
         return hosts, of_time, between
 
 
@@ -327,7 +329,7 @@ class _Posterior:
     @property
     def log_weight(self) -> FloatArray:
         square = self.log * self.log / self.whole
-        return np.asarray(-0.5 * (self.prior + square + np.log(self.whole)))
+        return -0.5 * (self.prior + square + np.log(self.whole))
 
     def deviation(self, i: int, j: int) -> float:
         """Return the standard deviations between measured and predicted time on one host."""
@@ -347,7 +349,7 @@ def _rarity(speeds: FloatArray, slowest: float) -> FloatArray:
     if not slowest:
         return speeds * speeds
     slow = SLOW_HOSTS * math.sqrt(2.0 * math.pi) / slowest * (speeds > SLOW_SD)
-    return np.asarray(-2.0 * np.log((1.0 - SLOW_HOSTS) * np.exp(-0.5 * speeds * speeds) + slow))
+    return -2.0 * np.log((1.0 - SLOW_HOSTS) * np.exp(-0.5 * speeds * speeds) + slow)
 
 
 def _grids(unknowns: int, slowest: float) -> tuple[FloatArray, FloatArray]:
@@ -415,7 +417,7 @@ def _hosts_of(
 def _quantiles(values: FloatArray, weights: FloatArray, shares: FloatArray) -> FloatArray:
     """Return the values below which shares of the weights lie."""
     total = np.cumsum(weights)
-    return np.asarray(np.interp(shares, (total - 0.5 * weights) / total[-1], values))
+    return np.interp(shares, (total - 0.5 * weights) / total[-1], values)
 
 
 def intervals(p: PredictedPass, level: float) -> tuple[FloatArray, FloatArray]:

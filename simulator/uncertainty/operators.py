@@ -90,14 +90,9 @@ def predicted(
     else:
         coverage = posterior.coverage_factors[uncertainty.kind]
     width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
-    times = OperatorTimes(
-        seconds=_in_seconds(e, time),
-        lower=_in_seconds(e, np.maximum(time / width, e.floor)),
-        upper=_in_seconds(e, time * width),
-        roofline_s=_in_seconds(e, e.roofline),
-        bottleneck=e.bottleneck,
-        details=e.details,
-    )
+    ends = time, np.maximum(time / width, e.floor), time * width, e.roofline
+    middle, lower, upper, roofline = (_in_seconds(e, values) for values in ends)
+    times = OperatorTimes(middle, lower, upper, roofline, e.bottleneck, details=e.details)
     if e.measured is not None:
         rows = e.measured.rows
         known = e.measured.seconds

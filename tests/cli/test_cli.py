@@ -73,6 +73,11 @@ explain llama-3.1-8b --hardware h100 --method flap                   | expected 
 @ --prune 'width 0.25 inner=-3'                                      | inner
 @ --dtype int4                                                       | int4
 speedup llama-3.1-8b --hardware a100 --dtype nvfp4                   | a100_sxm_80gb has no nvfp4
+@ --parallel expert                                                  | parallel: expected several devices
+@ --devices 2 --parallel expert                                      | parallel: expected several devices (expert: and a model with routed experts)
+@ --skew 1                                                           | skew: expected a model with routed experts
+@ --cached-prefix 512                                                | cached_prefix: expected phase prefill
+@ --token-budget 64                                                  | token_budget: expected in prefill
 @ --link pcie                                                        | --link: expected with --devices of at least 2
 @ --devices 2 --link pci                                             | link 'pci' is unknown
 @ --devices 2 --link bridge                                          | h100_sxm has no such connection; expected one of

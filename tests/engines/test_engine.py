@@ -122,11 +122,6 @@ def test_no_name_is_bare_kernels() -> None:
     assert (bare.kernels == 1.0).all()
 
 
-def test_an_unknown_name_is_refused_with_the_closest() -> None:
-    with pytest.raises(InputError, match=r"engine 'vlm' is unknown; did you mean vllm\?"):
-        load_engine("vlm")
-
-
 def test_a_file_of_one_s_own_is_read_to_the_letter(good: Path) -> None:
     assert check_engine(str(good)) == []
     engine = load_engine(str(good))

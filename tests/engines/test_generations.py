@@ -84,6 +84,8 @@ def test_a_version_or_a_name_selects_a_generation(text: str, generation: str) ->
             ),
         ),
         ("vllm@v2", "engine 'vllm@v2': expected a version"),
+        ("vllm@999", "engine 'vllm@999': expected a version"),
+        ("vllm@0.0", "engine 'vllm@0.0': expected a version"),
         ("vllm@0.1.", "engine 'vllm@0.1.': expected a version"),
         ("compile@1.0", "engine 'compile@1.0': compile has no generations; expected compile"),
         ("vlm@0.19", "engine 'vlm' is unknown; did you mean vllm"),

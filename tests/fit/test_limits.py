@@ -23,7 +23,7 @@ from simulator.hardware.save import save_hardware
 from simulator.operators import CONSTANTS
 
 ODD = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-40, 1e40)
-ORIGIN = Provenance("x", "x", "x", "x", "x", "x", 30)
+ORIGIN = Provenance("x", "0" * 64, "unknown", "x", "x", "x", 30)
 
 
 def with_values(values: dict[str, float], **more: Any) -> HardwareProfile:

@@ -200,6 +200,19 @@ def test_what_is_right_is_taken(call: str) -> None:
     function(**good)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        partial(simulator.predict, MODEL, "depth 0.25", HW),
+        partial(simulator.table, [MODEL], [HW], "depth", 0.25),
+        partial(simulator.lower, MODEL),
+    ],
+)
+def test_an_unknown_setting_is_named(function: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match=r"^setting 'nosuch' is unknown"):
+        function(nosuch=1)
+
+
 def test_large_shapes_keep_what_single_precision_would_lose() -> None:
     """Large shapes keep alignment and differences from neighbours; times whose cubes overflow stay
     finite."""

@@ -1,5 +1,4 @@
-"""Gated delta nets: work and bytes counted by hand, physics, monotony, and measured rows of an
-H20."""
+"""Gated delta nets: work and bytes counted by hand, and measured rows of an H20."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import pytest
 from operator_times import delta_net_time, of_delta_net
 
 from simulator.codes import Kind
-from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.library import load_hardware
 from simulator.models.lower import lower
 from simulator.prediction.table import speedup
 from simulator.pruning import prune
@@ -49,33 +48,14 @@ def test_work_and_bytes_by_hand() -> None:
         ] * len(w)
 
 
-@pytest.mark.parametrize("name", list_hardware())
-def test_never_faster_than_physics(name: str) -> None:
-    hw = load_hardware(name)
-    dtype = "bf16" if "bf16" in hw.rates else "fp16" if "fp16" in hw.rates else "fp32"
-    tokens, batch = np.array([1, 64, 128, 4096, 131072]), np.array([1, 64, 1, 4, 2])
-    t = delta_net_time(tokens, batch, *QWEN, hw, dtype=dtype, level=0.99)
-    element = 4.0 if dtype == "fp32" else 2.0
-    states = batch * (32 * 128 * 128 * 4 + 3 * CHANNELS * element) * np.where(tokens == batch, 2, 1)
-    least_s = (element * tokens * (CHANNELS + 32 * 128) + states) / hw.bandwidth_bytes_per_s
-    assert (t.lower >= least_s * (1 - 1e-12)).all()
-    assert (t.lower <= t.seconds).all()
-    assert (t.seconds <= t.upper).all()
-
-
-def test_time_grows_with_every_size() -> None:
+def test_narrow_states_and_no_convolution_save_time_and_a_prompt_is_linear() -> None:
     hw = load_hardware("h100")
-    base = (4096, 4, *QWEN)
-    for tokens in (4, 4096):  # a step, a prompt
-        sizes = (tokens, *base[1:])
+    for sizes in ((4, 4, *QWEN), (4096, 4, *QWEN)):  # a step, a prompt
         before = delta_net_time(*sizes, hw).seconds
-        for i in (2, 3, 4, 5):
-            more = [2 * size if j == i else size for j, size in enumerate(sizes)]
-            assert before < delta_net_time(*more, hw).seconds < 2.1 * before
         assert delta_net_time(*sizes, hw, state_dtype="bf16").seconds < before
         assert delta_net_time(*sizes, hw, conv=0).seconds < before
     long = delta_net_time(np.array([2**16, 2**17]), 1, *QWEN, hw).seconds
-    assert long[1] / long[0] == pytest.approx(2.0, rel=0.01)  # linear in the length
+    assert long[1] / long[0] == pytest.approx(2.0, rel=0.01)
 
 
 def test_measured_rows_of_an_h20() -> None:

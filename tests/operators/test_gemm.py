@@ -25,7 +25,6 @@ from simulator.uncertainty.operators import TIMES, GemmOptions, gemm_time
 pytestmark = pytest.mark.quick
 
 GPUS = ("a100_sxm_80gb", "h100_sxm", "rtx_4090")
-sizes = st.integers(1, 40_000)
 widths = st.integers(1, 8192).map(lambda i: 8 * i)
 
 
@@ -39,28 +38,9 @@ def model_of(gpu: str, dtype: Any = np.float64) -> ReadyModel:
     )
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    m=sizes,
-    n=widths,
-    k=widths,
-    gpu=st.sampled_from(GPUS),
-    kernel=st.sampled_from(["dense", "sparse24", "unstructured", "block_sparse"]),
-)
-def test_never_beats_the_physics(m: int, n: int, k: int, gpu: str, kernel: str) -> None:
-    hw = load_hardware(gpu)
-    t = gemm_time(m, n, k, hw, kernel=kernel)
-    peak = hw.peak_flop_per_s("bf16", sparse=kernel == "sparse24") * hw.clock_headroom
-    stored = 1.125 if kernel == "sparse24" else 2.0
-    assert t.seconds >= 2.0 * m * n * k / peak
-    assert t.seconds >= stored * n * k / hw.bandwidth_bytes_per_s
-    assert t.lower <= t.seconds <= t.upper
-    assert t.lower >= 2.0 * m * n * k / peak
-
-
-@pytest.mark.slow
-def test_no_gpu_stack_or_format_beats_the_physics() -> None:
-    assert wrong_gemms(100_000, 1) == []
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_gpu_stack_or_format_beats_the_physics(count: int) -> None:
+    assert wrong_gemms(count, 1) == []
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,5 +1,5 @@
-"""Indexers and attention to the positions that they select: work, bytes and cache counted by hand,
-physics, and monotony."""
+"""Indexers and attention to the positions that they select: work, bytes and cache counted by
+hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from operator_times import indexer_time
 
 from simulator.capacity import cache_bytes
 from simulator.codes import Kind
-from simulator.hardware.library import list_hardware, load_hardware
+from simulator.hardware.library import load_hardware
 from simulator.models.library import from_hf_config, load_model
 from simulator.models.lower import lower
 from simulator.models.sublayers import LatentAttention, Sublayer
@@ -133,28 +133,14 @@ def test_transformers_masks_and_computes_all_positions() -> None:
     assert sparse.pairs[0] == 2048
 
 
-@pytest.mark.parametrize("name", list_hardware())
-def test_never_faster_than_physics(name: str) -> None:
-    hw = load_hardware(name)
-    dtype = "bf16" if "bf16" in hw.rates else "fp16" if "fp16" in hw.rates else "fp32"
-    q_len, kv_len = np.array([1, 1, 4096, 100]), np.array([1, 131072, 65536, 131072])
-    t = indexer_time(2, q_len, kv_len, 64, 128, 2048, 1, 128, hw, dtype=dtype, level=0.99)
-    keys = np.array([kv_len, 2 * q_len]).sum(axis=0) * 2 * 64
-    assert (t.lower >= keys / hw.bandwidth_bytes_per_s).all()
-    assert (t.lower <= t.seconds).all()
-    assert (t.seconds <= t.upper).all()
-
-
-def test_time_grows_with_every_size() -> None:
-    hw = load_hardware("h100")
+def test_a_quarter_as_many_keys_take_less_time() -> None:
     for q_len in (1, 4096):
         sizes = [8, q_len, 65536, 64, 128]
-        before = indexer_time(*sizes, 2048, 1, 128, hw).seconds
-        for i in (0, 2, 3, 4):
-            more = [2 * size if j == i else size for j, size in enumerate(sizes)]
-            assert before < indexer_time(*more, 2048, 1, 128, hw).seconds < 2.3 * before
-        # a quarter as many keys
-        assert indexer_time(*sizes, 512, 4, 32, hw).seconds < before
+        whole, quarter = (
+            indexer_time(*sizes, *keys, load_hardware("h100")).seconds
+            for keys in ((2048, 1, 128), (512, 4, 32))
+        )
+        assert quarter < whole
 
 
 def test_selection_pays_for_long_contexts() -> None:

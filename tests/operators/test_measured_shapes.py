@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 
 from calibration.records.screening import UNKNOWN_REPEAT, exact_arrays, with_exact, without_exact
 from calibration.records.timing_table import Flag, Records, Source
+from simulator.hardware.arrays import check_arrays
 from simulator.hardware.library import load_hardware
 from simulator.hardware.profile import Provenance
 from simulator.hardware.save import save_hardware
 from simulator.operators.gemm import EXACT_NAMES as NAMES
-from simulator.operators.gemm import MeasuredShapes, measured_shapes
+from simulator.operators.gemm import MeasuredShapes
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 pytestmark = pytest.mark.quick
 
-SIZE = st.integers(1, 2**21 - 1)
+SIZE = st.integers(1, 2**21 - 2)
 SHAPES = st.lists(
-    st.tuples(st.integers(1, 2**22 - 1), SIZE, SIZE), min_size=1, max_size=40, unique=True
+    st.tuples(st.integers(1, 2**22 - 2), SIZE, SIZE), min_size=1, max_size=40, unique=True
 )
 
 
@@ -40,20 +41,16 @@ def _arrays(shapes: Any, seconds: Any = None, half: Any = None) -> dict[str, Any
     )
 
 
-def _measured(shapes: Any) -> MeasuredShapes:
-    measured = measured_shapes(_arrays(shapes))
-    return measured
-
-
 @given(SHAPES)
 def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -> None:
-    every = _measured(shapes).at(*np.array(shapes).T)
+    measured = MeasuredShapes.of(_arrays(shapes))
+    every = measured.at(*np.array(shapes).T)
     assert every.rows.all()
     assert every.seconds.tolist() == _arrays(shapes)["exact_s"].tolist()
     assert (every.log_half == 0.01).all()
     steps = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0))
     near = [(a + da, b + db, c + dc) for a, b, c in shapes for da, db, dc in steps]
-    found = _measured(shapes).at(*np.array(near).T)
+    found = measured.at(*np.array(near).T)
     assert found.rows.tolist() == [shape in set(shapes) for shape in near]
     assert len(found.seconds) == len(found.log_half) == found.rows.sum()
 
@@ -61,19 +58,19 @@ def test_every_shape_is_found_and_no_other(shapes: list[tuple[int, int, int]]) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exact_s": np.array([1.0])}, "one length"),
-        ({"exact_s": np.array([1.0, 0.0])}, "above zero"),
-        ({"exact_s": np.array([1.0, np.nan])}, "above zero"),
-        ({"exact_log_half": np.array([0.1, -0.1])}, "above zero"),
-        ({"exact_m": np.array([8.0, 0.5])}, "whole numbers"),
-        ({"exact_k": np.array([8, 2**21])}, "whole numbers"),
-        ({"exact_s": None}, "exact_s is missing"),
+        ({"exact_s": np.array([1.0])}, "array exact_s: expected the shape"),
+        ({"exact_s": np.array([1.0, 0.0])}, "array exact_s: expected values from 1e-12"),
+        ({"exact_s": np.array([1.0, np.nan])}, "array exact_s: expected values from 1e-12"),
+        ({"exact_log_half": np.array([0.1, -0.1])}, "array exact_log_half: expected values from 0"),
+        ({"exact_m": np.array([8.0, 1.5])}, "array exact_m: expected whole numbers"),
+        ({"exact_k": np.array([8, 2**21])}, "array exact_k: expected values from 1 to"),
+        ({"exact_s": None}, "array exact_m needs array exact_s, which is missing"),
     ],
 )
 def test_arrays_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     given = _arrays([(8, 64, 64), (16, 64, 64)]) | change
     with pytest.raises(ValueError, match=message):
-        measured_shapes({name: a for name, a in given.items() if a is not None})
+        check_arrays("gemm", {name: a for name, a in given.items() if a is not None})
 
 
 def _records(**columns: Any) -> Records:

@@ -1,15 +1,10 @@
-"""Recurrences and short convolutions: work and bytes counted by hand, physics and monotony."""
+"""Recurrences and short convolutions: work and bytes counted by hand."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
-from operator_times import short_conv_time, state_space_time
 
-from simulator.codes import DTYPE_BYTES, Kind, Phase, dtype_code
-from simulator.hardware.library import list_hardware, load_hardware
+from simulator.codes import Kind, Phase
 from simulator.models.lower import lower
 from simulator.models.model import Layer, Model
 from simulator.models.sublayers import (
@@ -105,48 +100,6 @@ def test_work_and_bytes_by_hand(
     for request, (flops, moved) in zip(requests, expected, strict=True):
         w = rows_of(sublayer, kind, *request)
         assert (w.flops.sum(), w.bytes.sum()) == (flops, moved)
-
-
-SIZES: dict[str, tuple[Any, ...]] = {
-    "mamba": (5120, 1, 1, 16, 0),
-    "mamba2": (128, 8, 64, 128, 256),
-    "lightning": (64, 64, 128, 128, 256),
-}
-
-
-@pytest.mark.parametrize("name", list_hardware())
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_never_faster_than_physics(name: str, sizes: tuple[int, ...]) -> None:
-    hw = load_hardware(name)
-    dtype = "bf16" if "bf16" in hw.rates else "fp16" if "fp16" in hw.rates else "fp32"
-    element = float(DTYPE_BYTES[dtype_code(dtype)])
-    tokens, batch = np.array([1, 64, 128, 4096, 131072]), np.array([1, 64, 1, 4, 2])
-    heads, groups, channels, state, _ = sizes
-    t = state_space_time(tokens, batch, *sizes, hw, dtype=dtype, level=0.99)
-    states = 4.0 * batch * heads * channels * state * np.where(tokens == batch, 2, 1)
-    least = element * tokens * 2 * (heads * channels + groups * state) + states
-    assert (t.lower >= least / hw.bandwidth_bytes_per_s * (1 - 1e-12)).all()
-    assert (t.lower <= t.seconds).all()
-    assert (t.seconds <= t.upper).all()
-    conv = short_conv_time(tokens, batch, heads * channels, 4, hw, dtype=dtype, level=0.99)
-    moved = 2.0 * element * tokens * heads * channels
-    assert (conv.lower >= moved / hw.bandwidth_bytes_per_s * (1 - 1e-12)).all()
-
-
-@pytest.mark.parametrize("name", ["h100", "cpu"])
-def test_time_grows_with_every_size(name: str) -> None:
-    hw = load_hardware(name)
-    dtype = "fp32" if name == "cpu" else "bf16"
-    for sizes in SIZES.values():
-        for tokens in (4, 4096):  # a step, a prompt
-            before = state_space_time(tokens, 4, *sizes, hw, dtype=dtype).seconds
-            for i in (0, 2, 3):  # heads, features of a head, of a state
-                more = [2 * size if j == i else size for j, size in enumerate(sizes)]
-                after = state_space_time(tokens, 4, *more, hw, dtype=dtype).seconds
-                assert before < after < 2.1 * before
-    for tokens in (4, 4096):
-        before = short_conv_time(tokens, 4, 4096, 4, hw, dtype=dtype).seconds
-        assert before < short_conv_time(tokens, 4, 8192, 4, hw, dtype=dtype).seconds < 2 * before
 
 
 def test_a_check_of_drafted_tokens_is_a_short_prompt() -> None:
