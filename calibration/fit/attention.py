@@ -165,10 +165,11 @@ class AttentionFit(Fit):
 
 def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
     """Return the fit of attention records (an object with columns of these names, seconds in s)."""
+    sizes: dict[str, Any] = dict(zip(SHAPE, floats(records, *SHAPE), strict=True))
     bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
     latent = operator in LATENT
     geometry = Geometry(
-        *floats(records, *SHAPE),
+        **sizes,
         element_bytes=bytes_[records.dtype],
         cache_bytes=bytes_[records.weight_dtype],
         window=records.window.astype(np.float64),

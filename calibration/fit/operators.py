@@ -285,16 +285,17 @@ class IndexerFit(Fit):
 
 def index_sizes(r: Any, key_bytes: float) -> IndexerSizes:
     """Return the sizes of measured indexers, whose keys are those of single positions."""
-    sizes = floats(r, "batch", "q_len", "kv_len", "heads", "head_dim", "k")
+    sizes: list[Any] = floats(r, "batch", "q_len", "kv_len", "heads", "head_dim", "k")
     features = sizes[4]
-    return IndexerSizes(*sizes, np.ones_like(features), features, key_bytes)
+    return IndexerSizes(*[*sizes, np.ones_like(features), features, key_bytes])
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
-    *sizes, seconds = floats(records, "m", "n", "k", "experts", "active", "skew", "seconds")
+    names = ("m", "n", "k", "experts", "active", "skew")
+    sizes: dict[str, Any] = dict(zip(names, floats(records, *names), strict=True))
     warm = ~np.asarray(records.cold)
-    layers = Layers(machine, *sizes, warm=warm, part=experts_part(records))
-    return ExpertsFit(layers, seconds, architecture)
+    layers = Layers(machine, **sizes, warm=warm, part=experts_part(records))
+    return ExpertsFit(layers, floats(records, "seconds")[0], architecture)
 
 
 def experts_part(records: Any) -> IndexArray:

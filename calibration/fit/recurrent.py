@@ -57,8 +57,8 @@ def recurrent_calls(operator: str, r: Any, machine: Machine) -> Calls:
     sizes = floats(r, "m", "batch", "heads", "kv_heads")
     if operator == "state_space":
         return Recurrences(machine, *sizes, *floats(r, "n", "head_dim", "block"))
-    no_channel_decay = np.zeros(len(r))
-    return DeltaNets(machine, *sizes, *floats(r, "head_dim", "n", "window"), no_channel_decay)
+    sizes += [*floats(r, "head_dim", "n", "window"), np.zeros(len(r))]  # no decay by channel
+    return DeltaNets(machine, *sizes)
 
 
 def recurrent_fit(operator: str, records: Any, machine: Machine, architecture: str) -> RecurrentFit:

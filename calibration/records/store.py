@@ -372,7 +372,7 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
             raise InputError(f"{place}record {position}: not a timing: {_reason(error)}") from None
     timings = [_fastest(same) for same in visits.values()]
     if "idle_w" in header.extra:
-        idle = {"operator": "idle", "dtype": header.dtype, "weight_dtype": header.dtype}
+        idle: Row = {"operator": "idle", "dtype": header.dtype, "weight_dtype": header.dtype}
         idle["watts"] = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
         timings.append({**idle, "seconds": 1.0})
     many = 1 + max((timing.get("source", 0) for timing in timings), default=0)
