@@ -119,16 +119,18 @@ def in_format(run: options.Run, device: str) -> options.Run:
 
         if slow := lacks_bf16():
             slow += " has no bf16 instructions that torch uses"
-    elif device.startswith("cuda") and asked is None:
+    elif device.startswith("cuda") and asked in (None, DEFAULT_DTYPE):
         from calibration.devices import cuda
 
         if slow := cuda.lacks_bf16(device):
             slow += " has no bf16 arithmetic"
+    emulated = device == "cpu" and asked is not None
     if slow:
-        use = f"it is emulated slowly; use --dtype {other}" if asked else f"{other} is used"
+        use = f"it is emulated slowly; use --dtype {other}" if emulated else f"{other} is used"
         render.status(f"{slow}; {use}")
     settings: Any = run  # a dataclass, see run_options
-    chosen: options.Run = replace(settings, dtype=asked or (other if slow else DEFAULT_DTYPE))
+    dtype = other if slow and not emulated else asked or DEFAULT_DTYPE
+    chosen: options.Run = replace(settings, dtype=dtype)
     return chosen
 
 

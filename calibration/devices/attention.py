@@ -1,5 +1,5 @@
-"""Attention in torch, in a fused kernel that skips blocks (flex attention), and in FlashInfer and
-flash-attn.
+"""Attention in torch, in a fused kernel that skips blocks (flex attention), and in the libraries of
+engines.
 
 Queries have the shape (batch, heads, positions, head_dim), the cache (batch, kv_heads, positions,
 head_dim). Masks and indices depend only on the shape and are made once: timed functions only launch
@@ -9,8 +9,7 @@ kernels, and copy nothing from the host.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 
 from calibration.devices.protocol import LIBRARIES, Operator, Unsupported
-from simulator.errors import InputError, unknown
 
 Tensor = Any
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values to results
@@ -30,10 +28,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys and values 
 EDGE = 128  # default edge of the blocks that flex attention skips
 LEAST = 16  # edges are multiples of the smallest tile of a tensor core
 _RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
-# library -> positions per page of a decode's cache: vLLM's default, and the smallest that
-# flash-attn 2 supports
-PAGES: Mapping[str, int] = {"flashinfer": 16, "flash_attn": 256, "vllm": 16}
-_MODULES: Mapping[str, str] = {"vllm": "vllm.vllm_flash_attn"}
+PAGE = 16  # positions per page of a cache: vLLM's default
 _RELEASES = (3, 4, 2)  # of FlashAttention, in the order in which vLLM prefers them
 _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
@@ -79,31 +74,21 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, 1, head_dim)
 
 
-def with_backend(attend: Callable[[int], Tensor]) -> tuple[str, Callable[[int], Tensor]]:
-    """Return the name of the first SDPA backend that runs ``attend(0)``, and ``attend`` with that
-    backend only."""
+_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+def in_order_of_backends(attend: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """Return ``attend`` with the first SDPA backend that runs it, in one order for all versions of
+    torch."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    order = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-    backends = [getattr(SDPBackend, name) for name in order if hasattr(SDPBackend, name)]
-    for backend in backends:
-        try:
-            with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter("ignore")  # torch warns why a backend cannot run
-                attend(0)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            if backend == backends[-1]:
-                raise
-        else:
-            break
+    backends = [getattr(SDPBackend, name) for name in _BACKENDS]
 
-    def pinned(i: int) -> Tensor:
-        with sdpa_kernel(backend):
+    def ordered(i: int) -> Tensor:
+        with sdpa_kernel(backends, set_priority=True):
             return attend(i)
 
-    return backend.name.lower(), pinned
+    return ordered
 
 
 def block_layout(q_len: int, kv_len: int, block: int, density: float) -> Tensor:
@@ -283,64 +268,39 @@ def running(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class AttentionLibrary:
     """Queries have the shape (batch, positions, heads, head_dim). Decode reads a paged cache with
-    pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai, and
-    ``flash_attn_interface.py`` of flash-attention 2."""
+    pages in random order, as after some time of serving. Signatures: docs.flashinfer.ai."""
 
     name: str
     module: Any
     version: str  # name and version
 
-    @property
-    def page(self) -> int:
-        return PAGES[self.name]
-
     def paged(self, op: Operator) -> bool:
         return op.kind == "attention_decode" or self.name == "vllm"
 
     def describe(self, op: Operator) -> str:
-        pages = f", pages of {self.page} in random order"
+        pages = f", pages of {PAGE} in random order"
         return self.version + (pages if self.paged(op) else "")
 
     def cache_shape(self, op: Operator) -> tuple[int, ...]:
         if self.paged(op):
-            return (
-                2,
-                op.batch * math.ceil(op.kv_len / self.page),
-                self.page,
-                op.kv_heads,
-                op.head_dim,
-            )
+            pages = op.batch * math.ceil(op.kv_len / PAGE)
+            return 2, pages, PAGE, op.kv_heads, op.head_dim
         return 2, op.batch, op.kv_len, op.kv_heads, op.head_dim
 
     def bind(self, op: Operator, dtype: Any, device: str) -> Attend:
-        make = {"flashinfer": _flashinfer, "flash_attn": _flash_attn, "vllm": _vllm}[self.name]
-        return make(self, op, dtype, device)
-
-
-def find_library(name: str) -> AttentionLibrary | None:
-    if name == "torch":
-        return None
-    if name not in PAGES:
-        raise unknown("attention", name, ("torch", *PAGES))
-    try:
-        module = import_module(_MODULES.get(name, name))
-    except ImportError as error:
-        package = name.replace("flash_attn", "flash-attn").replace(
-            "flashinfer", "flashinfer-python"
-        )
-        raise InputError(
-            f"attention {name!r}: cannot be imported ({error}); try: pip install {package}"
-        ) from None
-    release = getattr(import_module(name), "__version__", "of unknown version")
-    kernels = f", FlashAttention {_release(module)}" if name == "vllm" else ""
-    return AttentionLibrary(name, module, f"{name} {release}{kernels}")
+        make = _vllm if self.name == "vllm" else _flashinfer
+        return make(self.module, op, dtype, device)
 
 
 def engine_library() -> AttentionLibrary | None:
     """Return the attention library of the installed engine, if there is one."""
     for name in LIBRARIES:
         with suppress(Exception):  # a package that does not work may raise any exception
-            return find_library(name)
+            version = f"{name} {import_module(name).__version__}"
+            if name == "flashinfer":
+                return AttentionLibrary(name, import_module(name), version)
+            module = import_module("vllm.vllm_flash_attn")
+            return AttentionLibrary(name, module, f"{version}, FlashAttention {_release(module)}")
     return None
 
 
@@ -349,39 +309,29 @@ def _release(module: Any) -> int:
     return next((n for n in _RELEASES if module.is_fa_version_supported(n)), _RELEASES[-1])
 
 
-def _page_table(library: AttentionLibrary, op: Operator, device: str) -> Tensor:
-    pages = op.batch * math.ceil(op.kv_len / library.page)
+def _page_table(op: Operator, device: str) -> Tensor:
+    pages = op.batch * math.ceil(op.kv_len / PAGE)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(op.kv_len))
     return order.to(torch.int32).view(op.batch, -1).to(device)
 
 
-def _flash_attn(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
-    if op.kind == "attention_prefill":
-        prefill = library.module.flash_attn_func
-        return lambda q, k, v: prefill(q, k, v, causal=True)
-    decode = library.module.flash_attn_with_kvcache
-    table = _page_table(library, op, device)
-    lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
-    return lambda q, k, v: decode(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
-
-
-def _vllm(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
+def _vllm(module: Any, op: Operator, dtype: Any, device: str) -> Attend:
     """Return vLLM's call (``vllm/v1/attention/backends/flash_attn.py``), which reads prompts from
     pages too, and whose schedule all layers of a pass share."""
     lengths = torch.full((op.batch,), op.kv_len, dtype=torch.int32, device=device)
     starts = torch.arange(op.batch + 1, dtype=torch.int32, device=device) * op.q_len
-    release = _release(library.module)
+    release = _release(module)
     longest: dict[str, Any] = {"max_seqlen_q": op.q_len, "max_seqlen_k": op.kv_len}
     how = {
         **longest,
         "cu_seqlens_q": starts,
         "seqused_k": lengths,
-        "block_table": _page_table(library, op, device),
+        "block_table": _page_table(op, device),
         "causal": True,
         "fa_version": release,
     }
     if release == 3:
-        how["scheduler_metadata"] = library.module.get_scheduler_metadata(
+        how["scheduler_metadata"] = module.get_scheduler_metadata(
             **longest,
             batch_size=op.batch,
             num_heads_q=op.heads,
@@ -390,31 +340,27 @@ def _vllm(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> A
             cache_seqlens=lengths,
             qkv_dtype=dtype,
             cu_seqlens_q=starts,
-            page_size=library.page,
+            page_size=PAGE,
             causal=True,
         )
-    attend = library.module.flash_attn_varlen_func
+    attend = module.flash_attn_varlen_func
     return lambda q, k, v: attend(q.flatten(0, 1), k, v, **how)
 
 
-def _flashinfer(library: AttentionLibrary, op: Operator, dtype: Any, device: str) -> Attend:
+def _flashinfer(module: Any, op: Operator, dtype: Any, device: str) -> Attend:
     def ends(length: int) -> Tensor:
         return torch.arange(op.batch + 1, dtype=torch.int32, device=device) * length
 
     heads = op.heads, op.kv_heads, op.head_dim
     workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)  # it holds counters
     if op.kind == "attention_prefill":
-        prefill = library.module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+        prefill = module.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
         prefill.plan(ends(op.q_len), ends(op.kv_len), *heads, causal=True, q_data_type=dtype)
         return lambda q, k, v: prefill.run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     grouped = op.heads > op.kv_heads
-    decode = library.module.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=grouped
-    )
-    pages = math.ceil(op.kv_len / library.page)
-    table = _page_table(library, op, device).flatten()
-    last = torch.full(
-        (op.batch,), op.kv_len - (pages - 1) * library.page, dtype=torch.int32, device=device
-    )
-    decode.plan(ends(pages), table, last, *heads, library.page, q_data_type=dtype)
+    decode = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=grouped)
+    pages = math.ceil(op.kv_len / PAGE)
+    table = _page_table(op, device).flatten()
+    last = torch.full((op.batch,), op.kv_len - (pages - 1) * PAGE, dtype=torch.int32, device=device)
+    decode.plan(ends(pages), table, last, *heads, PAGE, q_data_type=dtype)
     return lambda q, k, v: decode.run(q.flatten(0, 1), (k, v))

@@ -3,10 +3,9 @@ rotated operands.
 
 A graph excludes host time. Rotated weights exceed L2 four times, so each weight comes from memory:
 L2 replaces its lines almost at random, and a fifth of weights of twice its size would still be
-found there. Where a graph cannot hold that many weights, L2 is overwritten before each replay. If a
-kind of operator cannot be captured, each launch is timed between two events, after a buffer of four
-times L2 was overwritten. The device waits until the host has prepared the launch: a 2:4 launch
-takes the host longer than the device. The record names the method and the attention backend.
+found there. Where a graph cannot hold that many weights, L2 is overwritten before each replay. A
+kind of operator that cannot be captured is unsupported: launches that are timed one by one take 8
+to 12 % longer. The record names the method and the attention backend.
 
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are
   steady.
@@ -14,30 +13,25 @@ takes the host longer than the device. The record names the method and the atten
   launches.
 - Clocks, power and throttle reasons are read while launches run, never between them.
 - A failed capture may spoil the process: before torch 2.12 ``CUDAGraph::capture_end`` skips its
-  cleanup after an error, and every later capture fails. Therefore a child process
-  (:class:`CaptureProbe`) attempts the capture first. It starts in about ten seconds and answers in
-  less than one; it keeps a CUDA context (about 0.5 GB) but no operands.
+  cleanup after an error, and every later capture fails. Such a failure ends the run, which a new
+  process resumes without operators of this kind.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import select
-import subprocess
-import sys
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import IO, Any, Literal
+from typing import Any
 
 import torch
 
-from calibration.devices.attention import PAGES, engine_library, find_library
+from calibration.devices.attention import engine_library
 from calibration.devices.operators import (
     MAX_COPIES,
     MOST_PACKED,
@@ -49,6 +43,7 @@ from calibration.devices.operators import (
 )
 from calibration.devices.protocol import (
     HOST_KINDS,
+    NOT_CAPTURABLE,
     CaptureFailed,
     Description,
     DeviceLost,
@@ -74,16 +69,7 @@ _MOST_LAUNCHES = 1 << 13  # of a graph
 _GRAPH_SPAN_S = 2e-3  # least time of a graph: its launches share the gap between replays
 # a longer graph needs no queued replay: the start of its first launch does not count
 _LONGEST_LEAD_S = 0.02
-_EVENTS = 128  # event pairs in flight without graphs
-_CYCLES_PER_S = 3e9  # at least the clock of any GPU, so the device waits long enough
-_LONGEST_HOLD_S = 0.01
-_ANSWER_LIMIT_S = 180.0  # time limit of an answer of the child
-_COMPILED = ("attention_block_sparse",)  # a child would compile them too, which takes longer
-
-
-class NotCapturable(Unsupported):
-    """The operator cannot be captured in a graph; this process can still capture other
-    operators."""
+_MOST_QUEUED = 128  # replays queued for a reading
 
 
 @dataclass(frozen=True)
@@ -132,7 +118,7 @@ class GpuTimer:
     def capture(self, launches: Launches, flush: bool = False) -> Graph:
         """Capture a graph of whole rounds over the copies (``flush``: one) that is long enough to
         hide the gap between replays."""
-        once = self.single(launches, 3, flush=False)
+        once = self._launch_s(launches)
         wanted = min(_MOST_LAUNCHES, math.ceil(_GRAPH_SPAN_S / max(once, 1e-7)))
         rounds = 1 if flush else math.ceil(wanted / launches.copies)
         length = rounds * launches.copies
@@ -150,15 +136,25 @@ class GpuTimer:
                     launches.launch(i)
         except Exception as error:
             first = error.__context__ or error  # the end of a failed capture raises another error
-            reason = f"{type(first).__name__}: {first}".splitlines()[0]
+            reason = f"{NOT_CAPTURABLE}: {type(first).__name__}: {first}".splitlines()[0]
             if not self._captures():
                 raise CaptureFailed(reason) from error
             if is_out_of_memory(first):
                 raise OutOfMemory(reason) from error
-            raise NotCapturable(f"not capturable: {reason}") from error
+            raise Unsupported(reason) from error
         graph.replay()
         self._cuda.synchronize()
         return Graph(graph.replay, length, length * once, flush)
+
+    def _launch_s(self, launches: Launches) -> float:
+        """Return the time of a launch, about."""
+        pairs = [[self._cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(3)]
+        for i, (start, stop) in enumerate(pairs):
+            start.record()
+            launches.launch(i)
+            stop.record()
+        self._cuda.synchronize()
+        return 1e-3 * statistics.fmean(start.elapsed_time(stop) for start, stop in pairs)
 
     def _captures(self) -> bool:
         try:
@@ -201,137 +197,16 @@ class GpuTimer:
         further work."""
         now = time.monotonic()
         if now - self._last_reading_s >= _READ_EVERY_S:
-            for _ in range(min(_EVENTS, int(_READING_S / max(each_s, 1e-7)))):
+            for _ in range(min(_MOST_QUEUED, int(_READING_S / max(each_s, 1e-7)))):
                 more()
             self._readings.append(self._read())
             self._last_reading_s = now
 
-    def hold(self, launches: Launches) -> int:
-        """Return the cycles that the device must wait before a launch: twice the host's time for a
-        launch."""
-        took = []
-        for i in range(3):
-            self._cuda.synchronize()
-            start = time.perf_counter()
-            launches.launch(i)
-            took.append(time.perf_counter() - start)
-        return int(min(2.0 * min(took), _LONGEST_HOLD_S) * _CYCLES_PER_S)
-
-    def single(self, launches: Launches, loops: int, flush: bool, hold: int = 0) -> float:
-        """Return the seconds per launch, each between two events, after a flush of the cache if
-        ``flush``."""
-        total_ms = 0.0
-        for first in range(0, loops, _EVENTS):
-            pairs = []
-            for i in range(first, min(loops, first + _EVENTS)):
-                if flush:
-                    self._overwrite()
-                if hold:
-                    self._cuda._sleep(hold)
-                start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                launches.launch(i)
-                stop.record()
-                pairs.append((start, stop))
-            if hold:
-                self._take_reading(lambda: launches.launch(0), hold / _CYCLES_PER_S)
-            self._cuda.synchronize()
-            if hold:
-                self._last_load_s = time.monotonic()
-            total_ms += sum(float(start.elapsed_time(stop)) for start, stop in pairs)
-        return total_ms * 1e-3 / loops
-
-
-@dataclass(frozen=True)
-class Probed:
-    # None: unknown, because no child can be started or the operator does not run
-    captured: bool | None = None
-    reason: str = ""  # why it cannot be captured, or why its kind is not probed
-
-
-class CaptureProbe:
-    """A child process that captures operators on one GPU. It reads operators and writes answers as
-    JSON lines."""
-
-    def __init__(self, command: Sequence[str], limit_s: float = _ANSWER_LIMIT_S) -> None:
-        self._command = tuple(command)
-        self._limit_s = limit_s
-        self._child: subprocess.Popen[str] | None = None
-        self._usable = True
-
-    @classmethod
-    def of_gpu(cls, index: int, attention: str) -> CaptureProbe:
-        child = f"from {__name__} import main; main()"
-        return cls((sys.executable, "-c", child, str(index), attention))
-
-    def __call__(self, operator: Operator) -> Probed:
-        child = self._started()
-        if child is None:
-            return Probed(reason="no child process can open the GPU")
-        assert child.stdin is not None
-        with suppress(OSError):
-            child.stdin.write(json.dumps(vars(operator)) + "\n")
-            child.stdin.flush()
-        answer = self._line(child)
-        if answer is None:
-            ended = child.poll()
-            self.close()
-            what = (
-                f"gave no answer within {self._limit_s:g} s"
-                if ended is None
-                else f"ended with status {ended}"
-            )
-            raise Unsupported(f"{operator.key}: a child process that captured it {what}")
-        # the child has ended, because the failure may have spoiled it
-        if answer["captured"] is False:
-            self.close()
-        return Probed(answer["captured"], answer["reason"])
-
-    def close(self) -> None:
-        child = self._child
-        self._child = None
-        if child is not None:
-            child.kill()
-            with suppress(OSError), child:  # closes its streams and waits for its end
-                pass
-
-    def _started(self) -> subprocess.Popen[str] | None:
-        """Return the running child; None if it cannot open the GPU, as in the exclusive compute
-        mode."""
-        if self._child is None and self._usable:
-            path = os.pathsep.join(filter(None, sys.path))
-            self._child = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, "PYTHONPATH": path},
-                # the child survives Ctrl-C, which ends a measurement between two samples
-                start_new_session=True,
-            )
-            if self._line(self._child) is None:
-                self._usable = False
-                self.close()
-        return self._child
-
-    def _line(self, child: subprocess.Popen[str]) -> dict[str, Any] | None:
-        assert child.stdout is not None
-        ready, _, _ = select.select([child.stdout], [], [], self._limit_s)
-        line = child.stdout.readline() if ready else ""
-        if line:
-            return dict(json.loads(line))
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(1.0 if ready else 0.0)
-        return None
-
 
 class CudaDevice(TorchDevice):
-    """``attention`` is the library of prefill and decode attention: torch, flashinfer or
-    flash_attn. Operands take at most ``memory_limit_bytes`` (default: 90 % of the free memory).
-    ``probe`` finds out what can be captured ("child": in a child process; None: no probe, a failed
-    capture ends the process). ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and
-    ``nvml`` (the module) are arguments for tests without a GPU."""
+    """Operands take at most ``memory_limit_bytes`` (default: 90 % of the free memory).
+    ``backend`` (``torch.cuda``), ``torch_device`` (of tensors) and ``nvml`` (the module) are
+    arguments for tests without a GPU."""
 
     rotation = 4.0
     eight_bit = ("gemm", "copy", "launch_eager", "launch_graph")
@@ -340,8 +215,6 @@ class CudaDevice(TorchDevice):
         self,
         index: int = 0,
         *,
-        attention: str = "torch",
-        probe: Callable[[Operator], Probed] | Literal["child"] | None = "child",
         memory_limit_bytes: float | None = None,
         backend: Any = None,
         torch_device: str | None = None,
@@ -377,12 +250,7 @@ class CudaDevice(TorchDevice):
         self._reader = NvmlReader(nvml, str(getattr(p, "uuid", "") or ""), index)
         flush_bytes = self.rotation * self.cache_bytes
         self._timer = GpuTimer(self._cuda, self._torch_device, flush_bytes, self._reader.snapshot)
-        self._library = find_library(attention)
         self.engine = engine_library()
-        # a child has no such backend
-        child = None if backend is not None else CaptureProbe.of_gpu(index, attention)
-        self._probe = child if probe == "child" else probe
-        self._probed: dict[tuple[str, ...], Probed | Unsupported] = {}
 
     def describe(self) -> Description:
         sparse = getattr(torch.backends, "cusparselt", None)
@@ -398,7 +266,6 @@ class CudaDevice(TorchDevice):
             "driver": reader.driver(),
             "power_limit_w": limit if isinstance(limit, str) else f"{limit:.0f}",
             "timing": "graph",
-            "attention": self._library.version if self._library else "torch",
             "engine_attention": self.engine.version if self.engine else "none",
             "protocol": PROTOCOL,
         }
@@ -444,66 +311,30 @@ class CudaDevice(TorchDevice):
         torch.set_float32_matmul_precision("high" if operator.dtype == "tf32" else "highest")
         host = operator.kind in HOST_KINDS
         timer = self._timer
-        probed = Probed() if host else self._capturable(operator)
-        launches = self._launches(operator)
+        library = self.engine if operator.library else None
+        launches = build(operator, self._torch_device, self._arena, library)
         for i in range(3):  # selects kernels and fills workspaces, which a capture must not do
             launches.launch(i)
         self._cuda.synchronize()
         if host:
             return "host clock around single launches", host_loop(launches, self._cuda.synchronize)
-        if probed.captured is not False:
-            most = MOST_PACKED if operator.kind == "gemm_2to4" else MAX_COPIES
-            few = operator.cold and launches.copies == most
-            try:
-                graph = timer.capture(launches, flush=few)
-            except CaptureFailed as error:
-                raise CaptureFailed(f"{operator.key}: not capturable: {error}") from error
-            copies = f"{launches.copies} rotated copies" + (
-                f" ({'after a flush of ' * few}{self.rotation:g} x L2)" if operator.cold else ""
-            )
-            method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
-            timed: Sampler = partial(timer.replays, graph)
-        elif operator.kind == "launch_graph":
-            raise Unsupported(f"launch_graph needs CUDA graphs; {probed.reason}")
-        else:
-            flush = operator.cold
-            after = f" after a flush of {self.rotation:g} x L2" if flush else ""
-            lost = f"; {probed.reason}" if probed.reason else ""
-            method = f"events around single launches{after}{launches.how}{lost}"
-            timed = partial(timer.single, launches, flush=flush, hold=timer.hold(launches))
+        most = MOST_PACKED if operator.kind == "gemm_2to4" else MAX_COPIES
+        few = operator.cold and launches.copies == most
+        graph = timer.capture(launches, flush=few)
+        copies = f"{launches.copies} rotated copies" + (
+            f" ({'after a flush of ' * few}{self.rotation:g} x L2)" if operator.cold else ""
+        )
+        method = f"events around a graph of {graph.length} launches over {copies}{launches.how}"
+        timed = partial(timer.replays, graph)
         timer.preheat(timed)
         return method, timed
-
-    def _launches(self, operator: Operator) -> Launches:
-        library = self.engine if operator.library else self._library
-        return build(operator, self._torch_device, self._arena, library)
-
-    def _capturable(self, operator: Operator) -> Probed:
-        """Return whether operators of this kind and number format can be captured, by a probe of
-        the first operator. Methods must not differ within a kind: launches that are timed one by
-        one take 8 to 12 % longer."""
-        if self._probe is None or operator.kind in _COMPILED:
-            return Probed()
-        key = operator.kind, operator.dtype, operator.library
-        if key not in self._probed:
-            self._arena.clear()  # room for the operands of the child
-            self._cuda.empty_cache()
-            try:
-                found: Probed | Unsupported = self._probe(operator)
-            except Unsupported as error:
-                found = error
-            if found == Probed():  # this operator does not run; the next one may
-                return found
-            self._probed[key] = found
-        known = self._probed[key]
-        if isinstance(known, Unsupported):
-            raise Unsupported(str(known))
-        return known
 
     def _translate(self, error: BaseException, operator: Operator) -> Exception | None:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         about = f"{operator.key}: {text}"
-        if isinstance(error, Unsupported | DeviceLost):
+        if isinstance(error, DeviceLost):
+            return type(error)(about)
+        if isinstance(error, Unsupported):
             return error
         if is_out_of_memory(error) or "ALLOC_FAILED" in text:
             self._arena.clear()
@@ -533,8 +364,6 @@ class CudaDevice(TorchDevice):
     def close(self) -> None:
         super().close()
         self._timer.clear()
-        if isinstance(self._probe, CaptureProbe):
-            self._probe.close()
         with suppress(RuntimeError):  # a spoiled process cannot free its memory
             self._cuda.empty_cache()
 
@@ -542,8 +371,8 @@ class CudaDevice(TorchDevice):
 def lacks_bf16(name: str) -> str:
     """Return the name of the GPU that a device name such as cuda:1 opens if it has no bf16
     arithmetic (before Ampere), else ""."""
-    _, _, index = name.partition(":")
-    number = int(index.partition(":")[0] or 0) if index[:1].isdecimal() else 0
+    index = name.partition(":")[2]
+    number = int(index) if index.isdecimal() else 0
     if not torch.cuda.is_available() or number >= torch.cuda.device_count():
         return ""
     older = torch.cuda.get_device_capability(number) < (8, 0)
@@ -551,36 +380,8 @@ def lacks_bf16(name: str) -> str:
 
 
 def open_named(rest: str, **options: Any) -> CudaDevice:
-    parts = rest.split(":") if rest else []
-    index = int(parts.pop(0)) if parts and parts[0].isdecimal() else 0
-    if parts and parts[0] in PAGES:
-        options["attention"] = parts.pop(0)
-    if parts:
-        right = f"expected cuda or cuda:INDEX with a whole number, then :{' or :'.join(PAGES)}"
-        raise InputError(f"device: {right} for their attention, got 'cuda:{rest}'")
-    return CudaDevice(index, **options)
-
-
-def serve(device: Any, requests: Iterable[str], answers: IO[str]) -> None:
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in requests:
-        operator = Operator.from_record(json.loads(line))
-        try:
-            device.prepare(operator)
-        except (CaptureFailed, NotCapturable) as error:
-            found = Probed(False, str(error))
-        except Exception:  # the measuring process will have the same error
-            found = Probed()
-        else:
-            found = Probed(True)
-        print(json.dumps(asdict(found)), file=answers, flush=True)
-        if found.captured is False:
-            return
-        device.close()
-
-
-def main() -> None:
-    from calibration.devices import open_device
-
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    serve(open_device(f"cuda:{sys.argv[1]}", attention=sys.argv[2], probe=None), sys.stdin, answers)
+    if rest and not rest.isdecimal():
+        raise InputError(
+            f"device: expected cuda or cuda:INDEX with a whole number, got cuda:{rest}"
+        )
+    return CudaDevice(int(rest or 0), **options)

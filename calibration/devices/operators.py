@@ -499,17 +499,16 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     both, copies = _rotated(arena, op, 2, op.batch, op.kv_heads, op.kv_len, op.head_dim)
     caches = [(keys, values) for keys, values in both]
     if op.kind == "attention_decode":
-        return _pinned(
-            lambda i: attention.decode_attention(q, *caches[i % copies]),
-            copies,
-            device,
-            ", unpaged cache",
+        decode = attention.decode_attention
+        return _in_torch(
+            lambda i: decode(q, *caches[i % copies]), copies, device, ", unpaged cache"
         )
     if op.kind == "attention_prefill":
-        mask = attention.causal_mask(op.q_len, op.kv_len, device)
-        return _pinned(
-            lambda i: attention.prefill_attention(q, *caches[i % copies], mask), copies, device
+        mask, prefill = (
+            attention.causal_mask(op.q_len, op.kv_len, device),
+            attention.prefill_attention,
         )
+        return _in_torch(lambda i: prefill(q, *caches[i % copies], mask), copies, device)
     table = attention.block_layout(op.q_len, op.kv_len, op.block, op.density).to(device)
     if not device.startswith("cuda"):
         by_rows = attention.block_sparse_attention(table, op.q_len, op.kv_len, op.block)
@@ -530,13 +529,10 @@ def _attention(op: Operator, device: str, arena: Arena) -> Launches:
     )
 
 
-def _pinned(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
-    """Return launches of torch's attention, on a GPU with one backend for all shapes and
-    versions."""
+def _in_torch(attend: Callable[[int], Any], copies: int, device: str, how: str = "") -> Launches:
     if not device.startswith("cuda"):
         return Launches(attend, copies)
-    name, launch = attention.with_backend(attend)
-    return Launches(launch, copies, f", SDPA backend {name}{how}")
+    return Launches(attention.in_order_of_backends(attend), copies, f", SDPA of torch{how}")
 
 
 def _elementwise(op: Operator, device: str, arena: Arena) -> Launches:

@@ -42,6 +42,9 @@ class OutOfMemory(RuntimeError):
     """The operator does not fit in the device's memory; smaller operators may."""
 
 
+NOT_CAPTURABLE = "not capturable"  # in the reason of an operator that a CUDA graph cannot hold
+
+
 class DeviceLost(RuntimeError):
     """The device does not respond; nothing else can be measured."""
 

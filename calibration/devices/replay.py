@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import Description, Gpu, Operator, Unsupported
+from calibration.devices.protocol import RECURRENT, Description, Gpu, Operator, Unsupported
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 from simulator.errors import InputError
 
 Seconds = Callable[[Operator], float]
+MISALIGNED = 1.5  # factor on planted times of products that are not aligned
 
 # SMs, highest clock and L2 of an H100 (NVIDIA, "H100 Tensor Core GPU Architecture", 2022): times of
 # a device of one SM would have no waves
@@ -39,11 +40,25 @@ def roofline_timings(
     return seconds
 
 
+def gpu_timings(plain: Seconds) -> Seconds:
+    """Add to a simple device what the kernels of GPUs have: two launches of a pair of products, and
+    slower arithmetic where rows are not multiples of 16 bytes."""
+
+    def seconds(op: Operator) -> float:
+        if op.kind == "low_rank":
+            shapes = ((op.rank, op.k), (op.n, op.rank))
+            return sum(seconds(Operator("gemm", op.dtype, m=op.m, n=n, k=k)) for n, k in shapes)
+        odd = op.kind == "gemm" and (op.n * op.element_bytes % 16 or op.k * op.element_bytes % 16)
+        return plain(op) * (MISALIGNED if odd else 1.0)
+
+    return seconds
+
+
 @dataclass
 class _ReplayPrepared:
     device: ReplayDevice
     operator: Operator
-    method: str = "replayed"
+    method: str = "replayed, one kernel"  # each planted time is that of one kernel
 
     def sample(self, loops: int) -> float:
         return self.device.play(self.operator, loops)
@@ -94,7 +109,7 @@ class ReplayDevice:
         return value
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(1.98e9, 2.6e9, UNKNOWN, 61.0, 1.0, ())
+        return Snapshot(1.98e9, 2.6e9, UNKNOWN, 61.0, 0.0, ())
 
     def energy_j(self) -> Reading:
         return UNKNOWN
@@ -115,6 +130,10 @@ def open_named(rest: str, **options: Any) -> ReplayDevice:
             f"device: expected replay:planted, got 'replay:{rest}'; to fit recorded times, use"
             " prunesim fit"
         )
-    return ReplayDevice(
-        refused={"gemm_2to4": "a planted device has no sparse tensor cores"}, **options
-    )
+    # their constants are not fitted, and those of GPUs have nothing to do with planted times; the
+    # kernels of recurrences and indexers are those of other packages, as on a GPU
+    without = "a planted device has no such kernel"
+    kinds = ("gemm_2to4", "grouped_gemm", "indexer", *RECURRENT)
+    timings = gpu_timings(roofline_timings())
+    refused = dict.fromkeys(kinds, without)
+    return ReplayDevice(timings, refused=refused, **options)

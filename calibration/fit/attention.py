@@ -12,13 +12,12 @@ import numpy as np
 
 from calibration.fit import solver
 from calibration.fit.residual import Regularisation
-from calibration.fit.section import FOLDS, Fit, accuracy_of, section_scale
+from calibration.fit.section import FOLDS, Fit, accuracy_of, blank_grid, floats, section_scale
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from calibration.records.screening import LATENT
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES
 from simulator.hardware.profile import Section
-from simulator.operators import CONSTANTS
 from simulator.operators.attention import (
     AttentionCalls,
     Geometry,
@@ -26,7 +25,7 @@ from simulator.operators.attention import (
     decode_work,
     prefill_work,
 )
-from simulator.operators.base import Constant, Machine, ResidualGrid, Values
+from simulator.operators.base import Machine, ResidualGrid, Values
 from simulator.uncertainty.factors import Uncertainty, same_stack_scales, uncertainty_of
 
 # operators of records and sections that are fitted here
@@ -88,14 +87,6 @@ class AttentionFit(Fit):
     ROUNDS = 4
 
     @property
-    def registry(self) -> Mapping[str, Constant]:
-        return CONSTANTS[self.calls.operator]
-
-    @property
-    def defaults(self) -> dict[str, float]:
-        return {name: constant.default("*") for name, constant in self.registry.items()}
-
-    @property
     def decodes(self) -> bool:
         return self.calls.phase == "decode"
 
@@ -105,7 +96,7 @@ class AttentionFit(Fit):
         machine, work = self.calls.machine, decode_work(self.calls.geometry)
         if not self.decodes or self.calls.latent or machine.packs:
             return False
-        least = decode_core(work, machine, {**self.defaults, **TILE_ROWS[0]}).by_bottleneck
+        least = decode_core(work, machine, {**self.defaults("*"), **TILE_ROWS[0]}).by_bottleneck
         return bool(np.median(least["compute"] / least["memory"]) >= SEEN)
 
     def groups(self, by: str = "") -> IndexArray:
@@ -149,7 +140,7 @@ class AttentionFit(Fit):
     ) -> ConstantsFit:
         """Return the constants; ``fixed`` maps constants that keep the values of ``start`` to the
         reason."""
-        start, known = start or self.defaults, self.registry
+        start, known = start or self.defaults("*"), self.registry
         fixed = {**dict.fromkeys(_STRUCTURE[self.calls.phase], "structure"), **(fixed or {})}
         for name in [name for name in known if name not in fixed]:
             low, high = (
@@ -168,22 +159,17 @@ class AttentionFit(Fit):
         return solver.fit_logs(self.log_residual, start, known, covariance, **search)
 
     def blank(self) -> ResidualGrid:
-        position = self.calls.estimate(self.defaults).position
-        start = tuple(float(np.floor(np.min(x))) for x in position)
-        shape = [
-            int(np.ceil(np.max(x) - first - 1e-9)) + 1
-            for x, first in zip(position, start, strict=True)
-        ]
-        return ResidualGrid(start, (1.0, 1.0, 1.0), np.zeros(shape))
+        position = self.calls.estimate(self.defaults("*")).position
+        return blank_grid(position, (1.0, 1.0, 1.0))
 
 
 def calls_of(records: Any, operator: str, machine: Machine) -> AttentionFit:
     """Return the fit of attention records (an object with columns of these names, seconds in s)."""
-    columns = {name: np.asarray(getattr(records, name), dtype=np.float64) for name in SHAPE}
+    sizes: dict[str, Any] = dict(zip(SHAPE, floats(records, *SHAPE), strict=True))
     bytes_ = np.array([DTYPE_BYTES[code] for code in range(len(DTYPES))], dtype=np.float64)
     latent = operator in LATENT
     geometry = Geometry(
-        **columns,
+        **sizes,
         element_bytes=bytes_[records.dtype],
         cache_bytes=bytes_[records.weight_dtype],
         window=records.window.astype(np.float64),
@@ -210,7 +196,7 @@ def fit_attention(
     architecture's defaults. Folds, chosen by ``seed``, hold out groups by each size of ``fold_by``
     and fit the rest again; the errors of all folds are pooled."""
     c, rng, fits = calls.usable(), np.random.default_rng(seed), list[_KernelFit]()
-    first = {n: k.default(architecture) for n, k in c.registry.items()} | dict(start or {})
+    first = c.defaults(architecture) | dict(start or {})
     keep = {}
     if c.decodes and architecture != "cpu":
         keep["regroup"] = "applies to CPUs only"

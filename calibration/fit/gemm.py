@@ -23,7 +23,8 @@ from calibration.fit.solver import (
 )
 from calibration.records.screening import rotated_copies
 from calibration.records.timing_table import Records
-from simulator.arrays import FloatArray, IndexArray
+from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.codes import DTYPE_BYTES
 from simulator.hardware.profile import HardwareProfile, Section
 from simulator.operators.base import Constant, Machine, ResidualGrid, RowResidual, Values
 from simulator.operators.gemm import EDGE, Products
@@ -235,6 +236,14 @@ def products(m: Any, n: Any, k: Any, seconds: Any, machine: Machine, copies: Any
         copies = rotated_copies(machine.weight_bytes * n * k, machine.l2_bytes)
     copies = np.array(np.broadcast_to(np.asarray(copies, dtype=np.float64), m.shape))
     return GemmFit(Products(machine, m, n, k, copies), seconds)
+
+
+def misaligned(r: Records, hw: HardwareProfile) -> BoolArray:
+    """Return which products have rows of n or k elements that are not multiples of 16 bytes, for
+    which a GPU has slower kernels. The fit of dense products has no such kernels."""
+    size = DTYPE_BYTES[r.dtype]
+    odd = (r.n * size % 16.0 != 0.0) | (r.k * size % 16.0 != 0.0)
+    return np.asarray(r.is_operator("gemm") & odd & (hw.architecture != "cpu"))
 
 
 def products_of(records: Records, machine: Machine) -> GemmFit:

@@ -9,11 +9,14 @@ replaces an earlier one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import yaml
 
 from calibration.devices.protocol import HOST_KINDS
 from calibration.fit.base_profile import shipped_name
@@ -374,45 +377,24 @@ def _weights(name: str) -> FloatArray:
     return weights
 
 
-# error factor, or the end of its name -> sentence, and the words for a longer and a shorter time
-_WORDS: dict[str, tuple[str, str, str]] = {
-    "machine launch": ("launches take {}", "longer", "shorter"),
-    "machine compute": ("this machine's clocks are {}", "lower", "higher"),
-    "machine memory": ("memory is {}", "slower", "faster"),
-    "host": ("the host launches {}", "slower", "faster"),
-    "launch": ("{operator} launches take {}", "longer", "shorter"),
-    "compute": ("{operator} arithmetic is {}", "slower", "faster"),
-    "memory": ("{operator} reads memory {}", "slower", "faster"),
-    "l2": ("{operator} reads L2 {}", "slower", "faster"),
-    "link": ("{operator} uses the link {}", "slower", "faster"),
-    "latency": ("{operator} waiting steps take {}", "longer", "shorter"),
-    "feed": ("{operator} steps fed by L2 take {}", "longer", "shorter"),
-    "idle": ("idle SMs of {cause} waves cost {}", "more", "less"),
-    "default": ("{operator} is {} than the defaults", "slower", "faster"),
-}
-_ATTENTION = {
-    "prefill": "prefill attention",
-    "decode": "decode attention",
-    "mla_decode": "latent decode",
-}
-_OPERATORS = {"gemm": "GEMM", **_ATTENTION}
+_SENTENCES: Mapping[str, Any] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text("utf-8")
+)
 
 
 def meaning(name: str, mean: float, sd: float) -> str:
     operator, _, cause = name.partition(" ")
     first, *size = (cause or name).split()
-    text, longer, shorter = _WORDS.get(name) or _WORDS.get(
-        first, ("{operator}: {cause} costs {}", "more", "less")
-    )
+    words, operators = _SENTENCES["words"], _SENTENCES["operators"]
+    text, longer, shorter = words.get(name) or words.get(first, words["other"])
     share = -math.expm1(-mean) if name == "machine compute" else math.expm1(mean)
     if abs(share) < 0.005 or abs(mean) < 0.25 * sd:
         how = "as fitted"
         text = text.replace(" than the defaults", "")
     else:
         how = f"{100 * abs(share):.0f} % {longer if share > 0 else shorter}"
-    return text.format(
-        how, operator=_OPERATORS.get(operator, operator), cause=" ".join(size) or cause
-    )
+    named = {"operator": operators.get(operator, operator), "cause": " ".join(size) or cause}
+    return str(text).format(how, **named)
 
 
 def as_row(done: Updated) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration.fit import solver
 from calibration.fit.residual import Regularisation
-from calibration.fit.section import Fit
+from calibration.fit.section import Fit, blank_grid, floats
 from calibration.fit.solver import ConstantsFit
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES
@@ -20,7 +20,7 @@ from simulator.operators.base import Machine, ResidualGrid, Values
 from simulator.operators.collective import COLLECTIVE_CONSTANTS, COLLECTIVES, Messages
 from simulator.operators.elementwise import CLASSES, ELEMENTWISE_CONSTANTS, Moves
 from simulator.operators.experts import ALIGNED, EXPERTS_CONSTANTS, PARTS, Layers
-from simulator.operators.indexer import INDEXER_CONSTANTS, IndexerCalls, IndexerSizes
+from simulator.operators.indexer import IndexerCalls, IndexerSizes
 
 # log standard deviation of the constants of collectives and experts around their defaults
 PRIOR = 1.5
@@ -63,10 +63,7 @@ class ElementwiseFit(Fit):
     def constants(self, start: Values | None = None) -> ConstantsFit:
         """Return constants of the classes with rows, around factors that all classes have in
         common."""
-        default = {
-            name: constant.default(self.calls.architecture)
-            for name, constant in ELEMENTWISE_CONSTANTS.items()
-        }
+        default = self.defaults(self.calls.architecture)
 
         def scaled(factor: Values) -> dict[str, float]:
             moved = {}
@@ -153,10 +150,7 @@ class CollectiveFit(Fit):
         return out
 
     def constants(self, start: Values | None = None) -> ConstantsFit:
-        default = {
-            name: constant.default(self.calls.link.family)
-            for name, constant in COLLECTIVE_CONSTANTS.items()
-        }
+        default = self.defaults(self.calls.link.family)
         best, least = {"own_devices": 0.0}, np.inf
         for variant in self._variants():
             fixed = self._fixed(variant)
@@ -168,7 +162,7 @@ class CollectiveFit(Fit):
             found = solver.minimise(
                 self.log_residual, {**default, **variant}, free, prior=PRIOR, max_nfev=60
             )
-            loss = float(np.sum(np.sqrt(1.0 + (found.rows / solver.HUBER) ** 2) - 1.0))
+            loss = solver.loss(found.rows)
             if loss < least - ADDED:
                 best, least = variant, loss
         start = {**default, **best}
@@ -228,11 +222,7 @@ class ExpertsFit(Fit):
         )
 
     def constants(self, start: Values | None = None) -> ConstantsFit:
-        if start is None:
-            start = {
-                name: constant.default(self.architecture)
-                for name, constant in EXPERTS_CONSTANTS.items()
-            }
+        start = start or self.defaults(self.architecture)
         few = self.sample(MOST_LAYERS)
         whole = few.calls.whole
         classes = {
@@ -259,19 +249,11 @@ class ExpertsFit(Fit):
         if not np.any(whole):
             return free
         visited = searched(IDLE_S, fixed)
-        better = few.loss(visited.values) < IDLE_LOSS * few.loss(free.values)
-        return visited if better else free
-
-    def loss(self, values: Values) -> float:
-        scaled = self.log_residual(values) / solver.HUBER
-        return float(np.sum(np.sqrt(1.0 + scaled * scaled) - 1.0))
+        losses = [solver.loss(few.log_residual(fit.values)) for fit in (visited, free)]
+        return visited if losses[0] < IDLE_LOSS * losses[1] else free
 
     def blank(self) -> ResidualGrid:
-        step = np.array((1.0, 2.0, 2.0))  # octaves
-        ends = np.array([(np.min(x), np.max(x)) for x in self.calls.position])
-        start = np.floor(ends[:, 0] / step) * step
-        shape = np.ceil((ends[:, 1] - start) / step - 1e-9).astype(int) + 1
-        return ResidualGrid(tuple(start.tolist()), tuple(step.tolist()), np.zeros(shape))
+        return blank_grid(self.calls.position, (1.0, 2.0, 2.0))  # octaves
 
     def accuracy(self, errors: FloatArray, values: Values) -> dict[str, float]:
         analytical = float(np.abs(np.expm1(self.log_residual(values))).mean())
@@ -290,11 +272,8 @@ class IndexerFit(Fit):
         return solver.numbered(x.batch, x.q_len, x.kv_len, x.heads)
 
     def constants(self, start: Values | None = None) -> ConstantsFit:
-        start = start or {
-            name: constant.default(self.architecture)
-            for name, constant in INDEXER_CONSTANTS.items()
-        }
-        return self.search(start, INDEXER_CONSTANTS, PRIOR)
+        start = start or self.defaults(self.architecture)
+        return self.search(start, self.registry, PRIOR)
 
     def blank(self) -> ResidualGrid:
         x, step = self.calls.sizes, 2.0  # octaves
@@ -306,31 +285,17 @@ class IndexerFit(Fit):
 
 def index_sizes(r: Any, key_bytes: float) -> IndexerSizes:
     """Return the sizes of measured indexers, whose keys are those of single positions."""
-    names = ("batch", "q_len", "kv_len", "heads", "head_dim", "k")
-    batch, q_len, kv_len, heads, features, topk = (
-        np.asarray(getattr(r, name), dtype=np.float64) for name in names
-    )
-    one = np.ones_like(batch)
-    return IndexerSizes(batch, q_len, kv_len, heads, features, topk, one, features, key_bytes)
+    sizes: list[Any] = floats(r, "batch", "q_len", "kv_len", "heads", "head_dim", "k")
+    features = sizes[4]
+    return IndexerSizes(*[*sizes, np.ones_like(features), features, key_bytes])
 
 
 def layers_of(records: Any, machine: Machine, architecture: str) -> ExpertsFit:
-    names = ("m", "n", "k", "experts", "active", "skew", "seconds")
-    m, n, k, experts, active, skew, seconds = (
-        np.asarray(getattr(records, x), dtype=np.float64) for x in names
-    )
-    layers = Layers(
-        machine,
-        m,
-        n,
-        k,
-        experts,
-        active,
-        skew,
-        warm=~np.asarray(records.cold),
-        part=experts_part(records),
-    )
-    return ExpertsFit(layers, seconds, architecture)
+    names = ("m", "n", "k", "experts", "active", "skew")
+    sizes: dict[str, Any] = dict(zip(names, floats(records, *names), strict=True))
+    warm = ~np.asarray(records.cold)
+    layers = Layers(machine, **sizes, warm=warm, part=experts_part(records))
+    return ExpertsFit(layers, floats(records, "seconds")[0], architecture)
 
 
 def experts_part(records: Any) -> IndexArray:

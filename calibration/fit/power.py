@@ -8,7 +8,7 @@ from types import MappingProxyType
 import numpy as np
 from scipy.optimize import least_squares
 
-from calibration.fit.solver import ConstantsFit, FittedPart
+from calibration.fit.solver import HUBER, ConstantsFit, FittedPart, soft_l1
 from calibration.records.screening import peaks, work
 from calibration.records.timing_table import Records
 from simulator.arrays import FloatArray
@@ -87,8 +87,7 @@ def fit_power(
     def residuals(logs: FloatArray) -> FloatArray:
         error = np.log(share @ np.exp(logs) * hw.power_w / watts)[used] / NOISE_LOG_SD
         # heavy tails: a host that stalls is no error of the power
-        tailed = np.sign(error) * np.sqrt(2 * (np.sqrt(1 + error**2) - 1))
-        return np.concatenate([tailed, (logs - start) / wide])
+        return np.concatenate([soft_l1(HUBER * error) / HUBER, (logs - start) / wide])
 
     found = least_squares(residuals, start)
     values = np.exp(found.x)

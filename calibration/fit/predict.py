@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from calibration.devices.protocol import INDEX_BYTES, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.gemm import weight_copies
 from calibration.fit.operators import experts_part, index_sizes
-from calibration.fit.recurrent import CALLS
+from calibration.fit.recurrent import STATE, recurrent_calls
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, NEEDED, OPERATORS, Records
 from simulator.arrays import BoolArray, IndexArray
@@ -58,8 +58,8 @@ LAYER_WITHOUT_GPU = 0.50
 @dataclass(frozen=True)
 class Predicted:
     time: OperatorTimes
-    sizes: Mapping[str, Any]  # for errors by size
     uncertainty: Uncertainty | None = None  # None: the time is a sum of operators
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # for errors by size
 
 
 def parts_of(
@@ -103,7 +103,10 @@ def predict(r: Records, hw: HardwareProfile) -> Predicted:
     options = Options(
         DTYPES[int(r.dtype[0])], DTYPES[int(r.weight_dtype[0])], copies=weight_copies(r)
     )
-    return _MODELS[OPERATORS[int(r.operator[0])]][1](r, hw, options)
+    operator = OPERATORS[int(r.operator[0])]
+    found = _MODELS[operator][1](r, hw, options)
+    own = {name: getattr(r, name) for name in NEEDED[operator]}
+    return replace(found, sizes=found.sizes or own)
 
 
 def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
@@ -119,21 +122,19 @@ def _summed(parts: Sequence[tuple[Any, OperatorTimes]]) -> OperatorTimes:
 def _gemm(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     kernel = Kernel.SPARSE24 if r.is_operator("gemm_2to4")[0] else Kernel.DENSE
     time, errors = gemm_predicted(r.m, r.n, r.k, hw, replace(options, kernel=int(kernel)))
-    return Predicted(time, {"m": r.m, "n": r.n, "k": r.k}, in_order(errors, len(r)))
+    return Predicted(time, in_order(errors, len(r)))
 
 
 def _pair(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     shapes = ((r.m, r.rank, r.k), (r.m, r.n, r.rank))
-    time = _summed([(1.0, gemm_predicted(*shape, hw, options)[0]) for shape in shapes])
-    return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rank": r.rank})
+    return Predicted(_summed([(1.0, gemm_predicted(*shape, hw, options)[0]) for shape in shapes]))
 
 
 def _gathered(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     """Predict a product of some tokens: one kernel, or a dense product between a gather and a
     scatter."""
     options = replace(options, kernel=np.where(r.fused, Kernel.BLOCK_SPARSE, Kernel.DENSE))
-    time = _fused_or_copied(r, (r.rows, r.n, r.k), 1.0, hw, options)
-    return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "rows": r.rows})
+    return Predicted(_fused_or_copied(r, (r.rows, r.n, r.k), 1.0, hw, options))
 
 
 def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -147,7 +148,8 @@ def _grouped(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     time = _fused_or_copied(
         r, (tokens, n, k), groups, hw, replace(options, kernel=kernel, block=r.block)
     )
-    return Predicted(time, {"m": r.m, "n": r.n, "k": r.k, "block": r.block, "density": r.density})
+    shown = {"m": r.m, "n": r.n, "k": r.k, "block": r.block, "density": r.density}
+    return Predicted(time, sizes=shown)
 
 
 def _fused_or_copied(
@@ -189,9 +191,8 @@ def _prefill(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     time, uncertainty = predicted(
         attention.prefill(calls, hw, options.dtype, options.weight_dtype), hw
     )
-    return Predicted(
-        time, {"q_len": r.q_len, "history": r.kv_len - r.q_len, **_heads(r)}, uncertainty
-    )
+    history = r.kv_len - r.q_len
+    return Predicted(time, uncertainty, {"q_len": r.q_len, "history": history, **_heads(r)})
 
 
 def _decode(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -203,7 +204,7 @@ def _decode(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 
     # published tables read one cache repeatedly; measurements of this program rotate caches
     time, uncertainty = _by(r, r.cold, hw, call)
-    return Predicted(time, {"kv_len": r.kv_len, **_heads(r)}, uncertainty)
+    return Predicted(time, uncertainty, {"kv_len": r.kv_len, **_heads(r)})
 
 
 def _by(
@@ -224,7 +225,7 @@ def _collective(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
         return collective(rows.n, rows.batch, hw, kind=ROLES[int(rows.role[0])])
 
     time, uncertainty = _by(r, r.role, hw, call)
-    return Predicted(time, {"bytes": r.n, "devices": r.batch, "role": r.role}, uncertainty)
+    return Predicted(time, uncertainty, {"bytes": r.n, "devices": r.batch, "role": r.role})
 
 
 def _elementwise(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -233,7 +234,7 @@ def _elementwise(r: Records, hw: HardwareProfile, options: Options) -> Predicted
     time, uncertainty = predicted(
         elementwise(r.read_bytes, r.write_bytes, hw, role=role, dtype=options.dtype), hw
     )
-    return Predicted(time, {"bytes": r.read_bytes + r.write_bytes, "role": role}, uncertainty)
+    return Predicted(time, uncertainty, {"bytes": r.read_bytes + r.write_bytes, "role": role})
 
 
 def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
@@ -246,22 +247,20 @@ def _experts(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
 
     time, uncertainty = _by(r, 2 * experts_part(r) + r.cold, hw, call)
     shown = {"m": r.m, "n": r.n, "k": r.k, "experts": r.experts, "active": r.active, "skew": r.skew}
-    return Predicted(time, shown, uncertainty)
+    return Predicted(time, uncertainty, shown)
 
 
 def _indexer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     sizes = index_sizes(r, ELEMENT_BYTES[options.dtype])
     time, uncertainty = predicted(indexer(sizes, hw, options.dtype, options.dtype), hw)
     shown = {"batch": r.batch, "q_len": r.q_len, "kv_len": r.kv_len, "heads": r.heads}
-    return Predicted(time, shown, uncertainty)
+    return Predicted(time, uncertainty, shown)
 
 
 def _recurrent(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     operator = OPERATORS[int(r.operator[0])]
-    fitted = ready(hw, operator, options.dtype)
-    time, uncertainty = predicted(fitted.cost(CALLS[operator](fitted.machine, r)), hw)
-    shown = {name: getattr(r, name) for name in NEEDED[operator]}
-    return Predicted(time, shown, uncertainty)
+    known = ready(hw, operator, options.dtype, STATE)
+    return Predicted(*predicted(known.cost(recurrent_calls(operator, r, known.machine)), hw))
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,7 @@ def _layer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     )
     width, codes = math.exp(host.half), np.full(rows, BOTTLENECKS.index("host"), dtype=np.int8)
     time = OperatorTimes(seconds, seconds / width, seconds * width, nothing, codes)
-    return Predicted(time, {"kv_len": r.kv_len}, uncertainty)
+    return Predicted(time, uncertainty)
 
 
 # operator of a record -> section of a profile that predicts it, and the function that does

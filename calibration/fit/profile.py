@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from calibration.devices.protocol import HOST_KINDS, LAYER_LAUNCHES, RECURRENT
 from calibration.fit.attention import OPERATORS as ATTENTION
 from calibration.fit.attention import calls_of, fit_attention
-from calibration.fit.gemm import FIT_ROWS, PRIOR_ROWS, fit_gemm, products_of
+from calibration.fit.gemm import FIT_ROWS, PRIOR_ROWS, fit_gemm, misaligned, products_of
 from calibration.fit.operators import (
     CollectiveFit,
     ElementwiseFit,
@@ -39,7 +39,7 @@ from calibration.measurements import published
 from calibration.records.screening import one_method, with_exact
 from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
 from simulator.arrays import BoolArray, FloatArray
-from simulator.codes import DTYPES, ROLES, labels, role_code
+from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, labels, role_code
 from simulator.display import few
 from simulator.errors import InputError
 from simulator.hardware.arrays import clipped
@@ -76,13 +76,15 @@ _APART: Mapping[str, str] = {
 
 ENOUGH_RATIOS = 5  # published ratios that one constant needs
 
-# Kind of rows -> its name in an accuracy, the constants of its kernel, and the rows that its fit
-# needs. A gathered GEMM counts if it is one kernel: a gather, a GEMM and a scatter have no
-# constants of this kind.
+# Kernel of rows -> its name in an accuracy, its constants, and the rows that its fit needs. A
+# gathered GEMM counts if it is one kernel: a gather, a GEMM and a scatter have no constants of this
+# kind.
 SKIPPING: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "gemm_2to4": ("2to4", ("sparse_step", "sparse_load", "sparse_time"), 12),
     "gather_gemm": ("gathered", ("block_step",), 6),
     "attention_block_sparse": ("blocks", ("sparse_block",), 6),
+    "misaligned": ("misaligned", ("align_step",), 6),
+    "misaligned in 8 bits": ("misaligned", ("align_step_8bit",), 6),
 }
 # values of sparse_step and sparse_load that fit_sparse24 tries; compressed weights do not arrive
 # faster than dense ones
@@ -310,11 +312,13 @@ def _kinds(base: HardwareProfile, records: Records) -> list[_Rows]:
     # copies are measured cold, activations are warm: they agree only where L2 holds neither
     copies = is_("copy") & (records.read_bytes + records.write_bytes > base.l2_bytes)
     moved = (is_("elementwise") | copies) & np.isin(formats, formats[is_("elementwise")])
+    odd = misaligned(records, base)
     blocks = is_(_BLOCKS) & same, formats, skipping[_BLOCKS]
     pairs = is_("gemm_2to4") & same, formats, skipping["gemm_2to4"]
     return [
-        _Rows("gemm", "gemm {}", is_("gemm"), gemms, FIT_ROWS),
+        _Rows("gemm", "gemm {}", is_("gemm") & ~odd, gemms, FIT_ROWS),
         _Rows("gemm", "2:4 gemm {}", *pairs),
+        _Rows("gemm", "misaligned gemm {}", odd & same, formats, skipping["misaligned"]),
         _Rows("gemm", "gathered gemm {}", _gathered(records), formats, skipping["gather_gemm"]),
         *(_Rows(name, f"{name} {{}}", is_(name), formats, Fit.FEWEST) for name in ATTENTION),
         _Rows("attention_prefill", "block-sparse attention {}", *blocks),
@@ -377,8 +381,8 @@ def _fit(
 ) -> FittedPart:
     if operator == "power":
         return fit_measured_power(r, hw)
-    if OPERATORS[int(r.operator[0])] in SKIPPING:
-        return fit_skipping(r, hw, dtype)
+    if (kernel := _kernel(r, hw)) in SKIPPING:
+        return fit_kernel(kernel, r, hw, dtype)
     if operator == "runtime":
         return _fit_runtime(r, hw)
     if operator == "elementwise":
@@ -412,6 +416,13 @@ def _fit(
         None if inherited is None else {name: c.value for name, c in inherited.constants.items()}
     )
     return fit_attention(calls_of(r, operator, machine), hw.architecture, start=start)
+
+
+def _kernel(r: Records, hw: HardwareProfile) -> str:
+    """Return the kernel of rows: their operator, or that of misaligned products."""
+    if not misaligned(r, hw).any():
+        return OPERATORS[int(r.operator[0])]
+    return "misaligned" if DTYPE_BYTES[r.dtype[0]] >= 2.0 else "misaligned in 8 bits"
 
 
 def _prior_section(prior: HardwareProfile | None, operator: str, dtype: str) -> Section | None:
@@ -459,11 +470,10 @@ def _with_constants(
     )
 
 
-def fit_skipping(r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
-    """Return the dense section with the constants of a kernel fitted to rows of one kind
+def fit_kernel(kernel: str, r: Records, hw: HardwareProfile, dtype: str) -> FittedPart:
+    """Return the dense section with the constants of a kernel fitted to its rows
     (:data:`SKIPPING`)."""
-    kind = OPERATORS[int(r.operator[0])]
-    operator, (name, constants, _) = SECTIONS[kind], SKIPPING[kind]
+    operator, (name, constants, _) = SECTIONS[OPERATORS[int(r.operator[0])]], SKIPPING[kernel]
     section = hw.section(operator, dtype)
     if section.status == "default":
         raise ValueError(f"{name}: {len(r)} rows need a fit of dense {operator}, which is missing")

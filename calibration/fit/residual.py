@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse
+from scipy.sparse.linalg import splu
 
 from calibration.fit.solver import HUBER
 from simulator.arrays import FloatArray, IndexArray
@@ -47,10 +48,18 @@ def _penalty(size: int, first: float, second: float) -> FloatArray:
     return np.asarray(sum(w * (d.T @ d) for w, d in differences))
 
 
-@lru_cache(maxsize=256)
-def _spectrum(size: int, first: float, second: float) -> tuple[FloatArray, FloatArray]:
-    values, vectors = np.linalg.eigh(_penalty(size, first, second))
-    return np.maximum(values, 0.0), vectors
+@lru_cache(maxsize=4)
+def _spectrum(
+    along: tuple[tuple[int, float, float], ...], size: float
+) -> tuple[FloatArray, FloatArray]:
+    """Return eigenvalues and eigenvectors of all penalties of a grid. Eigenvectors are products
+    over coordinates, since the penalty is a sum over coordinates."""
+    values, vectors = np.full(1, size), np.ones((1, 1))
+    for one in along:
+        more, basis = np.linalg.eigh(_penalty(*one))
+        values = np.add.outer(values, np.maximum(more, 0.0)).ravel()
+        vectors = np.kron(vectors, basis)
+    return values, vectors
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,16 @@ class ResidualBlock:
         return ResidualBlock(grid, regularisation, *grid.cells(coordinates))
 
     @property
-    def along(self) -> list[tuple[int, float, float]]:
+    def along(self) -> tuple[tuple[int, float, float], ...]:
         shape = self.grid.values.shape
         both = self.regularisation.first, self.regularisation.second
-        return list(
+        return tuple(
             zip(shape, *(np.broadcast_to(w, len(shape)).tolist() for w in both), strict=True)
         )
+
+    @property
+    def spectrum(self) -> tuple[FloatArray, FloatArray]:
+        return _spectrum(self.along, self.regularisation.size)
 
     def take(self, rows: Any) -> ResidualBlock:
         return replace(self, cells=self.cells[:, rows], inside=self.inside[:, rows])
@@ -108,55 +121,10 @@ class ResidualBlock:
 
     def whitened(self) -> tuple[FloatArray, FloatArray]:
         """Return the matrix in the eigenvectors of the penalty, scaled so that the penalty is the
-        identity, and the scale. Eigenvectors are products over coordinates, since the penalty is a
-        sum over coordinates."""
-        rows = self.cells.shape[1]
-        total, out = np.full(1, self.regularisation.size), np.ones((rows, 1))
-        for cell, inside, along in zip(self.cells, self.inside, self.along, strict=True):
-            values, vectors = _spectrum(*along)
-            next_ = np.minimum(cell + 1, along[0] - 1)
-            side = vectors[cell] * (1.0 - inside)[:, None] + vectors[next_] * inside[:, None]
-            total = (total[:, None] + values[None, :]).reshape(-1)
-            out = (out[:, :, None] * side[:, None, :]).reshape(rows, -1)
-        scale = 1.0 / np.sqrt(total)
-        return out * scale, scale
-
-    @cached_property
-    def order(self) -> IndexArray:
-        """Nodes in an order that keeps neighbours near each other: the longest coordinate changes
-        last."""
-        shape = self.grid.values.shape
-        axes = np.argsort([-size for size in shape], kind="stable")
-        return np.asarray(
-            np.arange(self.grid.values.size).reshape(shape).transpose(axes).reshape(-1)
-        )
-
-    def factor(self, normal: sparse.csr_matrix) -> FloatArray:
-        """Return the Cholesky factor of normal equations, as bands: nodes are coupled up to two
-        steps away."""
-        place = np.argsort(self.order)
-        found = normal.tocoo()
-        row, column = place[found.row], place[found.col]
-        below = row >= column
-        row, column = row[below], column[below]
-        bands = np.zeros((int((row - column).max()) + 1, normal.shape[0]))
-        bands[row - column, column] = found.data[below]
-        return np.asarray(
-            linalg.cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False)
-        )
-
-    def solved(self, factor: FloatArray, target: FloatArray) -> FloatArray:
-        values = np.empty(len(target))
-        values[self.order] = linalg.cho_solve_banded(
-            (factor, True), target[self.order], check_finite=False
-        )
-        return values
-
-    def nodes(self, coefficients: FloatArray) -> FloatArray:
-        grid = coefficients.reshape(self.grid.values.shape)
-        for axis, along in enumerate(self.along):
-            grid = np.moveaxis(np.tensordot(_spectrum(*along)[1], grid, axes=(1, axis)), 0, axis)
-        return grid.reshape(-1)
+        identity, and the scale."""
+        values, vectors = self.spectrum
+        scale = 1.0 / np.sqrt(values)
+        return self.matrix @ vectors * scale, scale
 
 
 def gemm_blocks(
@@ -203,9 +171,10 @@ def solve(
             factors = []
         for i, b in enumerate(parts):
             if len(factors) <= i:
-                factors.append(b.factor(b.matrix.T @ sparse.diags(weights) @ b.matrix + b.penalty))
+                normal = b.matrix.T @ sparse.diags(weights) @ b.matrix + b.penalty
+                factors.append(splu(normal.tocsc(), permc_spec="MMD_AT_PLUS_A"))
             rest += b.matrix @ values[i]
-            values[i] = b.solved(factors[i], b.matrix.T @ (weights * rest))
+            values[i] = factors[i].solve(b.matrix.T @ (weights * rest))
             rest -= b.matrix @ values[i]
     return values
 
@@ -238,7 +207,7 @@ class FewRows:
 
     def values(self, dual: FloatArray, rows: IndexArray) -> list[FloatArray]:
         return [
-            b.nodes(scale * (w[rows].T @ dual))
+            b.spectrum[1] @ (scale * (w[rows].T @ dual))
             for b, (w, scale) in zip(self.parts, self.whitened, strict=True)
         ]
 

@@ -16,6 +16,7 @@ from calibration.fit.residual import Regularisation, fit_grid
 from calibration.fit.solver import ConstantsFit, FittedPart, Minimum
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.hardware.profile import Section
+from simulator.operators import CONSTANTS
 from simulator.operators.base import Calls, Constant, ResidualGrid, Values
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
@@ -44,6 +45,13 @@ class Fit(ABC):
 
     def __len__(self) -> int:
         return len(self.seconds)
+
+    @property
+    def registry(self) -> Mapping[str, Constant]:
+        return CONSTANTS[self.calls.operator]
+
+    def defaults(self, architecture: str) -> dict[str, float]:
+        return {name: constant.default(architecture) for name, constant in self.registry.items()}
 
     def take(self: FitT, rows: Array) -> FitT:
         return replace(self, calls=self.calls.take(rows), seconds=self.seconds[rows])
@@ -112,6 +120,19 @@ class Fit(ABC):
         held-out rows."""
         e = replace(self.calls.estimate(values), edge=None)  # no scale applies to edges
         return section_scale(errors, uncertainty_of(e, same_stack_scales(e.operator)))
+
+
+def floats(records: Any, *names: str) -> list[FloatArray]:
+    """Return columns of records (an object with columns of these names) as float64."""
+    return [np.asarray(getattr(records, name), dtype=np.float64) for name in names]
+
+
+def blank_grid(position: Sequence[FloatArray], steps: Sequence[float]) -> ResidualGrid:
+    """Return a residual of zeros over all positions, with nodes at multiples of the steps."""
+    ends, step = np.array([(np.min(x), np.max(x)) for x in position]), np.array(steps)
+    start = np.floor(ends[:, 0] / step) * step
+    shape = np.ceil((ends[:, 1] - start) / step - 1e-9).astype(int) + 1
+    return ResidualGrid(tuple(start.tolist()), tuple(steps), np.zeros(shape))
 
 
 def held_out(fit: Fit, start: Values, seed: int) -> FloatArray:

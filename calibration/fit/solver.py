@@ -224,6 +224,11 @@ def soft_l1(log_residual: FloatArray) -> FloatArray:
     return np.sign(log_residual) * HUBER * np.sqrt(2.0 * (np.sqrt(1.0 + z) - 1.0))
 
 
+def loss(log_residual: FloatArray) -> float:
+    """Return the sum of the soft-L1 losses of rows."""
+    return float(np.sum(np.sqrt(1.0 + (log_residual / HUBER) ** 2) - 1.0))
+
+
 def slopes(
     log_residual: LogResidual, values: Values, names: Sequence[str], step: float
 ) -> FloatArray:

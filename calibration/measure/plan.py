@@ -212,11 +212,6 @@ class MeasurementPlan:
     def order(self, visit: int) -> tuple[Item, ...]:
         return self.items if visit == 0 else _shuffled(self.items, self.seed + visit)
 
-    @property
-    def estimated_s(self) -> float:
-        """Expected seconds of one visit, drift checks included."""
-        return sum(item.cost_s for item in self.items)
-
     def counts(self) -> dict[str, int]:
         """Return the number of items by kind and purpose, without the spare ones."""
         items = self.items[: len(self.items) - self.spare]

@@ -45,6 +45,7 @@ from types import FrameType
 from typing import Any
 
 from calibration.devices.protocol import (
+    NOT_CAPTURABLE,
     CaptureFailed,
     Device,
     DeviceLost,
@@ -425,17 +426,25 @@ def run(
     return Outcome(state.counts, budget.elapsed_s, stopped, problems)
 
 
-def _todo(plan: MeasurementPlan, earlier: Iterable[Mapping[str, Any]]) -> list[list[Item]]:
-    """Return the items of each visit that have no record."""
-    done = {
-        (str(r["key"]), r.get("visit", 0))
-        for r in earlier
-        if r.get("purpose") != DRIFT_CHECK and "key" in r
-    }
+def _todo(plan: MeasurementPlan, earlier: Sequence[Mapping[str, Any]]) -> list[list[Item]]:
+    """Return the items of each visit that have no record. Kinds of operators that no graph could
+    hold are not attempted again, because each attempt may cost a process."""
+    measured = [r for r in earlier if "key" in r and "operator" in r]
+    done = {(str(r["key"]), r.get("visit", 0)) for r in measured if r.get("purpose") != DRIFT_CHECK}
+    failed = {_form(r["operator"]) for r in measured if NOT_CAPTURABLE in r.get("reason", "")}
+    failed -= {_form(r["operator"]) for r in measured if r.get("median_s") is not None}
     return [
-        [item for item in plan.order(visit) if (item.operator.key, visit) not in done]
+        [
+            item
+            for item in plan.order(visit)
+            if (item.operator.key, visit) not in done and _form(vars(item.operator)) not in failed
+        ]
         for visit in range(plan.visits)
     ]
+
+
+def _form(operator: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(operator.get(name)) for name in ("kind", "dtype", "library"))
 
 
 def _visit(

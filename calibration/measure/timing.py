@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy.stats import binom
 
 from calibration.devices.protocol import Description, Sampler
 from calibration.records.store import STATUSES
@@ -69,12 +70,7 @@ class Timing:
 def interval_rank(count: int) -> int:
     """Return the rank l (from 1) at which x(l), x(count+1-l) enclose the median at 95 %; 0 if none
     does."""
-    tail = 0
-    for rank in range(count // 2):
-        tail += math.comb(count, rank)
-        if tail / 2**count > 0.025:
-            return rank
-    return count // 2
+    return int(binom.ppf(0.025, count, 0.5))
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:

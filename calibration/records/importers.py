@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from calibration.records import screening
 from calibration.records.screening import Refusals, Screen
@@ -39,6 +40,7 @@ TIME_UNITS = {
     "latency_us": 1e-6,
     "latency_ns": 1e-9,
 }
+_NAMES: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _ATTENTION_SHAPE = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_dim")
 
 
@@ -239,43 +241,7 @@ def _check_numbers(screen: Screen, columns: dict[str, Array]) -> None:
 AICONFIGURATOR_METHOD = (
     "aiconfigurator collector: CUDA graph replay, weights rotated over at most 6 copies"
 )
-_AIC_DTYPES: Mapping[str, tuple[str, str]] = {  # activations, weights; sq is SmoothQuant
-    "bfloat16": ("bf16", "bf16"),
-    "float16": ("fp16", "fp16"),
-    "half": ("fp16", "fp16"),
-    "fp8": ("fp8", "fp8"),
-    "fp8_block": ("fp8", "fp8_block"),
-    "nvfp4": ("nvfp4", "nvfp4"),
-    "int8": ("int8", "int8"),
-    "sq": ("int8", "int8"),
-    "int8_wo": ("bf16", "int8"),
-    "int4_wo": ("bf16", "int4"),
-    "w4a16_mxfp4": ("bf16", "mxfp4"),
-}
-_AIC_SIZES = {
-    "batch_size": "batch",
-    "num_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "head_dim": "head_dim",
-}
-_AIC_COLLECTIVES = {
-    "all_reduce": "all_reduce",
-    "all_gather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "alltoall": "all_to_all",
-}
-_AIC_OPERATORS: Mapping[str, str] = {
-    "gemm": "gemm",
-    "context_attention": "attention_prefill",
-    "generation_attention": "attention_decode",
-    **dict.fromkeys(_AIC_COLLECTIVES, "collective"),
-    "moe": "experts",
-    "mla_context": "mla_prefill",
-    "mla_generation": "mla_decode",
-}
-# features of a key and a value in DeepSeek-V2 and V3; in a decode, the latent with the rotated
-# part, and the latent
-_AIC_LATENT = {"mla_prefill": (192.0, 128.0), "mla_decode": (576.0, 512.0)}
+_AIC: Mapping[str, Any] = _NAMES["aiconfigurator"]
 # device, framework and version of a collection, its formats whose times are those of TensorRT's
 # profiler of layers, and the time that it adds: the smallest int8 products (sq) take 7.2 to 8.2 us,
 # in bf16 2.6 to 3.3 us
@@ -290,16 +256,16 @@ def read_aiconfigurator(table: RawColumns, digest: str) -> Draft:
     """Read a ``*_perf.parquet`` table: GEMM, attention, collectives or experts; times in ms."""
     operator = _texts(table["op_name"])
     for name in np.unique(operator):
-        if name not in _AIC_OPERATORS:
-            raise unknown(f"{table.path}: op_name", str(name), _AIC_OPERATORS)
-    kind = _AIC_OPERATORS[operator[0]] if len(operator) else "gemm"  # a file holds one kind
+        if name not in _AIC["operators"]:
+            raise unknown(f"{table.path}: op_name", str(name), _AIC["operators"])
+    kind = _AIC["operators"][operator[0]] if len(operator) else "gemm"  # a file holds one kind
     framework, kernel = _texts(table["framework"]), _texts(table["kernel_source"])
     screen, in_vllm = Screen(len(operator)), np.char.upper(framework) == "VLLM"
     # NCCL's version is listed under the engine that contains it
     stack = np.where(kernel == "NCCL", "NCCL", framework)
     keys = np.stack([_texts(table["device"]), stack, _texts(table["version"]), kernel], axis=1)
     columns: dict[str, Array] = {
-        "operator": _mapped(operator, _AIC_OPERATORS),
+        "operator": _mapped(operator, _AIC["operators"]),
         "seconds": numbers(table["latency"]) * 1e-3,
         "launch": np.where(np.char.endswith(kernel, "_eager"), "eager", "graph").astype(object),
     }
@@ -340,14 +306,15 @@ def _aic_sources(kinds: Iterable[Sequence[str]], path: Path, digest: str) -> tup
 def _formats(screen: Screen, text: Array, cache: Array | None = None) -> dict[str, Array]:
     """Return the columns of number formats: of arithmetic, and of weights or the cache."""
     texts = {"dtype": text, "weight_dtype": text if cache is None else cache}
+    known: Mapping[str, tuple[str, str]] = _AIC["formats"]
     for theirs in texts.values():
-        for other in np.unique(theirs[~np.isin(theirs, [*_AIC_DTYPES])]):
+        for other in np.unique(theirs[~np.isin(theirs, [*known])]):
             screen.refuse(theirs == other, f"number format {other} is not modelled")
     of_weights = int(cache is None)
     return {
-        "dtype": _mapped(text, {name: pair[0] for name, pair in _AIC_DTYPES.items()}),
+        "dtype": _mapped(text, {name: pair[0] for name, pair in known.items()}),
         "weight_dtype": _mapped(
-            texts["weight_dtype"], {name: pair[of_weights] for name, pair in _AIC_DTYPES.items()}
+            texts["weight_dtype"], {name: pair[of_weights] for name, pair in known.items()}
         ),
     }
 
@@ -369,7 +336,7 @@ def _collectives(table: RawColumns, operator: Array, screen: Screen) -> dict[str
     text = _texts(table["allreduce_dtype" if "allreduce_dtype" in table else "nccl_dtype"])
     formats = _formats(screen, text)
     element_bytes = np.array([DTYPE_BYTES[DTYPES.index(name)] for name in formats["dtype"]])
-    roles = [float(ROLES.index(_AIC_COLLECTIVES[name])) for name in operator]
+    roles = [float(ROLES.index(_AIC["collectives"][name])) for name in operator]
     return {
         **{**formats, "weight_dtype": formats["dtype"]},
         "batch": numbers(table["num_gpus"]),
@@ -383,9 +350,9 @@ def _attention(
 ) -> dict[str, Array]:
     """A context row has ``isl`` new positions over ``step`` cached ones, a generation row has one
     new position over ``step``. SGLang's collector passes keys of one head to its MLA kernels."""
-    latent = kind in _AIC_LATENT
-    sizes = ("batch_size", "num_heads") if latent else _AIC_SIZES
-    columns = {_AIC_SIZES[name]: numbers(table[name]) for name in sizes}
+    latent = kind in _AIC["latent"]
+    sizes = ("batch_size", "num_heads") if latent else _AIC["sizes"]
+    columns = {_AIC["sizes"][name]: numbers(table[name]) for name in sizes}
     columns["q_len"] = numbers(table["isl"])
     columns["kv_len"] = columns["q_len"] + numbers(table["step"])
     columns["window"] = numbers(table.get("window_size", np.zeros(len(kernel))))
@@ -393,7 +360,7 @@ def _attention(
         one_head = (kind == "mla_decode") | (np.char.upper(framework) == "SGLANG")
         columns["kv_heads"] = np.where(one_head, 1.0, columns["heads"])
         columns["head_dim"], columns["n"] = (
-            np.full(len(kernel), width) for width in _AIC_LATENT[kind]
+            np.full(len(kernel), width) for width in _AIC["latent"][kind]
         )
         absorbed = one_head & (kind == "mla_prefill") & (kernel != "trtllm_mla")
         screen.refuse(absorbed, "a prompt on the path of a decode, which SGLang does not use")
@@ -401,20 +368,9 @@ def _attention(
     return columns | _formats(screen, formats, cache=_texts(table["kv_cache_dtype"]))
 
 
-# (width, experts per token) of models whose experts have no gate (Nemotron-H). TensorRT-LLM's
-# tables mark them (``nongated``); other tables do not, and their times would need 1.5 times the
-# memory's bandwidth
-_NO_GATE = ((5120, 22), (2688, 22), (1856, 6))
 # largest plausible factor between a time and the times of the same experts at other widths or loads
 SLOW = 2.0
 MANY = 0.3  # share of slow times above which a whole configuration counts as an untuned kernel
-_AIC_EXPERTS = {
-    "m": "num_tokens",
-    "n": "inter_size",
-    "k": "hidden_size",
-    "experts": "num_experts",
-    "active": "topk",
-}
 _EXPERTS_OF_MODEL = ("k", "experts", "active")
 
 
@@ -423,7 +379,7 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
     the router. Rows that are implausibly slow are refused, with all rows of a configuration that
     has many of them: a wider expert takes at least as long, a narrower one at least its share of
     that time, or half of it, since its weights may fit in L2."""
-    columns = {ours: numbers(table[theirs]) for ours, theirs in _AIC_EXPERTS.items()}
+    columns = {ours: numbers(table[theirs]) for ours, theirs in _AIC["experts"].items()}
     columns["n"] = columns["n"] / np.maximum(numbers(table["moe_tp_size"]), 1.0)
     columns["skew"] = _skews(table["distribution"])
     screen.refuse(np.isnan(columns["skew"]), "tokens distributed by another rule")
@@ -432,7 +388,7 @@ def _experts(table: RawColumns, kernel: Array, screen: Screen) -> dict[str, Arra
         "experts shared among devices: most tokens use no expert of this device",
     )
     models = numbers(table["inter_size"]) * 1000 + columns["active"]
-    plain = np.isin(models, [width * 1000 + top for width, top in _NO_GATE])
+    plain = np.isin(models, [width * 1000 + top for width, top in _AIC["no_gate"]])
     screen.refuse(plain | (np.char.find(kernel, "nongated") >= 0), "experts without a gate")
     kinds = list(zip(_texts(table["moe_dtype"]), kernel, *(columns[x] for x in _EXPERTS_OF_MODEL)))
     screen.refuse(
@@ -555,15 +511,7 @@ def _without_conversion(screen: Screen, columns: dict[str, Array]) -> None:
 
 # --- other CSV files
 
-_NAMES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
-_SPELT = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "half": "fp16",
-    "float32": "fp32",
-    "float": "fp32",
-    "float8": "fp8",
-}
+_CHOICES = {"operator": OPERATORS, "dtype": DTYPES, "weight_dtype": DTYPES, "launch": LAUNCHES}
 
 
 def read_csv(
@@ -623,12 +571,14 @@ def _values(path: Path, screen: Screen, name: str, text: Array) -> Array:
     if name == "role":
         roles = chosen(screen, name, text, ("", *ROLES), "")
         return np.array([ROLES.index(role) if role else -1.0 for role in roles])
-    if name not in _NAMES:
+    if name not in _CHOICES:
         return numbers(text)
-    spelt = np.array([_SPELT.get(str(v).lower(), str(v).lower()) for v in text], dtype=object)
-    if not np.isin(spelt.astype(str), _NAMES[name]).any():
-        raise unknown(f"{path}: {name}", str(spelt[0]), _NAMES[name])
-    return chosen(screen, name, spelt, _NAMES[name], _NAMES[name][0])
+    spelt = np.array(
+        [_NAMES["spelt"].get(str(v).lower(), str(v).lower()) for v in text], dtype=object
+    )
+    if not np.isin(spelt.astype(str), _CHOICES[name]).any():
+        raise unknown(f"{path}: {name}", str(spelt[0]), _CHOICES[name])
+    return chosen(screen, name, spelt, _CHOICES[name], _CHOICES[name][0])
 
 
 def _check_needed(table: RawColumns, columns: Mapping[str, Array]) -> None:

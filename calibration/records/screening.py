@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
 from calibration.devices.protocol import LIBRARIES
-from calibration.records.timing_table import LAUNCHES, OPERATORS, PURPOSES, Flag, Records
+from calibration.records.timing_table import OPERATORS, PURPOSES, Flag, Records
 from simulator.arrays import Array
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES
 from simulator.hardware.profile import HardwareProfile
@@ -210,22 +209,26 @@ def join_repeats(records: Records) -> tuple[Records, int, int]:
 
 
 def one_method(records: Records) -> tuple[Records, tuple[str, ...]]:
-    """Return the rows without those whose method (launches, CUDA protocol) differs from most rows
-    of their operator and format, with notes: methods differ by 8 to 12 % for short kernels.
-    Imported tables are not changed."""
+    """Return the rows without those whose CUDA protocol differs from most rows of their operator
+    and format, with notes: times of protocols differ by 8 to 12 % for short kernels. Imported
+    tables are not changed."""
     r, notes = _one_library(records), list[str]()
     kept = np.ones(len(r), dtype=bool)
-    protocols = [source.stack.get("protocol", "") for source in r.sources]
-    methods = list(zip((protocols[i] for i in r.source.tolist()), r.launch.tolist()))
+    protocol = np.array([s.stack.get("protocol", "none") for s in r.sources], object)[r.source]
     measured = np.array([bool(source.run) for source in r.sources], dtype=bool)[r.source] & r.timed
     kinds = np.stack([r.operator, r.dtype], axis=1)
     for operator, dtype in np.unique(kinds[measured], axis=0).tolist():
         rows = np.flatnonzero(measured & (kinds == (operator, dtype)).all(axis=1))
-        counts = Counter(methods[row] for row in rows)
+        counts = Counter(protocol[rows].tolist())
         # if equal, the newest protocol
-        best = max(counts, key=lambda method: (counts[method], method))
-        kept[[row for row in rows if methods[row] != best]] = False
-        notes += _excluded(counts, best, f"{OPERATORS[operator]} {DTYPES[dtype]}")
+        best = max(counts, key=lambda name: (counts[name], name != "none", name))
+        kept[rows[protocol[rows] != best]] = False
+        kind = f"{OPERATORS[operator]} {DTYPES[dtype]}"
+        most = f"the other {counts.pop(best)} by protocol {best}; measure them again"
+        notes += [
+            f"{count} {kind} rows excluded: timed by protocol {other}, {most}"
+            for other, count in sorted(counts.items())
+        ]
     return r.select(kept), tuple(notes)
 
 
@@ -240,23 +243,6 @@ def _one_library(records: Records) -> Records:
         rows = run & (kinds == kind).all(axis=1)
         kept[rows & (engine != ((rows & engine).sum() >= LIBRARY_ROWS))] = False
     return r.select(kept)
-
-
-def _excluded(counts: Mapping[tuple[str, int], int], best: tuple[str, int], kind: str) -> list[str]:
-    most = f"the other {counts[best]} by {_method(*best)}; measure them again"
-    return [
-        f"{counts[other]} {kind} rows excluded: timed by {_method(*other)}, {most}"
-        for other in sorted(counts)
-        if other != best
-    ]
-
-
-def _method(protocol: str, launch: int) -> str:
-    name = LAUNCHES[launch]
-    words = {"graph": "graph replays", "eager": "single launches"}.get(
-        name, f"a method of launches {name!r}"
-    )
-    return words + (f" (protocol {protocol})" if protocol else "")
 
 
 def repeatability(records: Records) -> float:

@@ -360,46 +360,48 @@ def records_of(rows: Iterable[Mapping[str, Any]], header: Header, place: str = "
         if "operator" in row and row.get("median_s") is not None
     }
     drifted = _drifted(list(timed.values()))
-    readings = [
-        row["after"] if isinstance(row.get("after"), Mapping) else {} for row in timed.values()
-    ]
-    # only GPUs have a power limit
-    capped = [False] * len(timed) if "threads" in header.stack else power_capped(readings)
-    # key: the operator; the number if an operator has one visit
-    timings: dict[object, Row] = {}
-    for (position, row), slow in zip(timed.items(), capped, strict=True):
+    # visits by operator; by number if an operator has one visit
+    visits: dict[object, list[Row]] = {}
+    for (position, row), slow in zip(timed.items(), _slowed(timed.values(), header), strict=True):
         try:
             timing = {**_timing(row, drifted), "line": position + 1}
             timing["flags"] |= Flag.POWER_CAPPED if slow else 0
             key = str(row["key"]) if "visit" in row and "key" in row else position
-            timings[key] = _faster(timings[key], timing) if key in timings else timing
+            visits.setdefault(key, []).append(timing)
         except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             raise InputError(f"{place}record {position}: not a timing: {_reason(error)}") from None
+    timings = [_fastest(same) for same in visits.values()]
     if "idle_w" in header.extra:
-        watts = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
-        idle = {"operator": "idle", "dtype": header.dtype, "seconds": 1.0, "watts": watts}
-        timings["idle"] = {**idle, "weight_dtype": header.dtype}
-    for timing in timings.values():
-        for name in ("own", "again"):  # of several visits
-            timing.pop(name, None)
-    many = 1 + max((timing.get("source", 0) for timing in timings.values()), default=0)
-    kinds = [replace(header.source(), kernel=name) for name in ("", *LIBRARIES)[:many]]
-    return Records.from_rows(timings.values(), kinds)
+        idle: Row = {"operator": "idle", "dtype": header.dtype, "weight_dtype": header.dtype}
+        idle["watts"] = number(f"{place}idle_w", header.extra["idle_w"], _POWER)
+        timings.append({**idle, "seconds": 1.0})
+    many = 1 + max((timing.get("source", 0) for timing in timings), default=0)
+    kernels = ("", *LIBRARIES)[:many]
+    return Records.from_rows(timings, [replace(header.source(), kernel=k) for k in kernels])
+
+
+def _slowed(rows: Collection[Mapping[str, Any]], header: Header) -> list[bool]:
+    """Return which rows were timed below the highest clock because of a power limit, which only
+    GPUs have."""
+    if "threads" in header.stack:
+        return [False] * len(rows)
+    after = (row.get("after") for row in rows)
+    return power_capped([reading if isinstance(reading, Mapping) else {} for reading in after])
 
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
 
 
-def _faster(earlier: Row, timing: Row) -> Row:
-    """Return the faster of two visits. Its time is known within the distance of the two fastest
-    visits, because a machine that others use repeats no time more closely."""
-    first, second = sorted((earlier, timing), key=lambda one: float(one["seconds"]))
-    apart = second["seconds"] / first["seconds"] - 1.0
-    again = min(earlier.get("again", math.inf), apart) if first is earlier else apart
-    own = first.get("own", first["spread"])
-    known = {"watts": timing["watts"] or earlier["watts"], "own": own, "again": again}
-    return {**first, **known, "spread": again if math.isnan(own) else max(own, again)}
+def _fastest(visits: Sequence[Row]) -> Row:
+    """Return the fastest visit. Its time is known within the distance of the two fastest visits,
+    because a machine that others use repeats no time more closely."""
+    first, *others = sorted(visits, key=lambda one: float(one["seconds"]))
+    if not others:
+        return first
+    again, own = others[0]["seconds"] / first["seconds"] - 1.0, first["spread"]
+    watts = next((visit["watts"] for visit in reversed(visits) if visit["watts"]), 0.0)
+    return {**first, "watts": watts, "spread": again if math.isnan(own) else max(own, again)}
 
 
 def power_capped(readings: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -440,7 +442,7 @@ def _timing(row: Mapping[str, Any], drifted: Collection[int]) -> Row:
     lower, upper, method = row.get("lower_s"), row.get("upper_s"), row.get("method", "")
     spread = math.nan if lower is None or upper is None else (upper - lower) / 2.0 / seconds
     launch = "graph" if method.startswith("events around a graph") else "eager"
-    if method in ("", "replayed"):
+    if not method or method.startswith("replayed"):
         launch = LAUNCHES[0]
     return {
         **shape_of(row["operator"]),

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
 from every_kind import every_kind  # noqa: E402
+from tables import tables_of  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.cli.calibrate import REQUESTS, in_format  # noqa: E402
@@ -152,18 +153,10 @@ def test_copy_moves_the_bytes(arena: Arena) -> None:
     assert torch.equal(view(1 + copies // 2), view(1))
 
 
-@pytest.mark.parametrize(
-    ("op", "message"),
-    [
-        (Operator("gemm_2to4", m=16, n=64, k=64), "gemm_2to4 needs sparse tensor cores"),
-        (Operator("launch_graph"), "recorded graphs"),
-        (Operator("gemm", "fp8", m=16, n=16, k=16), "dtype fp8"),
-        (Operator("low_rank", "int8", m=16, n=16, k=16, rank=4), "low_rank in int8"),
-    ],
-)
-def test_refusals(device: CpuDevice, op: Operator, message: str) -> None:
+@pytest.mark.parametrize(("fields", "message"), tables_of("devices/mistakes.yaml")["cpu"])
+def test_refusals(device: CpuDevice, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(Unsupported, match=message):
-        device.prepare(op)
+        device.prepare(Operator(**fields))
 
 
 def test_every_capability_can_be_prepared_and_sampled(device: CpuDevice) -> None:

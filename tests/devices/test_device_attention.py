@@ -1,5 +1,5 @@
-"""Attention that skips blocks as one fused kernel, and of FlashInfer and flash-attn by fakes of
-their functions."""
+"""Attention that skips blocks as one fused kernel, and of vLLM and FlashInfer by fakes of their
+functions."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ F = torch.nn.functional
 
 from decoder_reference import layout_mask  # noqa: E402
 from fakes.interpreted import CPU  # noqa: E402
+from torch.nn.attention import SDPBackend  # noqa: E402
 from torch.nn.attention import flex_attention as torch_flex  # noqa: E402
 
 from calibration.devices import Operator, Unsupported, attention  # noqa: E402
 from calibration.devices.attention import (  # noqa: E402
+    PAGE,
+    AttentionLibrary,
     decode_attention,
     engine_library,
-    find_library,
+    in_order_of_backends,
     prefill_attention,
-    with_backend,
 )
-from calibration.devices.cuda import open_named  # noqa: E402
 from calibration.devices.operators import Arena, build, random_tensor  # noqa: E402
 from calibration.runners.decoder.families import routed_attention  # noqa: E402
-from simulator.errors import InputError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 ATTENTION: dict[str, Any] = {
@@ -349,36 +349,9 @@ class Prefill:
         return torch.cat([_causal(q[a], k[b], v[b]) for a, b in cuts])
 
 
-def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, *, causal: bool = False) -> Any:
-    """``flash_attn.flash_attn_func``: (batch, positions, heads, head_dim), lower-right causal."""
-    assert causal
-    return torch.stack([_causal(*one) for one in zip(q, k, v, strict=True)])
-
-
-def flash_attn_with_kvcache(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any = None,
-    v: Any = None,
-    *,
-    cache_seqlens: Any = None,
-    block_table: Any = None,
-    causal: bool = False,
-) -> Any:
-    """``flash_attn.flash_attn_with_kvcache`` with a paged cache (pages, positions, heads,
-    head_dim)."""
-    assert k_cache.shape[1] % 256 == 0
-    assert cache_seqlens.dtype == block_table.dtype == torch.int32
-    keys, values = (
-        [_paged(c, pages, n) for pages, n in zip(block_table, cache_seqlens.tolist(), strict=True)]
-        for c in (k_cache, v_cache)
-    )
-    return torch.stack([_causal(*one) for one in zip(q, keys, values, strict=True)])
-
-
 class VllmFlashAttention:
-    """``vllm.vllm_flash_attn`` of vLLM 0.32 on a GPU that has some releases of FlashAttention."""
+    """``vllm.vllm_flash_attn`` of vLLM 0.32, without the parameters that are not used here, on a
+    GPU that has some releases of FlashAttention."""
 
     def __init__(self, *releases: int) -> None:
         self.releases = releases
@@ -396,12 +369,8 @@ class VllmFlashAttention:
         headdim: int,
         cache_seqlens: Any,
         qkv_dtype: Any = torch.bfloat16,
-        headdim_v: int | None = None,
         cu_seqlens_q: Any = None,
-        cu_seqlens_k_new: Any = None,
-        cache_leftpad: Any = None,
         page_size: int | None = None,
-        max_seqlen_k_new: int = 0,
         causal: bool = False,
     ) -> str:
         assert len(cache_seqlens) == batch_size == len(cu_seqlens_q) - 1
@@ -417,29 +386,12 @@ class VllmFlashAttention:
         max_seqlen_q: int,
         cu_seqlens_q: Any,
         max_seqlen_k: int,
-        cu_seqlens_k: Any = None,
         seqused_k: Any = None,
-        q_v: Any = None,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
         causal: bool = False,
-        window_size: Any = None,
-        softcap: float = 0.0,
-        alibi_slopes: Any = None,
-        deterministic: bool = False,
-        return_attn_probs: bool = False,
         block_table: Any = None,
-        return_softmax_lse: bool = False,
-        out: Any = None,
         scheduler_metadata: Any = None,
-        q_descale: Any = None,
-        k_descale: Any = None,
-        v_descale: Any = None,
-        num_splits: int = 0,
-        output_scale: Any = None,
         fa_version: int = 2,
     ) -> Any:
-        assert cu_seqlens_k is None  # excludes seqused_k
         assert causal
         assert fa_version in self.releases
         assert (scheduler_metadata is not None) == (fa_version == 3)
@@ -482,18 +434,21 @@ def test_vllm_runs_flash_attention_3_on_hopper(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
-@pytest.fixture(params=["flashinfer", "flash_attn"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    infer = {
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> AttentionLibrary:
+    functions: dict[str, Any] = {
         "BatchDecodeWithPagedKVCacheWrapper": Decode,
         "BatchPrefillWithRaggedKVCacheWrapper": Prefill,
     }
-    flash = {"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": flash_attn_with_kvcache}
-    functions: dict[str, Any] = infer if request.param == "flashinfer" else flash
-    monkeypatch.setitem(sys.modules, request.param, SimpleNamespace(__version__="9.9", **functions))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    module = SimpleNamespace(__version__="9.9", **functions)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
     # memory of others
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.ones(*size, **options))
-    return find_library(request.param)
+    found = engine_library()
+    assert found is not None
+    assert found.version == "flashinfer 9.9"
+    return found
 
 
 def _operands(library: Any, op: Operator) -> tuple[Any, Any]:
@@ -516,8 +471,8 @@ def test_prefill_is_causal_attention(library: Any, q_len: int) -> None:
 def test_decode_reads_each_sequence_from_its_pages(library: Any, kv_len: int) -> None:
     op = Operator("attention_decode", "fp32", q_len=1, kv_len=kv_len, **SHAPE)
     q, cache = _operands(library, op)
-    pages = -(-kv_len // library.page)
-    assert cache.shape[1:3] == (3 * pages, library.page)
+    pages = -(-kv_len // PAGE)
+    assert cache.shape[1:3] == (3 * pages, PAGE)
     found = library.bind(op, torch.float32, "cpu")(q, *cache).view(3, 4, 1, 16)
     order = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(kv_len)).view(
         3, pages
@@ -526,50 +481,19 @@ def test_decode_reads_each_sequence_from_its_pages(library: Any, kv_len: int) ->
     torch.testing.assert_close(found, decode_attention(q.transpose(1, 2), k, v))
 
 
-def test_a_library_that_is_unknown_or_not_installed_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert find_library("torch") is None
-    with pytest.raises(
-        InputError,
-        match="attention 'xformers' is unknown; Known: flash_attn, flashinfer, torch, vllm",
-    ):
-        find_library("xformers")
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(InputError, match=r"cannot be imported .*; try: pip install flash-attn"):
-        find_library("flash_attn")
-    with pytest.raises(
-        InputError,
-        match="then :flashinfer or :flash_attn or :vllm for their attention, got 'cuda:0:triton'",
-    ):
-        open_named("0:triton")
+def test_flash_attention_comes_first_on_a_gpu() -> None:
+    """Torch's own order differs by version."""
 
-
-def test_the_first_backend_that_runs_is_pinned() -> None:
     def attend(i: int) -> Any:
-        order = torch.backends.cuda
-        tried.append(
-            (order.flash_sdp_enabled(), order.mem_efficient_sdp_enabled(), order.math_sdp_enabled())
-        )
-        if order.flash_sdp_enabled() or order.cudnn_sdp_enabled():
-            raise RuntimeError("No available kernel. Aborting execution.")
-        return i
+        return i, torch._C._get_sdp_priority_order()[:2]
 
-    tried: list[Any] = []
-    name, launch = with_backend(attend)
-    assert (name, launch(7)) == ("efficient_attention", 7)
-    assert tried[-1] == tried[-2] == (False, True, False)  # the others are off in each launch
-    assert torch.backends.cuda.flash_sdp_enabled()  # and on again behind it
-
-    def broken(i: int) -> Any:
-        raise RuntimeError("planted")
-
-    with pytest.raises(RuntimeError, match="planted"):
-        with_backend(broken)
+    flash, cudnn = (int(SDPBackend.FLASH_ATTENTION), int(SDPBackend.CUDNN_ATTENTION))
+    assert in_order_of_backends(attend)(7) == (7, [flash, cudnn])
+    assert torch.backends.cuda.math_sdp_enabled()
 
 
-def test_attention_on_a_gpu_names_its_backend() -> None:
+def test_attention_on_a_gpu_says_how_it_runs() -> None:
     for kind, q_len in (("attention_prefill", 64), ("attention_decode", 1)):
         op = Operator(kind, "fp32", q_len=q_len, kv_len=64, **SHAPE)
-        assert build(op, CPU, Arena("cpu", 1e5, 1e8)).how.startswith(", SDPA backend ")
+        assert build(op, CPU, Arena("cpu", 1e5, 1e8)).how.startswith(", SDPA of torch")
         assert build(op, "cpu", Arena("cpu", 1e5, 1e8)).how == ""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import tables_of
 
 from calibration.devices import Operator, open_device
 from calibration.devices.replay import ReplayDevice, roofline_timings
@@ -48,37 +49,8 @@ def test_an_operator_survives_json_and_its_key_is_its_own(
     assert replace(op, dtype="fp16").key != op.key
 
 
-_ATTENTION = {"batch": 1, "q_len": 1, "kv_len": 8, "heads": 4, "kv_heads": 2, "head_dim": 8}
-
-
 @pytest.mark.parametrize(
-    ("kind", "fields", "message"),
-    [
-        ("gem", {}, "kind: expected one of .*, got 'gem'"),
-        ("copy", {"n": 1, "x": 1}, "'x'"),
-        ("gemm", {"m": 1, "n": 1, "k": 0}, "k: expected at least 1, got 0"),
-        ("gemm", {"dtype": "bf17", "m": 1, "n": 1, "k": 1}, "bf17"),
-        ("gemm", {"m": 1, "n": 1, "k": 1, "density": 0.0}, "density"),
-        ("low_rank", {"m": 1, "n": 1, "k": 1}, "rank"),
-        (
-            "gather_gemm",
-            {"m": 4, "n": 1, "k": 1, "rows": 5},
-            "rows: expected at most 4, the tokens, got 5",
-        ),
-        (
-            "grouped_gemm",
-            {"m": 4, "n": 8, "k": 8, "block": 4},
-            "role: expected one of up, down, got ''",
-        ),
-        (
-            "grouped_gemm",
-            {"m": 4, "n": 8, "k": 9, "block": 4, "role": "down"},
-            "block: 4 does not divide 9 features",
-        ),
-        ("elementwise", {"m": 1, "n": 1, "role": "gemm"}, "role"),
-        ("attention_decode", {**_ATTENTION, "heads": 3}, "heads: expected a multiple of 2, got 3"),
-        ("attention_prefill", {**_ATTENTION, "q_len": 9}, "exceeds kv_len"),
-    ],
+    ("kind", "fields", "message"), tables_of("devices/mistakes.yaml")["operators"]
 )
 def test_an_operator_that_cannot_be_is_refused(
     kind: str, fields: dict[str, Any], message: str
@@ -109,20 +81,8 @@ def test_work_of_operators_by_hand() -> None:
     assert Operator("copy", n=1000).bytes == 2000
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("cdua", "did you mean cuda"),
-        pytest.param("cpu:1", "unknown", marks=needs_torch),
-        pytest.param("cuda:x", "whole number", marks=needs_torch),
-        ("replay", "expected replay:planted"),
-        ("replay:records.jsonl", "to fit recorded times, use prunesim fit"),
-        ("telemetry", "unknown"),  # a module that is no device
-        pytest.param("triton_kernels", "unknown", marks=needs_torch),  # nor where Triton is missing
-        ("../x", "unknown"),
-        ("", "unknown"),
-    ],
-)
+@needs_torch
+@pytest.mark.parametrize(("name", "message"), tables_of("devices/mistakes.yaml")["names"])
 def test_a_device_that_does_not_exist_is_one_line(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         open_device(name)
@@ -132,7 +92,7 @@ def test_a_device_that_does_not_exist_is_one_line(name: str, message: str) -> No
 def test_planted_times_need_no_file() -> None:
     device = open_device("replay:planted")
     assert device.prepare(GEMM).sample(1) == roofline_timings()(GEMM)
-    assert "sparse tensor cores" in device.refuses(Operator("gemm_2to4", m=16, n=64, k=64))
+    assert "no such kernel" in device.refuses(Operator("gemm_2to4", m=16, n=64, k=64))
 
 
 def test_opening_by_name_needs_torch_only_for_real_devices() -> None:

@@ -1,14 +1,19 @@
-"""A planted device with planted faults."""
+"""Planted devices in simulated time, without torch: with faults, with powers, and the GPUs of
+:mod:`fakes.gpu`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import signal
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from calibration.devices.protocol import DeviceLost, Operator, OutOfMemory
-from calibration.devices.replay import ReplayDevice
+from fakes.gpu import Gpu
+
+from calibration.devices import protocol
+from calibration.devices.protocol import Description, DeviceLost, Operator, OutOfMemory
+from calibration.devices.replay import ReplayDevice, Seconds
 from calibration.devices.telemetry import UNKNOWN, Reading, Snapshot
 
 _SLOWDOWN = 1.6  # factor on times under throttling
@@ -27,6 +32,13 @@ class Faults:
     lost_at: int | None = None  # preparation during which the device stops to respond, permanently
     drift_per_s: float = 0.0  # relative slowdown per second of simulated time
     nvml: bool = True  # whether telemetry works; otherwise every reading is "unknown"
+    # preparations at the power cap, at half of the clock; None: the cap is not reached
+    capped: Collection[int] | None = None
+    raises: Collection[int] = ()  # preparations that raise an error of a kernel
+    wait: float = 0.0  # share of the time in which other processes have the CPU
+    waits: Mapping[int, float] = field(default_factory=dict)  # the same during some preparations
+    # in the last 0.4 of each simulated second, times are 1.4 times as long
+    shared: bool = False
 
 
 @dataclass(eq=False)
@@ -82,6 +94,8 @@ class FaultyDevice(ReplayDevice):
     faults: Faults = field(default_factory=Faults, kw_only=True)
     samples: int = field(default=0, kw_only=True)  # of the last preparation
     lost: bool = field(default=False, kw_only=True)
+    waited_s: float = field(default=0.0, kw_only=True)
+    read_at_s: float = field(default=0.0, kw_only=True)
 
     @property
     def number(self) -> int:
@@ -95,6 +109,8 @@ class FaultyDevice(ReplayDevice):
         prepared = super().prepare(operator)
         if operator.footprint_bytes > self.faults.out_of_memory_bytes:
             raise OutOfMemory(f"{operator.footprint_bytes:.3g} bytes requested")
+        if self.number in self.faults.raises:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nlong trace")
         return prepared
 
     def play(self, operator: Operator, loops: int) -> float:
@@ -105,12 +121,56 @@ class FaultyDevice(ReplayDevice):
             raise DeviceLost("planted: the device has fallen off the bus")
         value = (1.0 + f.drift_per_s * self.clock()) * super().play(operator, loops)
         value *= _SLOWDOWN if self.number in f.throttle else 1.0
+        value *= 1.4 if f.shared and self.clock() % 1.0 > 0.6 else 1.0
         value *= math.exp(0.5 * self._rng.standard_normal()) if self.number in f.noisy else 1.0
         return math.nan if self.number in f.nan and self.samples == 3 else value
 
     def snapshot(self) -> Snapshot:
-        if not self.faults.nvml:
+        f = self.faults
+        if not f.nvml:
             return Snapshot()
-        if self.number in self.faults.throttle:
+        if self.number in f.throttle:
             return Snapshot(1.98e9 / _SLOWDOWN, 2.6e9, UNKNOWN, 91.0, 1.0, ("hw_thermal_slowdown",))
-        return super().snapshot()
+        if f.capped is not None:
+            clock_hz = 0.99e9 if self.number in f.capped else 1.98e9
+            return Snapshot(clock_hz, throttle=("sw_power_cap",))
+        self.waited_s += f.waits.get(self.number, f.wait) * (self.clock() - self.read_at_s)
+        self.read_at_s = self.clock()
+        return replace(super().snapshot(), waited_s=self.waited_s)
+
+
+@dataclass(eq=False)
+class GpuDevice(ReplayDevice):
+    """A GPU with a driver; Ctrl-C comes at ``interrupt_s`` of simulated time."""
+
+    throttle: Any = field(default=(), kw_only=True)
+    load: float = field(default=0.0, kw_only=True)
+    interrupt_s: float = field(default=math.inf, kw_only=True)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(1.5e9, 2.6e9, UNKNOWN, 61.0, self.load, self.throttle)
+
+    def play(self, operator: Operator, loops: int) -> float:
+        if self.clock() >= self.interrupt_s:
+            self.interrupt_s = math.inf
+            signal.raise_signal(signal.SIGINT)
+        return super().play(operator, loops)
+
+
+def gpu_device(gpu: Gpu, seconds: Seconds, limit_w: float, seed: int) -> GpuDevice:
+    """Return a planted GPU with the times of a function and a power limit that was set."""
+    about = protocol.Gpu(gpu.sms, gpu.capability, gpu.memory_bytes, power_limit_w=gpu.power_w)
+    stack = {"torch": "2.9", "driver": "580", "power_limit_w": f"{limit_w:.0f}"}
+    name, free = f"{gpu.name} ({gpu.sms} SM)", 0.9 * 0.98 * gpu.memory_bytes
+    old = gpu.capability < (8, 0)
+    return GpuDevice(
+        seconds,
+        noise=0.01,
+        seed=seed,
+        description=Description("cuda:0", name, stack, free, 4e7, about),
+        setup_s=0.03,
+        refused={"gemm_2to4": "no sparse tensor cores"} if old else {},
+        formats=("fp16", "fp32") if old else ("bf16", "fp32"),
+        throttle=("sw_thermal_slowdown",) if gpu.throttled else (),
+        load=0.4 if gpu.laptop else 0.0,
+    )

@@ -110,8 +110,7 @@ class Troubles:
     lost_at_s: float = math.inf  # an illegal memory access; every later call fails
     refused: tuple[int, int] = (0, 0)  # (n, k) of weights on which cuBLAS fails
     uncapturable: tuple[str, ...] = ()  # calls of torch that a graph cannot hold
-    # captures fail from then on, though a child process could do them
-    capture_fails_at_s: float = math.inf
+    capture_fails_at_s: float = math.inf  # captures fail from then on
     stuck: bool = True  # a failed capture leaves the allocator in capture, as before torch 2.12
     memory_bytes: float = math.inf  # the largest allocation
     error: Exception | None = None  # of every launch, which does not lose the device
@@ -211,10 +210,10 @@ class PlantedCuda:
         self.work_j = self.load_w = 0.0  # energy and power of kernels, above those of an idle GPU
         self.counted = 0.0, 0.0  # time of the last update of the energy counter, and its value
         self.lost = self.hot = False
-        self.captures_underway = self.in_child = False
+        self.captures_underway = False
         self.capturing: Graph | None = None
         self.captured = 0  # kernels in the last graph
-        self.log: list[str] = []  # events, replays and sleeps in the order of the stream
+        self.log: list[str] = []  # events and replays in the order of the stream
         self.rng, self.factor = np.random.default_rng(0), 1.0
         self.record: list[Mapping[Kernel, int]] | None = None
         # classes, because libraries name them in annotations
@@ -263,7 +262,7 @@ class PlantedCuda:
         if self.record is not None:
             self.record.append(dict(kernels))
         if self.capturing is not None:
-            late = self.now >= self.troubles.capture_fails_at_s and not self.in_child
+            late = self.now >= self.troubles.capture_fails_at_s
             if late or any(kernel.name in self.troubles.uncapturable for kernel in kernels):
                 raise accelerator_error(CAPTURING)
             self.capturing.kernels.update(kernels)
@@ -302,15 +301,6 @@ class PlantedCuda:
             yield self.record
         finally:
             self.record = None
-
-    @contextmanager
-    def child(self) -> Iterator[None]:
-        """Run a block as a child process would: its captures do not spoil this process."""
-        underway, self.captures_underway, self.in_child = self.captures_underway, False, True
-        try:
-            yield
-        finally:
-            self.captures_underway, self.in_child = underway, False
 
     @contextmanager
     def graph(self, graph: Graph, **_: Any) -> Iterator[None]:
@@ -375,12 +365,6 @@ class PlantedCuda:
 
     def stream(self, stream: Any) -> Any:
         return nullcontext()
-
-    def _sleep(self, cycles: int) -> None:
-        self.alive()
-        self.log.append("sleep")
-        self.now += self.launch_s
-        self.free = max(self.free, self.now) + cycles / self.gpu.clock_hz
 
 
 def planted_nvml(cuda: PlantedCuda, broken: Collection[str] = ()) -> ModuleType:

@@ -7,8 +7,6 @@ of the planted host. Commands run unchanged, and a GEMM of any size costs micros
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -163,8 +161,8 @@ class Generator(torch.Generator):
         return super().__new__(cls, device="cpu")
 
 
-SETUP_S, CHILD_S = 0.01, 1.0
-"""Host time to make the operands of an operator, and to start a child process."""
+SETUP_S = 0.01
+"""Host time to make the operands of an operator."""
 SKIPPING = ("_columns", "_features")
 """Kernels of Triton that multiply matrices."""
 BY_SHAPE = ("gather_gemm", "grouped_gemm", "attention_block_sparse")
@@ -209,9 +207,6 @@ def installed(gpu: Gpu | str, troubles: Troubles = NO_TROUBLES) -> Iterator[Plan
         patch.setattr(torch, "Generator", Generator)
         patch.setitem(sys.modules, "pynvml", planted_nvml(cuda) if troubles.nvml else None)
         patch.setattr(cuda_device, "build", planted_build(cuda))
-        patch.setattr(
-            cuda_device.CaptureProbe, "of_gpu", lambda index, attention: PlantedChild(cuda)
-        )
         patch.setattr(attention, "_attend", _attend)
         # as Triton was imported in this process
         for launched in (JITFunction, InterpretedFunction):
@@ -261,26 +256,6 @@ def planted_sparse(cuda: PlantedCuda) -> Callable[..., Any]:
         return out
 
     return multiply
-
-
-class PlantedChild:
-    """The child process that attempts captures, on the same GPU and in the same simulated time."""
-
-    def __init__(self, cuda: PlantedCuda) -> None:
-        self.cuda = cuda
-        self.device: Any = None
-
-    def __call__(self, operator: Operator) -> cuda_device.Probed:
-        answers = io.StringIO()
-        with self.cuda.child():
-            if self.device is None:
-                self.cuda.rest(CHILD_S)
-                self.device = cuda_device.CudaDevice(0, probe=None)
-            cuda_device.serve(self.device, [json.dumps(vars(operator))], answers)
-        answer = json.loads(answers.getvalue().splitlines()[-1])
-        if answer["captured"] is False:  # such a child ends
-            self.device = None
-        return cuda_device.Probed(answer["captured"], answer["reason"])
 
 
 def _attend(q: Any, k: Any, v: Any, mask: Any, dynamic: bool = True, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from operator_times import elementwise_time
 
+from calibration.fit.gemm import misaligned
 from calibration.fit.predict import predict
 from calibration.fit.profile import ProfileFit, fit_profile, fit_sparse24
 from calibration.measurements import published
@@ -101,6 +102,24 @@ def test_planted_constants_are_recovered(kind: str, value: float, seed: int) -> 
         n: c for n, c in before.items() if n != name
     }
     assert not fit.parts[0].fixed.keys() & {name}
+
+
+def test_the_step_of_misaligned_products_is_fitted_apart_from_dense_ones() -> None:
+    """Dense constants do not depend on misaligned rows. A CPU has no such kernels."""
+    rng = np.random.default_rng(1)
+    m, n, k = 2 ** rng.integers(4, 13, 60), *(512 * rng.integers(1, 17, (2, 60)))
+    dense = Records.from_columns([SOURCE], m=m, n=n, k=k, seconds=1.0)
+    odd = dense.replace(n=dense.n + rng.choice([1, 2, 4], 60))
+    section = HW.section("gemm", "bf16")
+    planted_step = {**section.constants, "align_step": Fitted(0.9)}
+    slow = with_section(HW, "bf16", replace(section, constants=planted_step))
+    both = Records.concat([timed(dense, HW, 0.01), timed(odd, slow, 0.02)])
+    alone, fitted = (
+        fit_profile(HW, r).profile.section("gemm", "bf16") for r in (timed(dense, HW, 0.01), both)
+    )
+    assert fitted.constants["align_step"].value == pytest.approx(0.9, rel=0.05)
+    assert {**fitted.constants, "align_step": None} == {**alone.constants, "align_step": None}
+    assert not misaligned(both, load_hardware("cpu")).any()
 
 
 def test_rows_that_do_not_tell_a_constant_leave_its_default() -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import math
 import random
-import signal
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fakes.device import GpuDevice, gpu_device
+from fakes.gpu import GPUS
 
-from calibration.devices.protocol import Description, Gpu, Operator
-from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.devices.telemetry import UNKNOWN, Snapshot
+from calibration.devices.protocol import Operator
+from calibration.devices.replay import roofline_timings
+from calibration.devices.telemetry import UNKNOWN
 from calibration.fit.predict import predict
 from calibration.fit.profile import fit_profile
 from calibration.records.store import Header, content_records, read_store, records_of
@@ -44,88 +46,26 @@ from simulator.uncertainty.operators import gemm_time
 pytestmark = pytest.mark.usefixtures("undrawn", "three_folds")
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A GPU, the shipped profile whose times it has ("": a roofline), and its state."""
-
-    gpu: Gpu
-    name: str
-    like: str = ""
-    rates: tuple[float, float] = (6e14, 2.6e12)  # FLOP/s and B/s of a roofline
-    throttle: tuple[str, ...] = ()
-    load: float = 0.0
-    limit_w: str = "700"
-    dtype: str = "bf16"
-
-
-GPUS = {
-    "H100": Planted(Gpu(132, (9, 0), 85e9, power_limit_w=700.0), "NVIDIA H100 80GB HBM3", "h100"),
-    "RTX 4090": Planted(
-        Gpu(128, (8, 9), 25.4e9, power_limit_w=450.0),
-        "NVIDIA GeForce RTX 4090",
-        "rtx_4090",
-        (1.6e14, 0.95e12),
-        limit_w="300",
-    ),
-    "T4": Planted(
-        Gpu(40, (7, 5), 15.8e9, power_limit_w=70.0),
-        "Tesla T4",
-        "",
-        (2.4e13, 2.6e11),
-        ("sw_thermal_slowdown",),
-        limit_w="70",
-        dtype="fp16",
-    ),
-    "laptop": Planted(
-        Gpu(36, (8, 9), 8.6e9, power_limit_w=115.0),
-        "NVIDIA GeForce RTX 4070 Laptop GPU",
-        "",
-        (5e13, 2.2e11),
-        load=0.4,
-        limit_w="80",
-    ),
+# planted GPU -> shipped profile whose times it has ("": a roofline), and its power limit, W
+PLANTED: Mapping[str, tuple[str, float]] = {
+    "H100": ("h100", 700.0),
+    "RTX 4090": ("rtx_4090", 300.0),
+    "T4": ("", 70.0),
+    "RTX 4090 laptop": ("", 80.0),
 }
 
 
-class Device(ReplayDevice):
-    """A planted GPU with a driver; Ctrl-C comes at ``interrupt_s`` of simulated time."""
-
-    planted: Planted
-    interrupt_s = math.inf
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(1.5e9, 2.6e9, UNKNOWN, 61.0, self.planted.load, self.planted.throttle)
-
-    def play(self, operator: Operator, loops: int) -> float:
-        if self.clock() >= self.interrupt_s:
-            self.interrupt_s = math.inf
-            signal.raise_signal(signal.SIGINT)
-        return super().play(operator, loops)
-
-
-def device(name: str, seed: int = 0, truth: HardwareProfile | None = None) -> Device:
-    planted = GPUS[name]
-    roofline = roofline_timings(*planted.rates, 4e-6)
-    hw = truth or (load_hardware(planted.like) if planted.like else None)
+def device(name: str, seed: int = 0, truth: HardwareProfile | None = None) -> GpuDevice:
+    gpu, (like, limit_w) = GPUS[name], PLANTED[name]
+    roofline = roofline_timings(gpu.flop_per_s, gpu.bytes_per_s, 4e-6)
+    hw = truth or (load_hardware(like) if like else None)
 
     @cache
     def seconds(op: Operator) -> float:
         fitted = op.kind in ("gemm", "attention_prefill", "attention_decode")
         return roofline(op) if hw is None or not fitted else predicted_s(op, hw)
 
-    description = Description(
-        "cuda:0",
-        f"{planted.name} ({planted.gpu.sm_count} SM)",
-        {"torch": "2.9", "driver": "580", "power_limit_w": planted.limit_w},
-        0.9 * 0.98 * planted.gpu.memory_bytes,
-        4e7,
-        planted.gpu,
-    )
-    made = Device(seconds, noise=0.01, seed=seed, description=description, setup_s=0.03)
-    made.planted, made.formats = planted, (planted.dtype, "fp32")
-    if planted.gpu.capability < (8, 0):
-        made.refused = {"gemm_2to4": "no sparse tensor cores"}
-    return made
+    return gpu_device(gpu, seconds, limit_w, seed)
 
 
 def predicted_s(op: Operator, hw: HardwareProfile) -> float:
@@ -133,8 +73,8 @@ def predicted_s(op: Operator, hw: HardwareProfile) -> float:
     return float(predict(records_of([row], Header("x", dtype=op.dtype)), hw).time.seconds[0])
 
 
-def calibrate(folder: Path, gpu: Device, budget_s: float) -> tuple[MeasuredRun, Calibrated]:
-    options = RunOptions(budget_s, gpu.planted.dtype)
+def calibrate(folder: Path, gpu: GpuDevice, budget_s: float) -> tuple[MeasuredRun, Calibrated]:
+    options = RunOptions(budget_s, gpu.formats[0])
     llama = target_workloads("llama-3.1-8b", (), (), {"phase": "prefill", "batch": 1, "seq": 1})
     found = measure_into(folder, gpu, options, run_models=llama[0], draft=True)
     return found, fit_run(folder)
@@ -146,24 +86,24 @@ def judged(folder: Path, done: Calibrated) -> Judgement:
 
 @pytest.mark.quick
 def test_what_may_spoil_a_measurement_is_said_before_it() -> None:
-    assert [warnings_of(device(name)) for name in GPUS] == [
+    assert [warnings_of(device(name)) for name in PLANTED] == [
         [],
         ["the power limit, 300 W, is below the default, 450 W; times of other machines will be"
          " shorter"],
         ["the GPU is throttled (sw_thermal_slowdown): it needs cooling"],
         ["other processes load the GPU (40 %); end them",
-         "the power limit, 80 W, is below the default, 115 W; times of other machines will be"
+         "the power limit, 80 W, is below the default, 150 W; times of other machines will be"
          " shorter"],
     ]  # fmt: skip
     blind = device("H100")
-    blind.planted = replace(blind.planted, throttle=UNKNOWN)  # type: ignore[arg-type]
+    blind.throttle = UNKNOWN
     assert "pip install nvidia-ml-py" in warnings_of(blind)[0]
     busy = device("H100")
     busy.description = replace(busy.description, memory_bytes=40e9)
     assert warnings_of(busy) == ["other processes hold 47.7 % of the GPU's memory; end them"]
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_budget_is_used_and_a_run_that_ends_measures_nothing_more(
     name: str, tmp_path: Path
 ) -> None:
@@ -182,7 +122,7 @@ def interrupted(name: str, seed: int, folder: Path, budget_s: float) -> Hardware
     """Return the profile after an interrupt at a random moment."""
     gpu = device(name, seed)
     gpu.interrupt_s = random.Random(seed).uniform(0.0, budget_s)
-    options = RunOptions(budget_s, gpu.planted.dtype)
+    options = RunOptions(budget_s, gpu.formats[0])
     outcome = measure_into(folder, gpu, options, draft=True).outcome
     assert outcome.stopped in ("interrupted", "budget")
     if content_records(read_store(folder / RECORDS)).timed.any():
@@ -191,14 +131,14 @@ def interrupted(name: str, seed: int, folder: Path, budget_s: float) -> Hardware
     return load_hardware(folder / PROFILE)
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("many", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_an_interrupt_at_any_moment_leaves_a_profile(name: str, many: int, tmp_path: Path) -> None:
     for seed in range(many):
         budget_s = 20.0 if many < 10 else 180.0
         hw = interrupted(name, seed, tmp_path / f"run{seed}", budget_s)
-        assert hw.sm_count == GPUS[name].gpu.sm_count
-        if GPUS[name].like:
+        assert hw.sm_count == GPUS[name].sms
+        if PLANTED[name][0]:
             assert hw.section("gemm", "bf16").status != "default"
 
 
@@ -258,11 +198,11 @@ def test_the_shipped_fit_makes_any_calibration_better(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", PLANTED)
 def test_three_minutes_on_four_gpus(name: str, tmp_path: Path) -> None:
     found, done = calibrate(tmp_path / "run", device(name), 180.0)
     verdict = judged(tmp_path / "run", done)
-    text = trust(tmp_path / "run" / PROFILE, verdict, done.fit.parts, GPUS[name].dtype, None)  # type: ignore[union-attr]
+    text = trust(tmp_path / "run" / PROFILE, verdict, done.fit.parts, device(name).formats[0], None)  # type: ignore[union-attr]
     assert done.held_out is not None
     gemm = next(part for part in done.held_out.parts if part.operator == "gemm")
     error, roofline = (

@@ -3,7 +3,7 @@ nothing is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from planted import SHAPES, go, items, plan_of
 
 from calibration.devices.protocol import Operator
 from calibration.devices.replay import ReplayDevice, roofline_timings
-from calibration.devices.telemetry import UNKNOWN, Snapshot
+from calibration.devices.telemetry import UNKNOWN
 from calibration.measure.plan import DRIFT_CHECK
 from calibration.records.store import Header, records_of
 from calibration.records.timing_table import PURPOSES, Flag
@@ -26,14 +26,6 @@ def _truth(record: Mapping[str, Any]) -> float:
     return roofline_timings()(Operator.from_record(record["operator"]))
 
 
-class Slowed(ReplayDevice):
-    """A machine that others slow down by 40 % for 0.4 simulated seconds in every one."""
-
-    def play(self, operator: Operator, loops: int) -> float:
-        slow = 1.4 if self.clock() % 1.0 > 0.6 else 1.0
-        return slow * super().play(operator, loops)
-
-
 def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
     records = records_of(kept, Header("planted"))
     rows = records.select(records.purpose != PURPOSES.index(DRIFT_CHECK))
@@ -43,9 +35,9 @@ def _worst(kept: list[dict[str, Any]]) -> tuple[int, float]:
 
 
 def test_the_fastest_of_several_visits_is_what_a_shared_machine_can_do() -> None:
-    once, rows = go(Slowed(), plan_of(budget_s=60.0))
+    once, rows = go(FaultyDevice(faults=Faults(shared=True)), plan_of(budget_s=60.0))
     assert _worst(rows)[1] > 0.3
-    outcome, kept = go(Slowed(), plan_of(budget_s=60.0, visits=5))
+    outcome, kept = go(FaultyDevice(faults=Faults(shared=True)), plan_of(budget_s=60.0, visits=5))
     number, worst = _worst(kept)
     assert number == outcome.counts.timed == once.counts.timed == ALL
     assert worst < 0.02
@@ -74,11 +66,7 @@ def test_a_quiet_device_is_measured_in_full() -> None:
         assert record["median_s"] == pytest.approx(_truth(record), rel=0.01)
         assert record["lower_s"] <= record["median_s"] <= record["upper_s"]
         assert record["before"]["clock_hz"] == 1.98e9
-        assert (record["type"], record["status"], record["method"]) == (
-            "measurement",
-            "ok",
-            "replayed",
-        )
+        assert (record["type"], record["status"]) == ("measurement", "ok")
         assert Operator.from_record(record["operator"]).key == record["key"]
         assert record["samples_s"]
 
@@ -154,20 +142,8 @@ def test_a_lost_device_stops_the_run_with_the_reason_and_keeps_the_rest() -> Non
     assert kept == []
 
 
-class Capped(ReplayDevice):
-    """A GPU at its power limit, at half of its clock during some preparations."""
-
-    def __init__(self, slow: Collection[int]) -> None:
-        super().__init__()
-        self.slow = slow
-
-    def snapshot(self) -> Snapshot:
-        clock_hz = 0.99e9 if len(self.prepared) - 1 in self.slow else 1.98e9
-        return Snapshot(clock_hz, throttle=("sw_power_cap",))
-
-
 def test_a_power_cap_that_lowers_the_clock_of_some_operators_is_flagged() -> None:
-    outcome, kept = go(Capped({3, 7}))
+    outcome, kept = go(FaultyDevice(faults=Faults(capped={3, 7})))
     # a repeat would have the same clock
     assert (outcome.counts.ok, outcome.counts.repeated) == (ALL, 0)
     (line,) = outcome.problems
@@ -177,55 +153,26 @@ def test_a_power_cap_that_lowers_the_clock_of_some_operators_is_flagged() -> Non
     records = records_of(kept, Header("planted"))
     assert int((records.flags & Flag.POWER_CAPPED > 0).sum()) == 2
     for slow in ((), range(1000)):  # a clock that does not change is that of the device under load
-        outcome, kept = go(Capped(slow))
+        outcome, kept = go(FaultyDevice(faults=Faults(capped=slow)))
         assert outcome.problems == ()
         assert not records_of(kept, Header("planted")).flags.any()
 
 
-class Breaking(ReplayDevice):
-    """A device whose kernels raise for some shapes."""
-
-    def __init__(self, broken: range) -> None:
-        super().__init__()
-        self.broken = broken
-
-    def prepare(self, operator: Operator) -> Any:
-        prepared = super().prepare(operator)
-        if len(self.prepared) - 1 in self.broken:
-            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied\nlong trace")
-        return prepared
-
-
 def test_a_kernel_that_raises_costs_one_shape_and_five_in_a_row_the_run() -> None:
-    outcome, kept = go(Breaking(range(5, 7)))
+    outcome, kept = go(FaultyDevice(faults=Faults(raises=range(5, 7))))
     assert (outcome.counts.failed, outcome.stopped) == (2, "")
     reasons = {r["reason"] for r in kept if r["status"] == "failed"}
     assert reasons == {"RuntimeError: mat1 and mat2 shapes cannot be multiplied"}
-    outcome, _ = go(Breaking(range(5, 1000)))
+    outcome, _ = go(FaultyDevice(faults=Faults(raises=range(5, 1000))))
     assert outcome.counts.failed == 5
     assert "5 operators in a row failed" in outcome.stopped
 
 
-class Shared(ReplayDevice):
-    """A device on which other processes take a share of the time, more of it during some
-    preparations."""
-
-    def __init__(self, usual: float, unusual: Mapping[int, float]) -> None:
-        super().__init__(noise=0.002)
-        self.usual, self.unusual, self.total, self.last = usual, unusual, 0.0, 0.0
-
-    def snapshot(self) -> Snapshot:
-        share = self.unusual.get(len(self.prepared) - 1, self.usual)
-        self.total += share * (self.clock() - self.last)
-        self.last = self.clock()
-        return Snapshot(throttle=(), waited_s=self.total)
-
-
 def test_a_shape_disturbed_by_other_processes_is_repeated_once_unless_all_are() -> None:
-    outcome, kept = go(Shared(0.0, {5: 0.5}))
+    outcome, kept = go(FaultyDevice(noise=0.002, faults=Faults(waits={5: 0.5})))
     assert (outcome.counts.repeated, outcome.counts.ok) == (1, ALL)
     assert max(r["waited"] for r in kept) <= 0.05
-    outcome, kept = go(Shared(0.12, {}))
+    outcome, kept = go(FaultyDevice(noise=0.002, faults=Faults(wait=0.12)))
     assert outcome.counts.repeated <= 2
     assert outcome.counts.noisy == ALL
     assert all("other processes took" in r["reason"] for r in items(kept))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from calibration.evidence.measurements.wheel import datasheet
 from calibration.records.importers import ImportResult, import_table
@@ -73,20 +74,7 @@ def test_the_time_column_names_its_unit(path: Path) -> None:
         assert result.records.seconds[0] == pytest.approx(3e-5)
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("16,4096,4096,", "time is missing or not a number"),
-        ("16,4096,4096,0", "time is zero"),
-        ("16,4096,4096,-3", "time is negative"),
-        ("1_6,4096,4096,30", "m is missing or not a number"),
-        ("16.5,4096,4096,30", "m is not a whole number"),
-        ("16,4096,0,30", "k is below 1"),
-        ("1e15,4096,4096,30", "m is out of range"),
-        ("8192,8192,8192,900", "faster than the arithmetic peak at the highest clock"),
-        ("1,16384,16384,50", "faster than memory, L2 or link allow"),
-    ],
-)
+@pytest.mark.parametrize(("line", "reason"), tables_of("records/mistakes.yaml")["rows"])
 def test_bad_rows_are_counted_under_their_reason(path: Path, line: str, reason: str) -> None:
     result = import_table(gemms(path, [line, "16,4096,4096,30", line]), hw=H100)
     assert counts(result) == {reason: 2}
@@ -102,39 +90,7 @@ def test_a_table_with_nothing_usable_says_why(path: Path) -> None:
     refused(reasons, import_table, path)
 
 
-@pytest.mark.parametrize(
-    ("text", "columns", "reason"),
-    [
-        (
-            "m,n,latency_us\n1,2,3\n",
-            None,
-            "gemm needs the columns k; the file has m, n, latency_us",
-        ),
-        (
-            "m,n,k,time\n1,2,3,4\n",
-            None,
-            "expected one column of times, named or mapped to one of seconds",
-        ),
-        (
-            "m,n,k,latency_us,latency_ms\n1,2,3,4,5\n",
-            None,
-            "one column of times.*; found latency_ms, latency_us",
-        ),
-        ("m,n,k,latency_us\n1,2,3,4\n", {"m": "M"}, "column 'M' is unknown; did you mean m"),
-        ("m,n,k,latency_us\n1,2,3,4\n", {"q": "m"}, "column map: column 'q' is unknown"),
-        ("m,n,k,latency_us\n", None, "has a header but no rows"),
-        ("", None, "is empty; expected a header, and rows"),
-        ("m,n,k,latency_us\n1,2,3\n", None, ":2: expected 4 cells, as the header has, got 3"),
-        ("m,m,k,latency_us\n1,2,3,4\n", None, "column 'm' appears twice"),
-        (
-            "batch,q_len,kv_len,heads,latency_us\n1,2,3,4,5\n",
-            None,
-            "attention needs the columns kv_heads, head_dim",
-        ),
-        ("m,n,k,dtype,latency_us\n1,2,3,fp5,4\n", None, "dtype 'fp5' is unknown"),
-        ('m,n,k,latency_us\n"1,2,3,4\n', None, ":2: is not CSV"),
-    ],
-)
+@pytest.mark.parametrize(("text", "columns", "reason"), tables_of("records/mistakes.yaml")["files"])
 def test_files_that_cannot_be_understood_are_refused(
     path: Path, text: str, columns: Mapping[str, str] | None, reason: str
 ) -> None:

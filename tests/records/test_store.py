@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 from calibration.devices.protocol import OPERATORS as KINDS
 from calibration.devices.protocol import Operator
@@ -151,19 +152,9 @@ def test_no_flipped_byte_makes_a_wrong_record(path: Path) -> None:
     assert outcomes == {"refused": len(whole) - last + 1, "dropped": last - 1}
 
 
-@pytest.mark.parametrize(
-    ("order", "says"),
-    [
-        ((0, 1, 0, 2, 3), ":3: second header"),
-        ((0, 1, 2, 3, 0, 1), ":5: second header"),  # one file after another
-        ((0, 1, 2, 2, 3), ":4: was written as line 3"),
-        ((0, 1, 2, 3, 1), ":5: was written as line 2"),
-        ((0, 2, 3), ":2: was written as line 3: lines are missing, repeated or in another order"),
-        ((0, 1, 3, 2), ":3: was written as line 4"),
-    ],
-)
+@pytest.mark.parametrize(("order", "says"), tables_of("records/mistakes.yaml")["orders"])
 def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place(
-    order: tuple[int, ...], says: str, path: Path
+    order: list[int], says: str, path: Path
 ) -> None:
     written(path)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -173,32 +164,7 @@ def test_lines_that_are_not_those_that_were_written_are_refused_with_their_place
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"visit": []}, "visit: expected whole numbers from 0 up, got \\[\\]"),
-        ({"lower_s": "x"}, "lower_s: expected times in seconds from 0, got 'x'"),
-        (
-            {"lower_s": 3e-6, "upper_s": 4e-6},
-            "lower_s, median_s, upper_s: expected ascending times, got \\[3e-06, 1e-06, 4e-06\\]",
-        ),
-        ({"status": "fine"}, "status 'fine' is unknown"),
-        ({"status": 0}, "status: expected a name, got 0"),
-        ({"key": None}, "key: expected a name, got None"),
-        ({"samples_s": [1e-6, "2e-6"]}, "samples_s: expected times in seconds, got '2e-6'"),
-        ({"kernels": {"mm": -1.0}}, "kernels: mm: expected times in seconds from 0, got -1.0"),
-        ({"operator": "gemm"}, "operator: expected names and values, got 'gemm'"),
-        ({"type": "engine", "seconds": 1.0}, "kernels: is missing"),
-        (
-            {"type": "decoder", "reason": "", "phase": "decode", "runtime": ""},
-            "dense_s: is missing",
-        ),
-        (
-            {"dense_s": [1.0, 2.0], "pruned_s": [1.0]},
-            "pruned_s: expected as many times as in dense_s",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "says"), tables_of("records/mistakes.yaml")["records"])
 def test_records_that_a_run_cannot_resume_from_are_refused(
     wrong: dict[str, Any], says: str, path: Path
 ) -> None:
