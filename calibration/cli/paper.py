@@ -18,6 +18,8 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from calibration.validation.paper import Cell, ClaimOutcome
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
@@ -48,6 +50,8 @@ def command(
     figure: Annotated[
         str | None, opt("--figure", "FILE", "Also draw a figure: .pdf, .svg or .png.")
     ] = None,
+    width: options.Width = None,
+    font: options.Font = None,
     json: options.Json = False,
 ) -> None:
     """Predict the table of the taxonomy paper.
@@ -61,6 +65,7 @@ def command(
     """
     from calibration.validation import paper
 
+    output = render.Output(json, None, [figure], width, font)
     devices, engines = parsing.names("--hardware", hardware), parsing.names("--engine", engine)
     if claims:
         if figure:
@@ -69,7 +74,7 @@ def command(
         return
     cells, others = paper.table_2(), paper.table_2(devices, engines)
     if figure:
-        _draw(cells, figure)
+        output.draw(lambda: _figure(cells), figure)
 
     def record(c: Cell) -> dict[str, Any]:
         return asdict(c) | {
@@ -83,9 +88,7 @@ def command(
         "elsewhere": [*map(record, others)],
         "figure 2": split,
     }
-    if not render.Output(json).write(
-        [{"what": what, **row} for what, part in parts.items() for row in part]
-    ):
+    if not output.write([{"what": what, **row} for what, part in parts.items() for row in part]):
         return
     render.conclude(_conclusion(cells))
     columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
@@ -240,9 +243,8 @@ def _claim_text(o: ClaimOutcome) -> str:
     return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(parts)}"
 
 
-def _draw(cells: Sequence[Cell], path: str) -> None:
+def _figure(cells: Sequence[Cell]) -> Figure:
     from simulator.figures.measured import Beside, published_figure
-    from simulator.figures.style import save_figure
 
     panels = []
     for phase in ("prefill", "decode"):
@@ -255,4 +257,4 @@ def _draw(cells: Sequence[Cell], path: str) -> None:
             panels.append(
                 Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values)
             )
-    save_figure(published_figure(panels), path)
+    return published_figure(panels)

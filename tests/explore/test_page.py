@@ -254,6 +254,15 @@ def test_energy_is_shown_on_request(cli: Any) -> None:
     assert address(at) == {"sparsity": ["50%"], "batch": ["1"], "energy": ["shown"]}
 
 
+def test_drafts_are_shown_on_request() -> None:
+    at = page(sparsity="50%", batch="1", family="depth", draft="shown")
+    pays = min(row.pays_from for row in simulator.draft("llama-3.1-8b", "depth 0.5", "h100"))
+    named = "llama-3.1-8b pruned by depth at 50 %"
+    assert f"{named} pays as a draft from an acceptance of {pays:.2f} (batch 1" in texts(at)
+    good(at.selectbox(key="phase").set_value("prefill").run())
+    assert "as a draft" not in texts(at)
+
+
 def test_a_setting_that_is_not_shown_is_not_read() -> None:
     at = page(phase="generate", sparsity="25%")
     good(at.text_input(key="new_tokens").set_value("many").run())
