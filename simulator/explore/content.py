@@ -259,9 +259,12 @@ def _drafts(found: Results, hw: HardwareProfile) -> Iterator[str]:
         except InputError as error:
             yield f"As a draft: {error}."
             continue
-        pays = [row.pays_from for row in rows if row.pays_from is not None]
-        when = f"from an acceptance of {min(pays):.2f}" if pays else "never"
-        yield f"{rows.draft} pays as a draft {when} (batch {request.batch}, seq {request.seq})."
+        when, some = "never", [row for row in rows if row.pays_from]
+        if some:
+            row = min(some, key=attrgetter("pays_from"))
+            ends = f"{row.pays_from_lower or 0.0:.2f}-{row.pays_from_upper or 1.0:.2f}"
+            when = f"from an acceptance of {row.pays_from:.2f} ({ends})"
+        yield f"{rows.draft} pays as a draft {when}: batch {request.batch}, seq {request.seq}."
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:

@@ -166,22 +166,15 @@ def _draw_roof(ax: Axes, roof: Roof, limits: Limits) -> None:
 
 
 def _name(ax: Axes, roof: Roof, limits: Limits) -> None:
-    """Write the names of the GEMMs next to their points, below the roof."""
-    low, high, _, top = limits
+    """Write the names of the GEMMs next to their points, clear of the roof."""
+    low, high, _, _ = limits
     x, y, pruned = roof.columns()
     named = np.flatnonzero(pruned | (not pruned.any())).tolist()
     names = [roof.names[i] for i in named]
-    clear_of = [(x, y), *_roof_lines(roof, np.geomspace(low, high, 100), top)]
-    layout.write_labels(ax, x[named], y[named], names, clear_of)
-
-
-def _roof_lines(roof: Roof, x: FloatArray, top: float) -> list[tuple[FloatArray, FloatArray]]:
-    """Return the roof at the datasheet's rate, and lines that fill the room above the highest."""
+    along = np.geomspace(low, high, 100)
     peak, bandwidth = roof.peaks
-    highest = np.minimum(peak * roof.headroom, x * bandwidth)
-    rises = np.geomspace(1.0, top / highest.min(), 60)
-    above = [(x, np.minimum(highest * rise, top)) for rise in rises]
-    return [(x, np.minimum(peak, x * bandwidth)), *above]
+    lines = [(along, np.minimum(p, along * bandwidth)) for p in (peak, peak * roof.headroom)]
+    layout.write_labels(ax, x[named], y[named], names, [(x, y), *lines])
 
 
 def rooflines_of(found: Sequence[Explanation]) -> Figure:

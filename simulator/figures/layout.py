@@ -434,11 +434,9 @@ def write_labels(
     for group in _overlapping(points, 2 * MARKER_PT * scale):
         names = list(dict.fromkeys(texts[i] for i in group))
         point = points[group].mean(axis=0)
-        at_x, at_y = to_data(point)
-        label = ax.text(
-            at_x,
-            at_y,
+        label = ax.annotate(
             (", " if sum(map(len, names)) < LONG else "\n").join(names),
+            tuple(to_data(point)),
             color=color,
             ha="center",
             va="center",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -28,8 +26,8 @@ from simulator.figures.style import (
 from simulator.hardware.profile import HardwareProfile
 from simulator.uncertainty.operators import GemmOptions, gemm_time
 
-MOST_DOTS = 1500  # more points become a density
-# largest ratio drawn, and inverse of the smallest; arrows with a count on the edge replace others
+MOST_DOTS = 1500  # more points are pixels
+# largest ratio drawn, and inverse of the smallest; others are dots on the edge
 RATIO = 1.6
 
 
@@ -45,17 +43,10 @@ class MeasuredGemms:
 
     def of_shape(self, most: int, n: int, k: int) -> MeasuredGemms | None:
         """Return the rows of up to ``most`` tokens with a shape, if there are any."""
-        rows = (self.n == n) & (self.k == k) & (self.m <= most)
+        rows = np.flatnonzero((self.n == n) & (self.k == k) & (self.m <= most))
+        chosen = {name: getattr(self, name)[rows] for name in ("m", "n", "k", "seconds")}
         copies = None if self.copies is None else self.copies[rows]
-        own = replace(
-            self,
-            m=self.m[rows],
-            n=self.n[rows],
-            k=self.k[rows],
-            seconds=self.seconds[rows],
-            copies=copies,
-        )
-        return own if rows.any() else None
+        return replace(self, **chosen, copies=copies) if len(rows) else None
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that
@@ -114,14 +105,15 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     limits = layout.padded(x, y)
     for ax, ends in ((first, limits), (second, (1 / RATIO, RATIO))):
         ax.set(xscale="log", yscale="log", xlim=limits, ylim=ends)
-    _points(first, x, y, limits)
+    _points(first, x, y)
     _ratios(second, x, y / x)
     first.plot(limits, limits, color="black", linewidth=0.6, zorder=4)
     second.axhline(1.0, color="black", linewidth=0.6, zorder=4)
     for edge in (0.9, 1.1):
         second.axhline(edge, color=PALE_INK, linewidth=0.5, linestyle=(0, (3, 2)), zorder=4)
+    ticks = layout.log_ticks(*limits, 4)
     for axis in (first.xaxis, first.yaxis, second.xaxis):
-        _time_axis(axis, *limits)
+        layout.fixed_ticks(axis, ticks, lambda value, _: time_text(value))
     first.tick_params(labelbottom=False)
     layout.fixed_ticks(second.yaxis, [0.7, 0.9, 1.1, 1.4], layout.plain)
     mean, median, p95, _ = agreement(x, y)
@@ -137,31 +129,16 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
 
 
 def _ratios(ax: Axes, x: FloatArray, ratio: FloatArray) -> None:
-    """Draw ratios within :data:`RATIO`, and arrows with their count and farthest value for ratios
-    beyond it."""
-    inside = (ratio <= RATIO) & (ratio >= 1 / RATIO)
-    _points(ax, x[inside], ratio[inside], ax.get_xlim())
-    look: Look = {"color": VERMILLION, "zorder": 5}
-    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    for beyond, edge, marker, word, (y, va) in (
-        (ratio > RATIO, RATIO, "^", "above", (0.96, "top")),
-        (ratio < 1 / RATIO, 1 / RATIO, "v", "below", (0.05, "bottom")),
-    ):
-        if beyond.any():
-            arrows = x[beyond], np.full(beyond.sum(), edge)
-            ax.plot(*arrows, marker, clip_on=False, markersize=3.2, markeredgewidth=0, **look)
-            farthest = max(ratio[beyond], key=lambda value: abs(np.log(value)))
-            text = f"{beyond.sum()} {word}, to {farthest:.3g}"
-            ax.text(0.98, y, text, va=va, ha="right", transform=ax.transAxes, bbox=paper, **look)
-
-
-def _time_axis(axis: Any, low: float, high: float) -> None:
-    """Put at most four powers of ten of a microsecond on an axis, or other round numbers if it has
-    fewer than two."""
-    powers = np.arange(np.ceil(np.log10(low)), np.floor(np.log10(high)) + 1)
-    ticks = [float(10.0**e) for e in powers[:: -(-len(powers) // 4) or 1]]
-    ticks = ticks if len(ticks) > 1 else layout.log_ticks(low, high, 4)
-    layout.fixed_ticks(axis, ticks, lambda value, _: time_text(value))
+    """Draw ratios within :data:`RATIO`, and on its edges those beyond it with their range."""
+    clipped = np.clip(ratio, 1 / RATIO, RATIO)
+    beyond = clipped != ratio
+    _points(ax, x[~beyond], ratio[~beyond])
+    if beyond.any():
+        look: Look = {"color": VERMILLION, "zorder": 5}
+        ax.plot(x[beyond], clipped[beyond], "o", clip_on=False, markersize=2.4, **look)
+        text = f"{beyond.sum()} beyond: {ratio.min():.3g} to {ratio.max():.3g}"
+        paper: Look = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        ax.text(0.98, 0.05, text, ha="right", transform=ax.transAxes, bbox=paper, **look)
 
 
 def time_text(microseconds: float) -> str:
@@ -171,21 +148,13 @@ def time_text(microseconds: float) -> str:
     return f"{microseconds:.3g} µs"
 
 
-def _points(ax: Axes, x: FloatArray, y: FloatArray, across: tuple[float, float]) -> None:
-    """Draw dots, or a density as pixels if they are too many: a file of 40,000 dots opens
-    slowly."""
-    if len(x) <= MOST_DOTS:
-        size = 1.8 if len(x) > 100 else 2.8
-        look: Look = {"color": BLUE, "markersize": size, "markeredgewidth": 0, "alpha": 0.6}
-        ax.plot(x, y, "o", zorder=3, **look)
-        return
-    up = ax.get_ylim()
-    bins = [np.geomspace(*across, 111), np.geomspace(*up, 91 if up == across else 46)]
-    count, _, _ = np.histogram2d(x, y, bins=bins)
-    shades: Any = LinearSegmentedColormap.from_list("density", ["#BFDDF0", BLUE, "#00263D"])
-    filled = np.ma.masked_equal(count.T, 0.0)
-    norm = LogNorm(1, max(2.0, float(count.max())))
-    ax.pcolormesh(*bins, filled, cmap=shades, norm=norm, rasterized=True, zorder=3)
+def _points(ax: Axes, x: FloatArray, y: FloatArray) -> None:
+    """Draw dots; as pixels, darker where they are dense, if they are many: a file of 40,000 dots
+    opens slowly."""
+    many = len(x) > MOST_DOTS
+    size = 1.8 if len(x) > 100 else 2.8
+    look: Look = {"alpha": 0.08 if many else 0.6, "rasterized": many, "color": BLUE}
+    ax.plot(x, y, "o", markersize=size, markeredgewidth=0, zorder=3, **look)
 
 
 @dataclass(frozen=True)

@@ -392,7 +392,7 @@ def _scatter(p: Paper) -> Made:
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.dtype} GEMMs, and their ratio"
-        f" (dashed: 10 %); colour is the density of rows; {fitted}. {'; '.join(errors)}."
+        f" (dashed: 10 %); {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
 

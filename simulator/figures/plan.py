@@ -145,11 +145,15 @@ def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
     gone = [i for i in own if not pairs[i][0].has(sublayer)]
     linear = [i for i in own if i not in same and isinstance(pairs[i][0].of(sublayer), Linear)]
     less = [i for i in own if i not in (*linear, *gone, *same)]
-    look: Look = {"width": 0.8, "zorder": 2}
-    ax.bar(own, [1.0] * len(own), **look | {"zorder": 1.5}, color=EMPTY, label="dense")
-    ax.bar(same, [1.0] * len(same), **look, color=UNCHANGED, label="unchanged")
-    ax.bar(less, [kept(sublayer, *pairs[i]) for i in less], **look, color=BLUE, label="smaller")
-    ax.bar(linear, [1.0] * len(linear), **look | _LINEAR, label="linear")
+    shares = [kept(sublayer, *pairs[i]) for i in less]
+    bars: tuple[tuple[str, list[int], Any, Look], ...] = (
+        ("dense", own, 1.0, {"color": EMPTY}),
+        ("unchanged", same, 1.0, {"color": UNCHANGED}),
+        ("smaller", less, shares, {"color": BLUE}),
+        ("linear", linear, 1.0, _LINEAR),
+    )
+    for name, layers, heights, look in bars:
+        ax.bar(layers, heights, label=name, zorder=2, **look)
     size = min(4.0, 260.0 / len(pairs))
     ax.plot(gone, [0.5] * len(gone), markersize=size, label="removed", zorder=3, **_REMOVED)
     ax.set(ylim=(0.0, 1.04), ylabel="MLP" if sublayer == "mlp" else sublayer)

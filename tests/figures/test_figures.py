@@ -90,10 +90,8 @@ FOUR, SIX = ["depth", "width", "token", "low_rank"], [0.1, 0.2, 0.3, 0.4, 0.5, 0
 # one of each kind, at the sizes that are printed
 FIGURES: dict[str, Callable[[], Figure]] = {
     "dots": lambda: speedups(["all"], [0.1, 0.25, 0.5], GPUS, **BOTH),
-    "dots, one device": lambda: speedups(["all"], [0.1, 0.5], GPUS[:1]),
     "dots, five devices": lambda: speedups(["all"], SIX[::4], [*GPUS, "l40s", "h200_sxm"]),
     "dots, one point": lambda: speedups(["depth"], [0.3], GPUS[:1]),
-    "dots, long label": lambda: speedups(FOUR, [0.3], GPUS, "generate", batch=64),
     "dots, two rows": lambda: speedups(
         FOUR, [0.3], GPUS, ["prefill", "decode", "generate"], batch=[1, 64]
     ),
