@@ -86,16 +86,16 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks[:: -(-len(ticks) // most) or 1]
 
 
+def plain(value: float, _: object = None) -> str:
+    """Return the text of a tick."""
+    return f"{value:,.10g}"
+
+
 def log_axis(ax: Axes, name: str, most: int, limits: tuple[float, float] | None = None) -> None:
     """Make the x or y axis logarithmic, with at most ``most`` round numbers as plain text."""
     ax.set(**{f"{name}scale": "log"}, **({f"{name}lim": limits} if limits else {}))
     low, high = limits or getattr(ax, f"get_{name}lim")()
-    fixed_ticks(getattr(ax, f"{name}axis"), log_ticks(low, high, most), plain)
-
-
-def plain(value: float, _: object = None) -> str:
-    """Return the text of a tick."""
-    return f"{value:,.10g}"
+    fixed_ticks(getattr(ax, f"{name}axis"), log_ticks(low, high, most))
 
 
 def padded(*values: ArrayLike, after: float = 0.05) -> tuple[float, float]:
@@ -108,7 +108,7 @@ def padded(*values: ArrayLike, after: float = 0.05) -> tuple[float, float]:
     return low / span**0.05, high * span**after
 
 
-def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
+def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any = plain) -> None:
     """Put ticks at these values only, written by ``text(value, position)``."""
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_minor_locator(NullLocator())
@@ -314,9 +314,10 @@ def band(level: float) -> Patch:
     return Patch(color=INK, alpha=0.16, linewidth=0, label=interval(level))
 
 
-def bar(level: float) -> Line2D:
-    """Return the entry of a legend for intervals that are drawn as lines."""
-    return entry(interval(level), color=INK, linewidth=0.9)
+def bar(level: float, *, up: bool = False) -> Line2D:
+    """Return the entry of a legend for intervals that are drawn as lines across or up."""
+    mark: Look = {"marker": "|", "markersize": 6, "linestyle": "none"} if up else {}
+    return entry(interval(level), color=INK, linewidth=0.9, **mark)
 
 
 def legend_lines(handles: Sequence[Any], width_in: float) -> int:

@@ -115,7 +115,7 @@ def _pair(first: Axes, second: Axes, cloud: Cloud) -> None:
     for axis in (first.xaxis, first.yaxis, second.xaxis):
         layout.fixed_ticks(axis, ticks, lambda value, _: time_text(value))
     first.tick_params(labelbottom=False)
-    layout.fixed_ticks(second.yaxis, [0.7, 0.9, 1.1, 1.4], layout.plain)
+    layout.fixed_ticks(second.yaxis, [0.7, 0.9, 1.1, 1.4])
     mean, median, p95, _ = agreement(x, y)
     lines = [
         f"{len(x):,} {cloud.what}{', held out' if cloud.held_out else ''}",

@@ -110,7 +110,7 @@ def _loss_axis(ax: Axes, loss: FloatArray) -> None:
     # no tick near the end, whose label would overlap the next panel
     rounds = [0.0, *(m * 10.0**power for power in range(1, 7) for m in (1, 3))]
     ticks = [tick for tick in rounds if start <= tick <= last * 0.75]
-    layout.fixed_ticks(ax.xaxis, ticks, layout.plain)
+    layout.fixed_ticks(ax.xaxis, ticks)
 
 
 def _panel(ax: Axes, data: layout.FigurePoints, looks: Mapping[str, Style]) -> None:
@@ -172,7 +172,7 @@ def _handles(only: Mapping[str, str], looks: Mapping[str, Style], level: float) 
     return [
         *layout.marks({f"{label(f)}{names[f]}": looks[f] for f in only}, linestyle="none"),
         layout.entry("frontier", color=INK, linewidth=0.9),
-        layout.bar(level),
+        layout.bar(level, up=True),
         layout.entry("numbers: removed (%)", linestyle="none"),
         layout.entry("steps: best of a family", color=GREY, linewidth=0.6),
     ]

@@ -236,7 +236,7 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     handles = [
         _drawn(ax, [chosen], reached, zorder=5, **_CHOSEN),
         *_draw_plans(ax, plan, chosen),
-        layout.bar(first.level),
+        layout.bar(first.level, up=True),
         *_draw_targets(ax, plan, chosen),
     ]
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
