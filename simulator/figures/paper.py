@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
 from simulator.codes import ROLES
+from simulator.display import with_and
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
@@ -221,11 +222,9 @@ def _speedup(p: Paper) -> Made:
         **p.settings(phase=["prefill", "decode"], batch=[1, 64]),
     )
     figure = speedups_of(found.rows)
-    percents = (
-        ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
-    )
+    percents = with_and([f"{100 * s:.4g}" for s in SPARSITIES])
     caption = (
-        f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its"
+        f"Predicted speedup of every family at {percents} % sparsity with its {p.interval} and its"
         f" bounds: {p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower"
         " than the dense model."
     )
@@ -242,9 +241,8 @@ def _efficiency(p: Paper) -> Made:
     )
     results = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
-    cells = columns(results, family="family", batch="batch") | placed(
-        results, [r.phase for r in results]
-    )
+    cells = columns(results, family="family", batch="batch")
+    cells |= placed(results, [r.phase for r in results])
     figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at"

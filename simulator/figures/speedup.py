@@ -233,14 +233,11 @@ def _of_few_settings(
     return results, ", ".join(notes)
 
 
-def pays_from(at: ArrayLike, lower: ArrayLike) -> int | None:
+def pays_from(lower: ArrayLike) -> int | None:
     """Return the index of the first value from which the whole interval is above 1 at every value;
     None without one."""
-    x = np.asarray(at, dtype=float)
-    low = np.asarray(lower, dtype=float)
-    order = np.argsort(x, kind="stable")
-    pays = np.logical_and.accumulate(low[order][::-1] >= GAIN)[::-1]
-    return int(order[np.argmax(pays)]) if pays.any() else None
+    pays = np.logical_and.accumulate(np.asarray(lower)[::-1] >= GAIN)[::-1]
+    return int(pays.argmax()) if pays.any() else None
 
 
 def _lines(speedups: Speedups, width_in: float) -> list[str]:
@@ -333,7 +330,7 @@ def _curve_handles(speedups: Speedups, width_in: float) -> list[Any]:
         handles.append(layout.entry("nominal 1 / (1 - s)", **_NOMINAL))
     data = speedups.data
     curves = (speedups.curve(*c) for c in {*zip(data["row"], data["column"], data["candidate"])})
-    pay = (pays_from(c["at"], c["lower"]) is not None for c in curves if len(c["at"]) > 1)
+    pay = (pays_from(c["lower"]) is not None for c in curves if len(c["at"]) > 1)
     if speedups.few and any(pay):
         handles.append(layout.entry(PAYS, **_RING, markeredgecolor=INK))
     return handles
@@ -384,7 +381,7 @@ def _curve(ax: Axes, speedups: Speedups, data: layout.FigurePoints, style: Style
             ax.plot(x, np.stack([lower, upper], axis=1), **color, linewidth=0.5, zorder=2.2)
         for bound, (_, line, _) in speedups.bounds.items():
             ax.plot(x, data[bound], **color, linestyle=line, linewidth=0.8, zorder=2.5)
-        if (first := pays_from(x, lower)) is not None:
+        if (first := pays_from(lower)) is not None:
             ring = {**_RING, "markeredgecolor": style.color}
             ax.plot(x[[first]], speedup[[first]], **ring, zorder=4.5)
     ax.plot(x, speedup, **style.marks(), zorder=4)

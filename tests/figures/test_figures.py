@@ -340,6 +340,20 @@ def test_titles_tell_all_devices_engines_models_and_families_apart() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("width mlp=0.3 + shortgpt 0.25", "Width mlp=0.3 + ShortGPT 0.25"),
+        ("sparse_attention at 50 %", "Sparse attention at 50 %"),
+        ("depth+width", "Depth + Width"),
+        ("mine + depth 0.25", "mine + depth 0.25"),
+    ],
+)
+def test_a_pruning_has_the_titles_of_families_and_methods(text: str, title: str) -> None:
+    assert style.label(text) == title
+
+
+@pytest.mark.quick
 def test_a_device_has_the_words_that_people_say() -> None:
     titles = {
         "a100_sxm_80gb": "A100 80GB SXM",

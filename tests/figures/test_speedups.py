@@ -111,9 +111,7 @@ def test_styles_of_candidates_differ() -> None:
 def test_a_candidate_pays_from_where_it_pays_at_every_larger_value(
     lower: list[float], first: int | None
 ) -> None:
-    assert pays_from([1, 2, 4], lower) == first
-    turned = pays_from([4, 2, 1], lower[::-1])
-    assert turned == (None if first is None else 2 - first), "whatever the order of the values"
+    assert pays_from(lower) == first
 
 
 def test_curves_are_the_points_of_the_service() -> None:
