@@ -46,6 +46,8 @@ def command(
     run: options.Run = REQUESTS,
     selection: CaseOptions = CaseOptions(budget="10min"),  # noqa: B008 - frozen
     runner: Runner = Runner(),
+    width: options.Width = None,
+    font: options.Font = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Compare predicted with measured speedups.
@@ -70,10 +72,11 @@ def command(
     )
     from calibration.runners.runs import RECORDS, check_folder
     from calibration.runners.upper_bound import measured_bounds
+    from simulator.figures.style import PaperSize
     from simulator.files.write import write_whole
     from simulator.models.write import content_of
 
-    run = in_format(run, device)
+    size, run = PaperSize.read(width, font), in_format(run, device)
     dtype, engine = run.text("dtype"), runner.engine
     runs, folder = ENGINES[Name(tuple(ENGINES)).check("--engine", engine)], check_folder(output)
     settings = {**run.asked().settings, "engine": runs.lowered}
@@ -100,7 +103,8 @@ def command(
             f"{rows[0].model} on {name}, {dtype}: predicted ({rows[0].hardware}) against measured"
         )
         write_whole(folder / file_name("comparison.csv", engine), csv_text(table).encode())
-        _write(folder, engine, rows, title, agreement)
+        with size.applied():
+            _write(folder, engine, rows, title, agreement)
     if out.write(table) and rows:
         render.conclude(*conclusions(rows))
         render.show(_columns(rows), title)

@@ -3,16 +3,14 @@ captions."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from calibration.cli.fit import load_rows
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
 from simulator.errors import InputError
-from simulator.files.write import refuse_links
 from simulator.request import Name
 
 if TYPE_CHECKING:
@@ -57,8 +55,11 @@ def command(
     without data (measured GEMMs, quality of the model) is omitted with a note, or refused when
     --only names it.
     """
+    from simulator.display import markdown_text
+    from simulator.explore.content import command as line
     from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, PaperSize, save_figure
+    from simulator.files.write import refuse_links, write_whole
 
     known, chosen = Name(tuple(suffix[1:] for suffix in SUFFIXES)), list(FIGURES)
     if only:
@@ -72,13 +73,12 @@ def command(
     if set(chosen) & set(MEASURED):
         needed = bool(only) and "scatter" in chosen
         about = _with_measured(about, measured or [], about.dtype, missing, needed)
-    folder = Path(output)
+    folder, size = Path(output), PaperSize.read(width, font)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder)
     drawn: list[Drawn] = []
-    size = PaperSize.read(width, font)
     with size.applied(), render.progress("drawing") as report:
         for i, name in enumerate(chosen):
             try:
@@ -90,29 +90,22 @@ def command(
                     raise
                 missing.append(str(error))
             report(i + 1, len(chosen))
-    given = {"--hardware": (hardware, HARDWARE), "--format": (formats, FORMATS)}
-    changed = [
-        part for name, (value, usual) in given.items() if value != usual for part in (name, value)
-    ]
-    changed += [
-        part
-        for name, value in (("--width", width), ("--font", font))
-        if value is not None
-        for part in (name, f"{value:g}" if isinstance(value, float) else value)
-    ]
-    changed += [part for name, text in run.given.items() for part in (f"--{name}", text)]
-    shown = ".png" if ".png" in suffixes else suffixes[0]
-    _write_captions(drawn, folder, shown, [model, "-o", "DIR"], changed, measured or [])
+    given: dict[str, Any] = {"hardware": hardware, "format": formats, "width": width, "font": font}
+    given |= {**run.given, "measured": measured}
+    page = ["# Figures"]
+    for d in drawn:
+        picture = f"{d.name}{'.png' if '.png' in suffixes else suffixes[0]}"
+        words = line("figures", model, {"output": "DIR", "only": d.name, **given})
+        page += [f"## {d.name}", f"![{d.name}]({picture})", markdown_text(d.caption), f"`{words}`"]
+    write_whole(folder / "captions.md", ("\n\n".join(page) + "\n").encode())
+    files = [[f"{folder / d.name}{suffix}" for suffix in suffixes] for d in drawn]
     if out.json:
-        paths = [[str(folder / f"{d.name}{suffix}") for suffix in suffixes] for d in drawn]
-        render.show_json(
-            [{"name": d.name, "caption": d.caption, "files": own} for d, own in zip(drawn, paths)]
-        )
+        rows = zip(drawn, files)
+        render.show_json([{"name": d.name, "caption": d.caption, "files": f} for d, f in rows])
     else:
-        for d in drawn:
-            print(f"{folder / d.name}{'|'.join(suffixes)}")
+        print(*(f"{folder / d.name}{'|'.join(suffixes)}" for d in drawn), sep="\n")
         print(folder / "captions.md")
-    render.notes((*missing, *(line for d in drawn for line in d.notes)), out.verbose)
+    render.notes((*missing, *(note for d in drawn for note in d.notes)), out.verbose)
 
 
 def _with_measured(
@@ -130,59 +123,20 @@ def _with_measured(
         if needed:
             raise
         notes.append(str(error))
-    given: set[str] = set()
-    for text in files:
-        name, path = parsing.pair("--measured", text, "DEVICE=FILE, such as rtx_4090=gemms.csv")
-        hw = load_hardware(name)
+    example = "DEVICE=FILE, such as rtx_4090=gemms.csv"
+    pairs = [parsing.pair("--measured", text, example) for text in files]
+    devices = [load_hardware(name) for name, _ in pairs]
+    for hw, (_, path) in zip(devices, pairs):
         if hw.label not in [known.label for known in about.devices]:
-            raise InputError(f"--measured {text!r}: {hw.label} is not among --hardware")
-        if hw.label in given:
-            raise InputError(f"--measured {text!r}: {hw.label} is given twice")
-        given.add(hw.label)
+            raise InputError(f"--measured: {hw.label} is not among --hardware")
+        if devices.count(hw) > 1:
+            raise InputError(f"--measured: expected one table of {hw.label}")
         rows, more = load_rows([path], hw)
         if (table := gemms_of_format(rows, dtype, Path(path).name)) is None:
             raise InputError(f"{path}: no GEMM of {dtype}")
         found[hw.label] = table
         notes += more
     return replace(about, measured=found)
-
-
-def _write_captions(
-    drawn: list[Drawn],
-    folder: Path,
-    shown: str,
-    first: list[str],
-    changed: list[str],
-    measured: list[str],
-) -> None:
-    from simulator.display import markdown_text
-    from simulator.figures.paper import MEASURED
-    from simulator.files.write import write_whole
-
-    files = [part for text in measured for part in ("--measured", text)]
-    lines = ["# Figures", ""]
-    for d in drawn:
-        words = [
-            "prunesim",
-            "figures",
-            *first,
-            "--only",
-            d.name,
-            *changed,
-            *(files if d.name in MEASURED else ()),
-        ]
-        picture = f"![{d.name}]({d.name}{shown})"
-        lines += [
-            f"## {d.name}",
-            "",
-            picture,
-            "",
-            markdown_text(d.caption),
-            "",
-            f"`{shlex.join(words)}`",
-            "",
-        ]
-    write_whole(folder / "captions.md", "\n".join(lines).encode())
 
 
 def shipped_gemms(hw: HardwareProfile, dtype: str) -> MeasuredGemms | None:

@@ -18,6 +18,8 @@ from simulator.display import with_and
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from calibration.validation.paper import Cell, ClaimOutcome
 
 STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
@@ -34,15 +36,14 @@ _LABELS = (
 )
 
 
-@options.expanded()
+@options.expanded("csv", "verbose")
 def command(
     hardware: str = option(
         "NAMES", "Other GPUs for the predicted table, separated by commas.", "a100,h100,rtx_4090"
     ),
     engine: str = option("NAMES", "Engines to predict it in there.", "reference,vllm"),
     claims: bool = option(None, "Test the paper's two claims on these GPUs and engines.", False),
-    figure: str | None = option("FILE", "Also draw a figure: .pdf, .svg or .png."),
-    json: options.Json = False,
+    out: options.Output = options.OUTPUT,
 ) -> None:
     """Predict the table of the taxonomy paper.
 
@@ -55,15 +56,16 @@ def command(
     """
     from calibration.validation import paper
 
+    out.check()
     devices, engines = parsing.names("--hardware", hardware), parsing.names("--engine", engine)
     if claims:
-        if figure:
+        if out.figure:
             raise InputError("--figure: draws the paper's table; expected without --claims")
-        _show_claims(devices, engines, json)
+        _show_claims(devices, engines, out.json)
         return
     cells, others = paper.table_2(), paper.table_2(devices, engines)
-    if figure:
-        _draw(cells, figure)
+    if out.figure:
+        out.draw(lambda: _figure(cells))
 
     def record(c: Cell) -> dict[str, Any]:
         return asdict(c) | {
@@ -77,9 +79,7 @@ def command(
         "elsewhere": [*map(record, others)],
         "figure 2": split,
     }
-    if not options.Output(json).write(
-        [{"what": what, **row} for what, part in parts.items() for row in part]
-    ):
+    if not out.write([{"what": what, **row} for what, part in parts.items() for row in part]):
         return
     render.conclude(_conclusion(cells))
     columns = [*_LABELS, *_phase_columns(cells, "prefill"), *_phase_columns(cells, "decode")]
@@ -234,9 +234,8 @@ def _claim_text(o: ClaimOutcome) -> str:
     return f"{o.hardware}, {o.engine}, {o.phase}: {'; '.join(parts)}"
 
 
-def _draw(cells: Sequence[Cell], path: str) -> None:
+def _figure(cells: Sequence[Cell]) -> Figure:
     from simulator.figures.measured import Beside, published_figure
-    from simulator.figures.style import save_figure
 
     panels = []
     for phase in ("prefill", "decode"):
@@ -249,4 +248,4 @@ def _draw(cells: Sequence[Cell], path: str) -> None:
             panels.append(
                 Beside(f"{phase}, {100 * s:.0f} % removed", [c.family for c in bars], *values)
             )
-    save_figure(published_figure(panels), path)
+    return published_figure(panels)

@@ -59,6 +59,8 @@ def command(
     dtype: str | None = option("NAME", "Number format to evaluate. Default: all."),
     markdown: str | None = option("FILE", "Write a report, with plots in the same folder."),
     given: Given = Given(),
+    width: options.Width = None,
+    font: options.Font = None,
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Evaluate a profile on measurements.
@@ -69,6 +71,11 @@ def command(
     benchmarks instead, predicts each result under its own conditions; the other options state
     conditions that the files lack.
     """
+    from simulator.figures.style import PaperSize
+
+    size = PaperSize.read(width, font)
+    if (width, font) != (None, None) and not markdown:
+        raise InputError("--width and --font: expected with --markdown FILE")
     if profile and Path(profile).is_dir():
         if tables or column_map or markdown:
             raise InputError(
@@ -101,7 +108,8 @@ def command(
     rows, notes = load_rows(tables, hw, column_map=column_map)
     report = validate(hw, rows, dtype=dtype)
     if markdown:
-        write_markdown(report, markdown)
+        with size.applied():
+            write_markdown(report, markdown)
 
     def show() -> tuple[str, ...]:
         excluded = show_report(report)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -110,21 +110,21 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit status; see :func:`simulator.cli.run`."""
     stdout = sys.stdout
+    sys.stdout = output = cast(Any, _Output(stdout))
     try:
         app = program(arguments[0] if arguments else "")
         words = list(arguments) or ["--help"]
         code = typer.main.get_command(app).main(words, prog_name="prunesim", standalone_mode=False)
         sys.stdout.flush()
+        if output.ended:
+            return 1
         if code == INTERRUPTED:  # typer converts Ctrl-C to a status without a message
             return _fail("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)
-    except BrokenPipeError:
-        _drop_output()  # the reader (head, less) ended
-        return 1
     except OSError as error:
-        _drop_output()
+        _drop_output(stdout)
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
     except typer.Exit as stop:
@@ -151,6 +151,31 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout = stdout
 
 
+class _Output:
+    """Standard output that discards what its reader (head, less) no longer takes, so that the
+    command still writes its files."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.ended = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._taken(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._taken(self.stream.flush)
+
+    def _taken(self, act: Callable[..., Any], *text: str) -> None:
+        try:
+            act(*text)
+        except BrokenPipeError:
+            self.ended = True
+            _drop_output(self.stream)
+
+
 def _usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error of the option parser as a message."""
     context, param = getattr(error, "ctx", None), getattr(error, "param", None)
@@ -170,10 +195,10 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def _drop_output() -> None:
+def _drop_output(stream: Any) -> None:
     """Discard unwritten output, which would cause an error message when the interpreter exits."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

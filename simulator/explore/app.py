@@ -55,6 +55,15 @@ class Field(NamedTuple):
     read: Callable[[str], Any] = str
     help: str | None = None
 
+    @property
+    def several(self) -> bool:
+        return isinstance(self.default, tuple)
+
+    @property
+    def shown(self) -> str | list[str]:
+        """The default as the widget holds it."""
+        return list(self.default) if self.several else str(self.default)
+
 
 def values(text: str, read: Callable[[str], Any]) -> list[Any]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -168,6 +177,7 @@ FIELDS: dict[str, Field] = {
     "ttft": optional("Limit of the time to the first token", SECONDS, "Such as 300ms."),
     "tpot": optional("Limit of the time per further token", SECONDS, "Such as 30ms."),
     "energy": Field("Energy", "", ("", "shown")),
+    "draft": Field("As a draft (decode)", "", ("", "shown")),
     "model_path": Field("Model: config.json or folder", ""),
     "pruned_path": Field("Pruned checkpoint: folder or config.json", ""),
     "profile_path": Field("Hardware profile: YAML file", ""),
@@ -210,7 +220,7 @@ def start() -> list[str]:
         return []
     state.opened, state.problem = {}, ""
     for name, field in FIELDS.items():
-        state[name] = list(field.default) if isinstance(field.default, tuple) else field.default
+        state[name] = field.shown
     for name in st.query_params:
         try:
             state[name] = accepted(FIELDS[name], st.query_params.get_all(name))
@@ -222,31 +232,26 @@ def start() -> list[str]:
 def accepted(field: Field, given: Sequence[str]) -> Any:
     """Return a setting of the address as its widget holds it; InputError for one that it cannot
     hold."""
-    several = isinstance(field.default, tuple)
-    if (len(given) != 1 and not several) or any(
-        len(text) > MOST_LETTERS or "\0" in text for text in given
-    ):
+    long = any(len(text) > MOST_LETTERS or "\0" in text for text in given)
+    if long or (len(given) != 1 and not field.several):
         raise InputError("expected one short text")
     for text in given:
         if field.choices and field.read is not engine and text not in field.choices:
             raise InputError("expected one of the choices")
         field.read(text)
-    return list(dict.fromkeys(given)) if several else given[0]
+    return list(dict.fromkeys(given)) if field.several else given[0]
 
 
 def keep() -> None:
-    changed = {}
-    for name, field in FIELDS.items():
-        value = st.session_state[name]
-        if value != (list(field.default) if isinstance(field.default, tuple) else field.default):
-            changed[name] = value
+    state = st.session_state
+    changed = {n: state[n] for n, field in FIELDS.items() if state[n] != field.shown}
     st.query_params.from_dict(changed)
 
 
 def draw(name: str) -> None:
     field = FIELDS[name]
     shared: dict[str, Any] = {"key": name, "help": field.help}
-    if isinstance(field.default, tuple):
+    if field.several:
         st.multiselect(
             field.label, field.choices, accept_new_options=field.read is engine, **shared
         )
@@ -300,6 +305,8 @@ def form() -> None:
         for name in ARRIVALS:
             draw(name)
     draw("energy")
+    if state.phase == "decode":
+        draw("draft")
     with st.expander("Formats and devices"):
         for name in SINGLE[1:]:
             draw(name)
@@ -339,49 +346,35 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
     line."""
     state = st.session_state
     model, profile = opened("model_path") or (state.model,) * 2, opened("profile_path")
-    texts: dict[str, Any] = {
-        "model": model[0],
-        "hardware": ",".join([*state.hardware, *(profile or ())[:1]]),
-    }
     asked: dict[str, Any] = {
         "models": model[1],
         "hardware": [*state.hardware, *(profile or ())[1:]],
+        "phase": [state.phase],
+        "engine": [engine(text) for text in state.engine],
     }
-    if state.by == FAMILY:
-        own, shares = parsed("method"), parsed("sparsity")
-        if not state.family and own is None:
-            raise InputError("family: expected at least one")
-        if own is None and all(name in FAMILIES for name in state.family):
-            asked |= {"family": state.family, "sparsity": shares}
-            texts |= {
-                "family": ",".join(state.family),
-                "sparsity": ",".join(values(state.sparsity, str)),
-            }
-        else:
-            asked["prune"] = with_methods(state.family, own, shares)
-            texts["prune"] = [pruning.prune for pruning in asked["prune"]]
-    elif state.by == TEXT:
-        texts["prune"] = asked["prune"] = parsed("prune")
-    elif pruned := opened("pruned_path"):
-        texts["pruned"], asked["pruned"] = pruned[0], [pruned[1]]
-    else:
-        raise InputError(
-            "checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open"
-        )
+    texts: dict[str, Any] = {
+        "model": model[0],
+        "hardware": ",".join([*state.hardware, *(profile or ())[:1]]),
+        "phase": state.phase,
+        "engine": ",".join(state.engine),
+    }
+    for these, own in zip((asked, texts), pruned()):
+        these.update(own)
     for name in ("batch", "seq"):
         asked[name], texts[name] = parsed(name), ",".join(values(state[name], str))
-    texts |= {"phase": state.phase, "engine": ",".join(state.engine)}
-    given = {name: parsed(name) for name in singles()}
-    asked |= {"phase": [state.phase], "engine": [engine(text) for text in state.engine], **given}
-    texts |= {
-        SETTINGS[n].flags[0][2:]: state[n].strip() for n in given if given[n] != SETTINGS[n].default
-    }
+    for name in singles():
+        asked[name], setting = parsed(name), SETTINGS[name]
+        if asked[name] != setting.default:
+            texts[setting.flags[0][2:]] = state[name].strip()
     arrivals = {ARRIVALS[name]: parsed(name) for name in ARRIVALS if state[name].strip()}
     if arrivals and state.batch == FIELDS["batch"].default:
         asked["batch"], texts["batch"] = [1], "1"  # the rate states how many are in flight
-    asked, texts = asked | arrivals, texts | {name: state[name].strip() for name in ARRIVALS}
+    asked |= arrivals
+    texts |= {name: state[name].strip() for name in ARRIVALS}
     if state.energy:
         asked["tariff"], texts["energy"] = NO_TARIFF, True
+    if state.draft and state.phase == "decode":
+        asked["draft"] = True
     many = math.prod(len(value) or 1 for value in asked.values() if isinstance(value, list))
     most, other = (MOST_LOADS, "serve") if arrivals else (MOST_PREDICTIONS, "sweep")
     if many > most:
@@ -389,6 +382,28 @@ def request() -> tuple[dict[str, Any], dict[str, Any]]:
             f"request: expected at most {most:,} predictions, got {many:,}; see prunesim {other}"
         )
     return asked, texts
+
+
+def pruned() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the prunings as arguments and as texts, as :func:`request`."""
+    state = st.session_state
+    if state.by == TEXT:
+        return ({"prune": parsed("prune")},) * 2
+    if state.by == CHECKPOINT:
+        if (found := opened("pruned_path")) is None:
+            raise InputError(
+                "checkpoint: expected the path of a pruned checkpoint in Files, and a click on Open"
+            )
+        return {"pruned": [found[1]]}, {"pruned": found[0]}
+    own, shares = parsed("method"), parsed("sparsity")
+    if not state.family and own is None:
+        raise InputError("family: expected at least one")
+    if own is None and all(name in FAMILIES for name in state.family):
+        sparsity = ",".join(values(state.sparsity, str))
+        texts = {"family": ",".join(state.family), "sparsity": sparsity}
+        return {"family": state.family, "sparsity": shares}, texts
+    prunings = with_methods(state.family, own, shares)
+    return {"prune": prunings}, {"prune": [pruning.prune for pruning in prunings]}
 
 
 def with_methods(
@@ -442,16 +457,15 @@ def choose() -> None:
 
 
 def figure(drawing: Drawing) -> str:
-    wide, data = drawing.width > 400, base64.b64encode(drawing.svg.encode()).decode()
-    title, sizes = (
-        escape(drawing.title),
-        f"min-width: {drawing.width - 20}px; max-width: {'none' if wide else '515px'}",
-    )
+    data = base64.b64encode(drawing.svg.encode()).decode()
+    basis, most = ("100%", "none") if drawing.width > 400 else ("290px", "515px")
+    size = f"width: 100%; min-width: {drawing.width - 20}px; max-width: {most}"
+    title = escape(drawing.title)
     return (
-        f'<figure style="margin: 0; flex: 1 1 {"100%" if wide else "290px"}; min-width: 0;'
-        f' max-width: 100%"><figcaption style="font-weight: 600">{title}</figcaption><div'
-        f' style="overflow-x: auto; background: #fff"><img alt="{title}"'
-        f' src="data:image/svg+xml;base64,{data}" style="width: 100%; {sizes}"></div></figure>'
+        f'<figure style="margin: 0; flex: 1 1 {basis}; min-width: 0; max-width: 100%">'
+        f'<figcaption style="font-weight: 600">{title}</figcaption>'
+        '<div style="overflow-x: auto; background: #fff">'
+        f'<img alt="{title}" src="data:image/svg+xml;base64,{data}" style="{size}"></div></figure>'
     )
 
 

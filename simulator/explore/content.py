@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simulator._version import __version__
 from simulator.display import one_percentage
 from simulator.errors import InputError
+from simulator.figures import layout
 from simulator.figures.gemms import rooflines_of
 from simulator.figures.load import loads_of
 from simulator.figures.speedup import speedups_of
-from simulator.figures.style import PaperSize, device_title, engine_title, svg_text
+from simulator.figures.style import PaperSize, device_title, engine_title, label, svg_text
 from simulator.figures.waterfall import waterfalls_of
 from simulator.models.library import model_title
+from simulator.prediction.draft import draft
 from simulator.prediction.energy_sentences import energy_notes, energy_table, of_energy
 from simulator.prediction.explain import Explanation, explanation
 from simulator.prediction.explain_sentences import conclusions
 from simulator.prediction.load import LoadService
-from simulator.prediction.load_sentences import COLUMNS, ENERGY, load_columns, of_loads
+from simulator.prediction.load_sentences import COLUMNS as LOAD_COLUMNS
+from simulator.prediction.load_sentences import ENERGY, load_columns, of_loads
 from simulator.prediction.notes import uncalibrated
 from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
@@ -40,8 +43,27 @@ from simulator.units import percent, ratio
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from simulator.hardware.profile import HardwareProfile
+
 WHOLE_WIDTH = PaperSize(7.0)  # of the main figure, inches before the page enlarges it
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
+
+# columns of the table by attribute of a result, and units of some
+COLUMNS = {
+    "pruning": "pruning",
+    "speedup": "speedup",
+    "lower": "speedup_lower",
+    "upper": "speedup_upper",
+    "dense (ms)": "dense_s",
+    "pruned (ms)": "pruned_s",
+    "FLOP bound": "flop_bound",
+    "byte bound": "byte_bound",
+    "roofline bound": "roofline_bound",
+    "bottleneck": "bottleneck",
+    "memory (GiB)": "pruned_memory_bytes",
+    "most sequences": "pruned_largest_batch",
+}
+UNITS = {"dense (ms)": 1e-3, "pruned (ms)": 1e-3, "memory (GiB)": 2**30}
 
 # matplotlib's settings belong to the process, and each visitor of the page has a thread
 _DRAWING = threading.Lock()
@@ -85,11 +107,9 @@ class PageContent:
     def drawings(self) -> tuple[Drawing, ...]:
         """The figures; drawing them takes longer than everything else."""
         several = len({(r.phase, r.batch, r.seq) for r in self.rows}) > 1
-        where = (
-            f" ({self.detail.phase}, {batch_name(self.detail.phase)} {self.detail.batch}, seq"
-            f" {self.detail.seq})"
-        )
-        name = f"{self.detail.pruning}{where if several else ''}"
+        r = self.detail
+        where = f" ({layout.setting_label(r, seq=True)})" if several else ""
+        name = f"{label(r.pruning)}{where}"
         return _drawn(
             lambda: {
                 "Speedup": self._speedups(),
@@ -110,31 +130,19 @@ class PageContent:
     def table(self) -> dict[str, list[Any]]:
         """Columns of the table: settings in which rows differ, then predictions. Times are in ms,
         memory in GiB."""
-        columns: dict[str, list[Any]] = {
-            name: [getattr(r, name) for r in self.rows]
-            for name in ("hardware", "engine", "phase", "batch", "seq")
-        }
+        columns = differing(self.rows, "hardware", "engine", "phase", "batch", "seq")
         many = "concurrency" if {r.phase for r in self.rows} == {"serve"} else "batch"
-        columns = {
-            many if n == "batch" else n: values
-            for n, values in columns.items()
-            if len(set(values)) > 1
-        }
-        return columns | {
-            "pruning": [r.pruning for r in self.rows],
-            "speedup": [r.speedup for r in self.rows],
-            "lower": [r.speedup_lower for r in self.rows],
-            "upper": [r.speedup_upper for r in self.rows],
-            "dense (ms)": [1e3 * r.dense_s for r in self.rows],
-            "pruned (ms)": [1e3 * r.pruned_s for r in self.rows],
-            "FLOP bound": [r.flop_bound for r in self.rows],
-            "byte bound": [r.byte_bound for r in self.rows],
-            "roofline bound": [r.roofline_bound for r in self.rows],
-            "bottleneck": [r.bottleneck for r in self.rows],
-            "memory (GiB)": [r.pruned_memory_bytes / 2**30 for r in self.rows],
-            "most sequences": [r.pruned_largest_batch for r in self.rows],
-            **(energy_table(self.rows, self.tariff) if self.tariff else {}),
-        }
+        columns = {many if n == "batch" else n: values for n, values in columns.items()}
+        columns |= layout.columns(self.rows, **COLUMNS)
+        for name, unit in UNITS.items():
+            columns[name] = [value / unit for value in columns[name]]
+        return columns | (energy_table(self.rows, self.tariff) if self.tariff else {})
+
+
+def differing(rows: Sequence[Any], *names: str) -> dict[str, list[Any]]:
+    """Return the columns in which rows differ."""
+    columns = layout.columns(rows, **dict(zip(names, names)))
+    return {name: values for name, values in columns.items() if len({*values}) > 1}
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,6 @@ def _load_content(
     groups = by_key(served.loads, lambda load: load.setting).values()
     points = [point for load in served.loads for point in load.points]
     shown = [point for point in points if not point.refused]
-    settings = {name: [getattr(p, name) for p in shown] for name in ("hardware", "engine", "seq")}
     runs = [(p, run) for load in served.loads for p, run in zip(load.points[1:], load.runs)]
     return LoadContent(
         answer=tuple(sentence for loads in groups for sentence in of_loads(loads)),
@@ -191,10 +198,10 @@ def _load_content(
         loads=served.loads,
         records=tuple(point.to_dict() for point in points),
         table={
-            **{name: values for name, values in settings.items() if len({*values}) > 1},
+            **differing(shown, "hardware", "engine", "seq"),
             "model": [point.name for point in shown],
             "replicas": [f"{point.replicas} x {point.devices}" for point in shown],
-            **load_columns(shown, {**COLUMNS, **ENERGY}),
+            **load_columns(shown, {**LOAD_COLUMNS, **ENERGY}),
         },
         parts=tuple(
             f"{p.name} in {p.engine}: will it run? {p.refused or run.sentence}" for p, run in runs
@@ -204,42 +211,60 @@ def _load_content(
 
 
 def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
-    tariff = asked.pop("tariff", None)
-    found = table(**asked)
+    tariff, drafts = asked.pop("tariff", None), asked.pop("draft", False)
+    found, devices = table(**asked), profiles(asked["hardware"])
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
-    answers = runnables(found, profiles(asked["hardware"]) if named else ())
+    answers = runnables(found, devices if named else ())
     answer = answer_of(found.rows, answers if named else ())
-    if tariff:
-        answer += of_energy(found.rows, tariff)
-    parts: dict[str, str] = {}
-    if named:
-        parts |= {f"{r.pruning}: removes {parts_line(r)}.": "" for r in found if r.parts}
-        parts |= {
-            f"{r.pruning} in {r.engine}: will it run? {a.sentence}": ""
-            for r, a in zip(found, answers)
+    records = [
+        {
+            **r.to_dict(),
+            **a.to_dict(),
+            **energy_fields(r, tariff),
+            "answer": " ".join(answer_of([r], [a])),
         }
+        for r, a in zip(found, answers)
+    ]
+    parts = [f"{r.pruning}: removes {parts_line(r)}." for r in found if named and r.parts]
+    if named:
+        runs = zip(found, answers)
+        parts += [f"{r.pruning} in {r.engine}: will it run? {a.sentence}" for r, a in runs]
     return PageContent(
-        answer=tuple(answer),
+        answer=(*answer, *(of_energy(found.rows, tariff) if tariff else ())),
         facts=_facts(found.rows),
         rows=found.rows,
-        records=tuple(
-            {
-                **r.to_dict(),
-                **a.to_dict(),
-                **energy_fields(r, tariff),
-                "answer": " ".join(answer_of([r], [a])),
-            }
-            for r, a in zip(found, answers)
-        ),
+        records=tuple(records),
         details=_explained(found, asked, detail),
-        parts=tuple(parts),
+        parts=(*(_drafts(found, devices[0]) if drafts else ()), *dict.fromkeys(parts)),
         notes=(
-            *energy_notes(tariff, profiles(asked["hardware"])),
+            *energy_notes(tariff, devices),
             *uncalibrated(found, asked.get("dense_s") is not None),
             *found.notes,
         ),
         tariff=tariff,
     )
+
+
+def _drafts(found: Results, hw: HardwareProfile) -> Iterator[str]:
+    """Return from which acceptance each pruned model pays as a draft of the first request."""
+    request = found.asked[0]
+    settings = {
+        name: value for name, value in request.given.items() if name not in ("phase", "dense_s")
+    }
+    for pruning in found.prunings:
+        try:
+            if pruning.model or pruning.described:
+                continue
+            rows = draft(request.model, pruning.prune, hw, acceptance=0.8, **settings)
+        except InputError as error:
+            yield f"As a draft: {error}."
+            continue
+        when, some = "never", [row for row in rows if row.pays_from]
+        if some:
+            row = min(some, key=attrgetter("pays_from"))
+            ends = f"{row.pays_from_lower or 0.0:.2f}-{row.pays_from_upper or 1.0:.2f}"
+            when = f"from an acceptance of {row.pays_from:.2f} ({ends})"
+        yield f"{rows.draft} pays as a draft {when}: batch {request.batch}, seq {request.seq}."
 
 
 def _explained(found: Results, asked: Mapping[str, Any], detail: str) -> tuple[Explanation, ...]:
@@ -294,17 +319,10 @@ def command(name: str, model: str, options: Mapping[str, Any]) -> str:
 def commands(model: str, options: Mapping[str, Any], found: PageContent | LoadContent) -> list[str]:
     if isinstance(found, LoadContent):
         return [command("serve", model, {**options, "phase": None, "batch": None})]
-    alone = dict.fromkeys(("family", "method", "sparsity", "option"))
     r = found.detail
-    explained = {
-        **options,
-        **alone,
-        "phase": r.phase,
-        "batch": r.batch,
-        "seq": r.seq,
-        "concurrency": None,
-    }
-    explained |= {"prune": [r.prune]} if r.prune else {}
+    request = {"phase": r.phase, "batch": r.batch, "seq": r.seq, "concurrency": None}
+    alone = dict.fromkeys(("family", "method", "sparsity", "option"))
+    explained = {**options, **alone, **request, **({"prune": [r.prune]} if r.prune else {})}
     return [command("speedup", model, options), command("explain", model, explained)]
 
 
@@ -313,48 +331,36 @@ MOST_ROWS = 500  # rows of the table
 
 
 def report_html(found: PageContent | LoadContent, commands: Sequence[str]) -> str:
-    notes = one_percentage(found.notes)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    notes, drawings = one_percentage(found.notes), list[Drawing]()
     if (more := len(found.records) - MOST_ROWS) > 0:
         notes.append(
             f"table: the first {MOST_ROWS} rows; prunesim speedup --csv FILE writes {more:,} more"
         )
-    page = _rendered(found, commands, (), notes)
-    drawings: list[Drawing] = []
-    left = MOST_BYTES - len(page.encode()) - 2_000 * len(found.drawings)
-    for drawing in found.drawings:
-        if len(drawing.svg.encode()) < left:
-            drawings.append(drawing)
-            left -= len(drawing.svg.encode())
-        else:
-            notes.append(
-                f"figure {drawing.title}: omitted, too large; request fewer predictions, or use"
-                " --figure FILE"
-            )
-    return _rendered(found, commands, drawings, notes)
-
-
-def _rendered(
-    found: PageContent | LoadContent,
-    commands: Sequence[str],
-    drawings: Sequence[Drawing],
-    notes: Sequence[str],
-) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+    columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    columns = {name: values[:MOST_ROWS] for name, values in found.table.items()}
-    return environment.get_template("report.html").render(
+    rendered = partial(
+        environment.get_template("report.html").render,
         found=found,
         commands=commands,
-        drawings=drawings,
         notes=notes,
         columns=columns,
         rows=list(zip(*columns.values())),
         cell=cell,
         version=__version__,
     )
+    for drawing in found.drawings:
+        if len(rendered(drawings=[*drawings, drawing]).encode()) < MOST_BYTES:
+            drawings.append(drawing)
+        else:
+            notes.append(
+                f"figure {drawing.title}: omitted, too large; request fewer predictions, or use"
+                " --figure FILE"
+            )
+    return str(rendered(drawings=drawings))

@@ -3,26 +3,28 @@ points."""
 
 from __future__ import annotations
 
-import itertools
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from simulator.arrays import Array, BoolArray, FloatArray
+from simulator.arrays import Array, FloatArray
 from simulator.errors import InputError
 from simulator.figures.style import (
     BLACK,
     COLUMN_IN,
     GREY,
+    INK,
     PAGE_IN,
+    Look,
+    Style,
     device_title,
     engine_title,
     paper_size,
@@ -35,32 +37,23 @@ Panels = Mapping[tuple[str, str], Axes]  # by the labels of their row and column
 # columns of figures that show speedups, and the attributes of a result
 SPEEDUP = {"speedup": "speedup", "lower": "speedup_lower", "upper": "speedup_upper"}
 
-_MANTISSAS: tuple[tuple[float, ...], ...] = (
-    (1, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 9, 9.5),
-    (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2, 8, 9),
-    (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 7, 8, 9),
-    (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8),
-    (1, 1.5, 2, 3, 5, 7),
-    (1, 2, 5),
-    (1, 3),
-    (1,),
-)
+# digits of the numbers of a logarithmic axis over several powers of ten, the most first
+_MANTISSAS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 
 MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
 GAP_PT = 2.0  # horizontal room between two names, points
+NEAR_PT = 5.0  # distance from which a name has a line to its point, points
 LEAST_PANEL_IN = 1.7  # width of the narrowest panel of a row
 LEAST_HEIGHT_IN = 0.9  # height of the lowest panel of a full page
+SHORT_RANGE = 4.5  # ratio up to which the numbers of a logarithmic axis have equal distances
+LEAST_RANGE = 1.6  # ratio of the values of a logarithmic axis from which its margins shrink no more
 MOST_HEIGHT_IN = 9.5  # height of a page, inches
 LONG = 22  # characters of a joint name from which its parts are written below each other
 
-_DISTANCES_PT = (3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0)
-_STEEP = 0.4  # rise of the directions between an axis and a diagonal
-_DIRECTIONS = (
-    *((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)),
-    *((1, -_STEEP), (-1, -_STEEP), (1, _STEEP), (-1, _STEEP)),
-    *((_STEEP, -1), (-_STEEP, -1), (_STEEP, 1), (-_STEEP, 1)),
-)
+# places of a name around its point: distances, and directions in the order of preference
+_DISTANCES_PT = np.array((3.5, 8.0, 14.0, 20.0, 27.0, 35.0, 44.0, 54.0, 65.0, 80.0, 100.0, 125.0))
+_ANGLES_DEG = (0, 180, 270, 90, 315, 225, 45, 135, 338, 202, 22, 158, 292, 248, 68, 112)
 
 
 class NoRoom(InputError):
@@ -80,27 +73,42 @@ def of_panel(data: FigurePoints, row: str, column: str) -> FigurePoints:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return at most ``most`` round numbers of a logarithmic axis, far enough from each other for
-    their texts."""
+    """Return at most ``most`` round numbers of a logarithmic axis."""
+    if high / low < SHORT_RANGE:
+        locator = MaxNLocator(most - 1, steps=[1, 2, 2.5, 5, 10])
+        return [float(t) for t in locator.tick_values(low, high) if low <= t <= high]
     ticks: list[float] = []
-    closest = (high / low) ** (0.7 / most)
     for mantissas in _MANTISSAS:
-        every = sorted({float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas})
+        every = (float(f"{m}e{power}") for power in range(-9, 19) for m in mantissas)
         ticks = [t for t in every if low <= t <= high]
-        # fine mantissas are for short ranges; they omit most of a decade
-        widest = max(b / a for a, b in itertools.pairwise([low, *ticks, high]))
-        apart = all(b / a >= closest for a, b in itertools.pairwise(ticks))
-        if len(ticks) <= most and apart and (widest < 2.6 or len(mantissas) < 3):
+        if len(ticks) <= most:
             break
     return ticks[:: -(-len(ticks) // most) or 1]
 
 
-def log_axis(axis: Any, low: float, high: float, most: int) -> None:
-    """Put round numbers as plain text on an x or y axis that is already logarithmic."""
-    fixed_ticks(axis, log_ticks(low, high, most), lambda value, _: f"{value:,.10g}")
+def plain(value: float, _: object = None) -> str:
+    """Return the text of a tick."""
+    return f"{value:,.10g}"
 
 
-def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any) -> None:
+def log_axis(ax: Axes, name: str, most: int, limits: tuple[float, float] | None = None) -> None:
+    """Make the x or y axis logarithmic, with at most ``most`` round numbers as plain text."""
+    ax.set(**{f"{name}scale": "log"}, **({f"{name}lim": limits} if limits else {}))
+    low, high = limits or getattr(ax, f"get_{name}lim")()
+    fixed_ticks(getattr(ax, f"{name}axis"), log_ticks(low, high, most))
+
+
+def padded(*values: ArrayLike, after: float = 0.05) -> tuple[float, float]:
+    """Return limits of a logarithmic axis with room next to all positive values: ``after`` of the
+    range above them."""
+    known = np.concatenate([np.ravel(np.asarray(v, dtype=float)) for v in values])
+    known = known[np.isfinite(known) & (known > 0.0)]
+    low, high = float(known.min()), float(known.max())
+    span = max(high / low, LEAST_RANGE)
+    return low / span**0.05, high * span**after
+
+
+def fixed_ticks(axis: Any, ticks: Sequence[float], text: Any = plain) -> None:
     """Put ticks at these values only, written by ``text(value, position)``."""
     axis.set_major_locator(FixedLocator(list(ticks)))
     axis.set_minor_locator(NullLocator())
@@ -172,16 +180,36 @@ def panel_grid(
 
 
 def panel_list(
-    count: int, panel_in: float, around_in: float, columns: int | None = None, **look: Any
-) -> tuple[Figure, list[Axes], int]:
-    """Return a figure with panels in sequence, and the number of panels per row; one column wide
-    for one panel."""
+    count: int,
+    panel_in: float,
+    around_in: float,
+    columns: int | None = None,
+    *,
+    titles: Sequence[str] = (),
+    beside_in: float = 0.4,
+    x_label: str = "",
+    y_label: str = "",
+    **look: Any,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels in sequence; one column wide for one panel. Titles are as wide as
+    the panels without the texts beside them, ``beside_in`` together. Only the outer panels have
+    labels of axes."""
     columns = in_a_row(count, columns)
-    rows = -(-count // columns)
-    grid, _ = _subplots(rows, columns, panel_in, around_in, width_of(columns), **look)
+    width_in = width_of(columns)
+    titles = [wrapped(title, (width_in - beside_in) / columns) for title in titles]
+    panel_in += title_in(titles) if titles else 0.0
+    grid, _ = _subplots(-(-count // columns), columns, panel_in, around_in, width_in, **look)
     for unused in grid.flat[count:]:
         unused.remove()
-    return grid[0, 0].figure, list(grid.flat[:count]), columns
+    axes = list(grid.flat[:count])
+    for ax, title in zip(axes, titles):
+        ax.set_title(title, pad=5)
+    for ax in axes[-columns:]:
+        ax.set_xlabel(x_label, labelpad=2)
+        ax.tick_params(labelbottom=True)
+    for ax in axes[::columns]:
+        ax.set_ylabel(y_label)
+    return grid[0, 0].figure, axes
 
 
 def page(width_in: float, height_in: float) -> Figure:
@@ -199,22 +227,29 @@ def page(width_in: float, height_in: float) -> Figure:
 
 
 def _subplots(
-    rows: int, columns: int, panel_in: float, around_in: float, width_in: float, **look: Any
+    rows: int,
+    columns: int,
+    panel_in: float,
+    around_in: float,
+    width_in: float,
+    *,
+    handles: Sequence[Any] = (),
+    legend: str = "",
+    title: str = "",
+    fixed: bool = False,
+    **look: Any,
 ) -> Any:
-    """Return the axes of a figure, and their height; ``look``: ``handles`` and title (``legend``)
-    of its legend, ``title``, the height that panels keep on a full page (``least_in``), options of
+    """Return the axes of a figure and their height, with a ``legend`` (its title) of ``handles``
+    and a ``title``. Panels of a ``fixed`` height are not lower on a full page. ``look``: options of
     subplots."""
-    handles = look.pop("handles", ())
-    legend = look.pop("legend", "")
-    title = wrapped(look.pop("title", ""), width_in)
+    title = wrapped(title, width_in)
     around_in += title_in([title]) if title else 0.0
-    least_in = look.pop("least_in", LEAST_HEIGHT_IN)
-    lines = legend_lines(handles, width_in) if handles else 0
-    room_in = (most_height() - around_in - 0.14 * lines) / rows
-    panel_in = min(panel_in, max(room_in, least_in))
-    figure = page(width_in, around_in + 0.14 * lines + rows * panel_in)
+    around_in += 0.14 * legend_lines(handles, width_in)
+    if not fixed:
+        panel_in = min(panel_in, max((most_height() - around_in) / rows, LEAST_HEIGHT_IN))
+    figure = page(width_in, around_in + rows * panel_in)
     if handles:
-        legend_below(figure, handles, lines, legend)
+        legend_below(figure, handles, legend)
     if title:
         figure.suptitle(title)
     return figure.subplots(rows, columns, squeeze=False, **look), panel_in
@@ -258,22 +293,52 @@ def entry(label: str, **look: Any) -> Line2D:
     return Line2D([], [], **look, label=label)
 
 
+def with_intervals(
+    ax: Axes, x: Any, y: Any, ends: Sequence[Any], *, across: bool = False, **look: Any
+) -> Line2D:
+    """Draw points with the intervals of their y, or with ``across`` of their x values."""
+    thin: Look = {"linewidth": 0.9, "alpha": 0.7 * look.get("alpha", 1.0), "zorder": 3}
+    draw, at = (ax.hlines, y) if across else (ax.vlines, x)
+    draw(at, *ends, color=look["color"], **thin)
+    line: Line2D = ax.plot(x, y, **{"zorder": 4, **look})[0]
+    return line
+
+
+def marks(styles: Mapping[str, Style], **look: Any) -> list[Any]:
+    """Return the entries of a legend of names with their styles."""
+    return [entry(name, **style.marks(**look)) for name, style in styles.items()]
+
+
+def band(level: float) -> Patch:
+    """Return the entry of a legend for intervals that are drawn as areas."""
+    return Patch(color=INK, alpha=0.16, linewidth=0, label=interval(level))
+
+
+def bar(level: float, *, up: bool = False) -> Line2D:
+    """Return the entry of a legend for intervals that are drawn as lines across or up."""
+    mark: Look = {"marker": "|", "markersize": 6, "linestyle": "none"} if up else {}
+    return entry(interval(level), color=INK, linewidth=0.9, **mark)
+
+
 def legend_lines(handles: Sequence[Any], width_in: float) -> int:
     """Return the number of lines of a legend that is as wide as its figure."""
-    longest = max(len(str(h.get_label())) for h in handles)
+    longest = max((len(str(h.get_label())) for h in handles), default=0)
     return -(-len(handles) // max(1, int(width_in / (0.45 + 0.055 * longest))))
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], lines: int, x_label: str = "") -> None:
+def legend_below(figure: Figure, handles: Sequence[Any], title: str = "") -> None:
     """Draw one legend for the figure below its panels; its title is the label that the x axes
     share."""
-    across = -(-len(handles) // lines)
-    legend: Any = figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=across, borderaxespad=0.2
+    width_in = float(figure.get_figwidth())
+    most = int(width_in / 0.055)
+    legend = figure.legend(
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=-(-len(handles) // legend_lines(handles, width_in)),
+        borderaxespad=0.2,
+        title="\n".join(textwrap.fill(line, most) for line in title.split("\n")) or None,
+        title_fontsize=7,
     )
-    most = int(figure.get_figwidth() / 0.055)
-    title = "\n".join(textwrap.fill(line, most) for line in x_label.split("\n"))
-    legend.set_title(title or None, {"size": 7})
     legend.get_title().set_multialignment("center")
 
 
@@ -302,8 +367,13 @@ def device(r: Any) -> str:
     return f"{device_title(r.hardware)}, {engine_title(r.engine)}"
 
 
-def setting_label(r: Any) -> str:
-    return f"{r.phase}{f' {r.new_tokens}' if r.new_tokens else ''}, {batch_name(r.phase)} {r.batch}"
+def setting_label(r: Any, *, batch: bool = True, seq: bool = False) -> str:
+    """Return the phase of a result with its batch and length."""
+    new = getattr(r, "new_tokens", 0)
+    parts = [f"{r.phase} {new}" if new else r.phase]
+    parts += [f"{batch_name(r.phase)} {r.batch}"] if batch else []
+    parts += [f"seq {r.seq}"] if seq else []
+    return ", ".join(parts)
 
 
 def across(devices: int, engines: int = 1) -> int | None:
@@ -333,11 +403,10 @@ def titled(found: Sequence[Any]) -> tuple[list[str], int | None]:
     """Return the titles of the panels of explanations, device and engine with the fields of the
     request that vary, and the number of panels per row as :func:`across`."""
     results = [e.result for e in found]
-    several, lengths = (
-        len({get(r) for r in results}) > 1 for get in (setting_label, lambda r: r.seq)
-    )
-    titles = [device(r) + (f"\n{setting_label(r)}" if several or lengths else "") for r in results]
-    titles = [title + (f", seq {r.seq}" if lengths else "") for title, r in zip(titles, results)]
+    lengths = len({r.seq for r in results}) > 1
+    settings = [setting_label(r, seq=lengths) for r in results]
+    several = len({*settings}) > 1
+    titles = [device(r) + f"\n{text}" * several for r, text in zip(results, settings)]
     return titles, across(
         *(len({getattr(r, name) for r in results}) for name in ("hardware", "engine"))
     )
@@ -347,7 +416,7 @@ def write_labels(
     ax: Axes,
     x: ArrayLike,
     y: ArrayLike,
-    texts: Sequence[str],
+    texts: Sequence[Any],
     clear_of: Sequence[tuple[ArrayLike, ArrayLike]],
     *,
     reach_pt: float = 125.0,
@@ -357,29 +426,57 @@ def write_labels(
     points away, with a line to the point if it is far. Points whose markers overlap have a joint
     name. Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout
     must be final."""
+    scale = _pixels_per_point(ax)
     points = _pixels(ax, (x, y))
-    room = _Room.of(ax, [points, *(_pixels(ax, line) for line in clear_of)])
-    to_data = ax.transData.inverted()
-    for group in _overlapping(points, 2 * MARKER_PT * room.scale):
+    marked = np.concatenate([points, *(_pixels(ax, line) for line in clear_of)])
+    written = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
+    taken = np.concatenate([_boxes(marked, MARKER_PT * scale), written])
+    to_data = ax.transData.inverted().transform
+    for group in _overlapping(points, 2 * MARKER_PT * scale):
         names = list(dict.fromkeys(texts[i] for i in group))
-        text = (", " if sum(map(len, names)) < LONG else "\n").join(names)
         point = points[group].mean(axis=0)
         label = ax.annotate(
-            text,
-            tuple(to_data.transform(point)),
+            (", " if sum(map(len, names)) < LONG else "\n").join(names),
+            tuple(to_data(point)),
             color=color,
             ha="center",
             va="center",
             zorder=6,
             in_layout=False,
         )
-        if (place := room.taken_by(point, label.get_window_extent(), reach_pt)) is None:
+        box = _free_box(ax, label.get_window_extent(), point, taken, reach_pt * scale)
+        if box is None:
             label.remove()
             continue
-        label.set_position(tuple(to_data.transform(place.center)))
-        if len(place.line):
-            ends = to_data.transform(place.line[[0, -1]]).T
-            ax.plot(*ends, color=GREY, linewidth=0.4, zorder=3.5)
+        label.set_position(tuple(to_data(0.5 * (box[:2] + box[2:]))))
+        way = np.linspace(point, np.clip(point, box[:2], box[2:]), 24)
+        taken = np.concatenate([taken, box[None], _boxes(way, 0.0)])
+        if np.hypot(*(way[-1] - point)) > NEAR_PT * scale:
+            ax.plot(*to_data(way[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
+
+
+def _free_box(
+    ax: Axes, extent: Any, point: FloatArray, taken: FloatArray, reach: float
+) -> FloatArray | None:
+    """Return the nearest free box of a text around a point, if there is one."""
+    scale = _pixels_per_point(ax)
+    size = np.array([extent.width + GAP_PT * scale, extent.height])
+    angles = np.radians(_ANGLES_DEG)
+    ways = np.round(np.stack([np.cos(angles), np.sin(angles)], axis=1), 6)
+    distances = scale * _DISTANCES_PT[_DISTANCES_PT * scale <= reach][:, None, None]
+    centers = (point + ways * distances + 0.5 * np.sign(ways) * size).reshape(-1, 2)
+    boxes = _boxes(centers, 0.5 * size)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    panel = ax.get_window_extent().extents
+    free = np.asarray(((low >= panel[:2]) & (high <= panel[2:])).all(axis=1))
+    clash = (low[free][:, None] < taken[:, 2:]) & (high[free][:, None] > taken[:, :2])
+    free[free] = ~np.asarray(clash.all(axis=2)).any(axis=1)
+    return np.asarray(boxes[free.argmax()]) if free.any() else None
+
+
+def _pixels_per_point(ax: Axes) -> float:
+    figure: Any = ax.figure
+    return float(figure.dpi) / 72.0
 
 
 def _pixels(ax: Axes, line: tuple[ArrayLike, ArrayLike]) -> FloatArray:
@@ -392,77 +489,14 @@ def _overlapping(points: FloatArray, reach: float) -> list[list[int]]:
     """Return groups of points within a distance of the first of their group, from the top down."""
     groups: list[list[int]] = []
     for i in np.argsort(-points[:, 1], kind="stable").tolist():
-        for group in groups:
-            if np.hypot(*(points[i] - points[group[0]])) < reach:
-                group.append(i)
-                break
-        else:
+        near = (g for g in groups if np.hypot(*(points[i] - points[g[0]])) < reach)
+        if (group := next(near, None)) is None:
             groups.append([i])
+        else:
+            group.append(i)
     return groups
 
 
-class _Place(NamedTuple):
-    center: FloatArray
-    line: FloatArray  # points of a line to the text, empty if the text is near
-
-
-@dataclass
-class _Room:
-    """Room in a panel, pixels. A box is left, bottom, right, top."""
-
-    inside: FloatArray  # box of the panel
-    taken: FloatArray  # boxes of points and lines
-    names: FloatArray  # boxes of texts
-    scale: float  # pixels per point
-
-    @classmethod
-    def of(cls, ax: Axes, taken: Sequence[FloatArray]) -> _Room:
-        figure: Any = ax.figure
-        scale = figure.dpi / 72.0
-        return cls(
-            np.array(ax.get_window_extent().extents),
-            _boxes(np.concatenate(taken), MARKER_PT * scale),
-            np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4)),
-            scale,
-        )
-
-    def taken_by(self, point: FloatArray, extent: Any, reach_pt: float) -> _Place | None:
-        """Take the nearest free place for a text next to a point, if there is one."""
-        size = np.array([extent.width + GAP_PT * self.scale, extent.height])
-        for center, far, strict in _candidates(point, size, self.scale, reach_pt):
-            box = np.concatenate([center - 0.5 * size, center + 0.5 * size])
-            line = np.linspace(point, center, 24) if far else np.zeros((0, 2))
-            line = line[~_overlaps(_boxes(line, 0.0), box)]
-            along = _boxes(line, 0.0)
-            within = (box[:2] >= self.inside[:2]).all() and (box[2:] <= self.inside[2:]).all()
-            clash = _overlaps(np.concatenate([self.taken, self.names]), box).any()
-            crosses = strict and any(_overlaps(along, name).any() for name in self.names)
-            if within and not clash and not crosses:
-                self.names = np.concatenate([self.names, box[None]])
-                self.taken = np.concatenate([self.taken, along])
-                return _Place(center, line)
-        return None
-
-
-def _boxes(centers: FloatArray, half: float) -> FloatArray:
+def _boxes(centers: FloatArray, half: float | FloatArray) -> FloatArray:
+    """Return boxes as left, bottom, right and top."""
     return np.concatenate([centers - half, centers + half], axis=1)
-
-
-def _overlaps(boxes: FloatArray, box: FloatArray) -> BoolArray:
-    return np.asarray((boxes[:, :2] < box[2:]).all(axis=1) & (boxes[:, 2:] > box[:2]).all(axis=1))
-
-
-def _candidates(
-    point: FloatArray, size: FloatArray, scale: float, reach_pt: float
-) -> Iterator[Any]:
-    """Yield centres of a text around a point, the nearest first, whether the text needs a line to
-    the point, and whether this line must not cross names, which it may if no centre is free."""
-    for strict in (True, False):
-        for distance in (d for d in _DISTANCES_PT if d <= reach_pt):
-            for direction in np.array(_DIRECTIONS):
-                away = direction * distance * scale / np.hypot(*direction)
-                yield (
-                    point + away + 0.5 * np.sign(direction) * size,
-                    distance > _DISTANCES_PT[0],
-                    strict,
-                )

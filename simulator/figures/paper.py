@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from simulator.arrays import FloatArray
 from simulator.codes import ROLES
+from simulator.display import with_and
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
 from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
@@ -42,7 +43,6 @@ from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.request import Request
 from simulator.uncertainty.operators import GemmOptions, gemm_time
-from simulator.workload import Workload
 
 SPARSITIES = (0.1, 0.25, 0.5)
 # sparsity at which families are compared: all of them support it (2:4 supports no other)
@@ -102,7 +102,11 @@ class Paper:
 
     @property
     def setting(self) -> str:
-        return f"{self.title}, {self.dtype}, {engine_title(load_engine(self.request.engine).name)}"
+        return f"{self.title}, {self.dtype}, {self.engine}"
+
+    @property
+    def engine(self) -> str:
+        return engine_title(load_engine(self.request.engine).name)
 
     @property
     def dtype(self) -> str:
@@ -151,15 +155,9 @@ def _has_sparse24(p: Paper, engine: str) -> bool:
 
 
 def _without_sparse24(p: Paper) -> str:
-    has = _has_sparse24(p, p.request.engine)
-    return (
-        ""
-        if has
-        else (
-            f" 2:4 is excluded: {engine_title(load_engine(p.request.engine).name)} has no kernels"
-            " for it."
-        )
-    )
+    if _has_sparse24(p, p.request.engine):
+        return ""
+    return f" 2:4 is excluded: {p.engine} has no kernels for it."
 
 
 def _taxonomy(p: Paper) -> Made:
@@ -169,21 +167,7 @@ def _taxonomy(p: Paper) -> Made:
             " attention"
         )
     general = {name: FAMILIES[name] for name in general_families()}
-    kept = np.full((len(general), len(OPERATORS), 3), np.nan)
-    adds = list[str]()
-
-    def lowered(phase: str) -> Workload:
-        return lower(replace(p.request, model=p.model, engine="", phase=phase))
-
-    for i, (name, family) in enumerate(general.items()):
-        phase = "prefill" if "prefill" in family.support else "decode"
-        dense = lowered(phase)
-        pruned = prune(dense, name, MAP_SPARSITY)
-        for j, roles in enumerate(OPERATORS.values()):
-            kept[i, j] = kept_axes(dense, pruned, roles, SKIPPED_PAIRS.get(name, "N"))
-        whole = prune(lowered("prefill"), name, MAP_SPARSITY)
-        extra = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
-        adds.append(", ".join(extra) or ("one more GEMM each" if (pruned.stage == 2).any() else ""))
+    kept, adds = zip(*(_kept_and_added(p, name) for name in general))
     axes = [family.axis.replace("->", "→") for family in general.values()]
     figure = taxonomy_figure(list(general), axes, list(OPERATORS), kept, adds)
     caption = (
@@ -195,6 +179,21 @@ def _taxonomy(p: Paper) -> Made:
         " markers: selected per token at inference."
     )
     return figure, caption, ()
+
+
+def _kept_and_added(p: Paper, family: str) -> tuple[list[Any], str]:
+    """Return the shares of M, N and K of each operator that a family keeps, and what it adds."""
+    prefill, decode = (
+        lower(replace(p.request, model=p.model, engine="", phase=phase))
+        for phase in ("prefill", "decode")
+    )
+    dense = prefill if "prefill" in FAMILIES[family].support else decode
+    pruned, skipped = prune(dense, family, MAP_SPARSITY), SKIPPED_PAIRS.get(family, "N")
+    whole = prune(prefill, family, MAP_SPARSITY)
+    added = dict.fromkeys(ROLES[code] for code in whole.role[whole.overhead])
+    second = "one more GEMM each" if (pruned.stage == 2).any() else ""
+    kept = [kept_axes(dense, pruned, roles, skipped) for roles in OPERATORS.values()]
+    return kept, ", ".join(added) or second
 
 
 def _roofline(p: Paper) -> Made:
@@ -223,11 +222,9 @@ def _speedup(p: Paper) -> Made:
         **p.settings(phase=["prefill", "decode"], batch=[1, 64]),
     )
     figure = speedups_of(found.rows)
-    percents = (
-        ", ".join(f"{100 * s:.4g}" for s in SPARSITIES[:-1]) + f" and {100 * SPARSITIES[-1]:.4g} %"
-    )
+    percents = with_and([f"{100 * s:.4g}" for s in SPARSITIES])
     caption = (
-        f"Predicted speedup of every family at {percents} sparsity with its {p.interval} and its"
+        f"Predicted speedup of every family at {percents} % sparsity with its {p.interval} and its"
         f" bounds: {p.setting}, prompt or cache of {p.request.seq} tokens. Dots left of 1: slower"
         " than the dense model."
     )
@@ -244,9 +241,8 @@ def _efficiency(p: Paper) -> Made:
     )
     results = [r for r in found if r.family != "unstructured"]
     shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
-    cells = columns(results, family="family", batch="batch") | placed(
-        results, [r.phase for r in results]
-    )
+    cells = columns(results, family="family", batch="batch")
+    cells |= placed(results, [r.phase for r in results])
     figure = efficiency_figure(cells | {"efficiency": shares})
     caption = (
         "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at"
@@ -279,9 +275,7 @@ def _waterfall(p: Paper) -> Made:
         f" bar: prediction with its {p.interval}."
     )
     if sparse24 != own and not notes:
-        caption += (
-            f" 2:4 is shown in {engine_title(sparse24)}: {engine_title(own)} has no kernels for it."
-        )
+        caption += f" 2:4 is shown in {engine_title(sparse24)}: {p.engine} has no kernels for it."
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
 
 
@@ -292,10 +286,10 @@ def _crossover(p: Paper) -> Made:
     gains, certain = (
         np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain")
     )
-    winner = [r.family if gain else "" for r, gain in zip(best, gains)]
     cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
     cells |= placed(best, [r.phase for r in best])
-    figure = crossover_figure(cells | {"winner": winner, "certain": certain})
+    cells["winner"] = [r.family if gain else "" for r, gain in zip(best, gains)]
+    figure = crossover_figure(cells | {"certain": certain})
     caption = (
         f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its"
         f" speedup: {p.setting}. Equal sparsity is not equal quality. Pale: the winner is"
@@ -306,18 +300,17 @@ def _crossover(p: Paper) -> Made:
 
 
 def _winners(p: Paper, phase: str, prunings: Sequence[Pruning]) -> Winners:
-    requests = [
-        replace(p.request, model=p.model, phase=phase, batch=batch, seq=seq)
-        for batch, seq in itertools.product(BATCHES, LENGTHS)
-    ]
+    request = replace(p.request, model=p.model, phase=phase)
+    shapes = itertools.product(BATCHES, LENGTHS)
+    requests = [replace(request, batch=batch, seq=seq) for batch, seq in shapes]
     return winners(requests, prunings, p.devices)
 
 
 def _staircase(p: Paper) -> Made:
     """Draw time and rate of the fused projection over the tokens, and time of the gate projection
     over its width."""
-    panels = [_over_tokens(p, hw, row) for row in ("tiles", "waves") for hw in p.devices]
-    panels += [_over_width(p, hw) for hw in p.devices]
+    rows = ("tiles", "waves", "pruned width")
+    panels = [_stairs(p, hw, row) for row in rows for hw in p.devices]
     used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
     named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
     caption = (
@@ -331,61 +324,49 @@ def _staircase(p: Paper) -> Made:
     return staircase_figure(panels, interval=p.interval), caption, ()
 
 
-def _over_tokens(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return the panel of the fused q, k, v projection: time of few tokens, or rate of many."""
-    n = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim
-    k = p.model.hidden
-    tokens = TOKENS if row == "tiles" else MORE_TOKENS
-    copies = None
-    seen_m = np.zeros(0)
-    seen_s = np.zeros(0)
-    if (seen := p.measured.get(hw.label)) is not None:
-        rows = np.flatnonzero((seen.n == n) & (seen.k == k) & (seen.m <= tokens[-1]))
-        seen_m = seen.m[rows]
-        seen_s = seen.seconds[rows]
-        copies = (
-            float(np.median(seen.copies[rows])) if seen.copies is not None and len(rows) else None
-        )
-    times = _times(p, hw, tokens, n, k, copies)
-    device = device_title(hw.label)
-    names = ("M (tokens)", f"N {n}, K {k}")
-    if row == "tiles":
-        columns = {name: 1e6 * seconds for name, seconds in times.items()}
-        return Stairs(row, device, *names, "time (µs)", tokens, columns, seen_m, 1e6 * seen_s)
-    columns = {name: 2e-12 * tokens * n * k / seconds for name, seconds in times.items()}
-    columns["lower"], columns["upper"] = columns["upper"], columns["lower"]
+def _stairs(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
+    """Return a panel: time of the fused q, k, v projection over few tokens, its rate over many, or
+    time of the gate projection as its output narrows in steps of 16, down to half."""
+    n: Any = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim
+    m: Any = {"tiles": TOKENS, "waves": MORE_TOKENS}.get(row, p.request.seq)
+    k, x, seen = p.model.hidden, m, None
+    names = "M (tokens)", f"N {n}, K {k}"
+    if row == "pruned width":
+        inner = p.model.inner or p.model.expert_inner
+        n = x = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
+        names = "N (inner width kept)", f"M {m}, K {k}"
+    elif hw.label in p.measured:
+        seen = p.measured[hw.label].of_shape(m[-1], n, k)
+
+    def shown(m: Any, seconds: Any) -> FloatArray:
+        return np.asarray(2e-12 * m * n * k / seconds if row == "waves" else 1e6 * seconds)
+
+    times = _times(p, hw, m, n, k, seen)
     return Stairs(
-        row, device, *names, "TFLOP/s", tokens, columns, seen_m, 2e-12 * seen_m * n * k / seen_s
+        row,
+        device_title(hw.label),
+        *names,
+        "TFLOP/s" if row == "waves" else "time (µs)",
+        x,
+        {name: shown(m, seconds) for name, seconds in times.items()},
+        *((seen.m, shown(seen.m, seen.seconds)) if seen else ()),
     )
-
-
-def _over_width(p: Paper, hw: HardwareProfile) -> Stairs:
-    """Return the panel of the gate projection as its output narrows in steps of 16, down to
-    half."""
-    inner = p.model.inner or p.model.expert_inner
-    k = p.model.hidden
-    widths = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-    columns = {
-        name: 1e6 * seconds for name, seconds in _times(p, hw, p.request.seq, widths, k).items()
-    }
-    names = "N (inner width kept)", f"M {p.request.seq}, K {k}"
-    return Stairs("pruned width", device_title(hw.label), *names, "time (µs)", widths, columns)
 
 
 def _times(
-    p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, copies: float | None = None
+    p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, seen: MeasuredGemms | None
 ) -> dict[str, FloatArray]:
     """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the
-    highest clock, s."""
-    dtype = p.dtype
-    size = ELEMENT_BYTES[p.dtype]
-    t = gemm_time(
-        m, n, k, hw, dtype=dtype, options=GemmOptions(copies=copies, level=p.request.level)
-    )
-    compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(dtype) * hw.clock_headroom)
-    moved_s = size * (1.0 * m * n + 1.0 * n * k + m * k) / hw.bandwidth_bytes_per_s
+    highest clock, s; with the rotation of weights of measured GEMMs."""
+    copies = None if seen is None or seen.copies is None else float(np.median(seen.copies))
+    options = GemmOptions(copies=copies, level=p.request.level)
+    t = gemm_time(m, n, k, hw, dtype=p.dtype, options=options)
     times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
-    return times | ({"highest": np.maximum(compute_s, moved_s)} if hw.clock_headroom > 1.0 else {})
+    if hw.clock_headroom > 1.0:
+        compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(p.dtype) * hw.clock_headroom)
+        moved = ELEMENT_BYTES[p.dtype] * (1.0 * m * n + 1.0 * n * k + m * k)
+        times["highest"] = np.maximum(compute_s, moved / hw.bandwidth_bytes_per_s)
+    return times
 
 
 def _scatter(p: Paper) -> Made:
@@ -409,7 +390,7 @@ def _scatter(p: Paper) -> Made:
     fitted = "some of these rows may have been used to fit the profiles"
     caption = (
         f"Predicted against measured times of single {p.dtype} GEMMs, and their ratio"
-        f" (dashed: 10 %); colour is the density of rows; {fitted}. {'; '.join(errors)}."
+        f" (dashed: 10 %); {fitted}. {'; '.join(errors)}."
     )
     return scatter_figure(clouds), caption, ()
 
@@ -436,8 +417,7 @@ def _pareto(p: Paper) -> Made:
         f" {replace(p, model=model).setting}, {p.request.seq} tokens. Quality: {axis.metric},"
         f" {axis.protocol} ({sources}). Numbers: removed, %. Faint: another point is better in"
         " both. Coloured steps: the fastest point of a family within each loss, which compares"
-        " families at equal quality. The strip shows the fastest family within each quality budget,"
-        " hatched if dynamic."
+        " families at equal quality."
     )
     if any(q.family == "semi_structured" for q in table.on_axis(axis).rows):
         caption += _without_sparse24(p)

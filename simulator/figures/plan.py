@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from simulator.figures import layout
 from simulator.figures.style import (
@@ -33,7 +35,6 @@ from simulator.models.sublayers import Attention, Experts, LatentAttention, Line
 from simulator.plans.search import Plan, PlanPoint
 from simulator.plans.solve import NAMES, target_text
 from simulator.plans.variants import SUBLAYERS
-from simulator.prediction.requests import batch_name
 from simulator.units import ratio
 
 UNCHANGED, EMPTY = "#C4C4C4", "#F1F1F1"  # unchanged sublayers, and the part that is removed
@@ -74,55 +75,35 @@ _CHOSEN: Look = {
 
 
 def plan_figure(plan: Plan) -> Figure:
+    changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
+    title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
+    layers = [
+        Patch(facecolor=UNCHANGED, label="unchanged"),
+        Patch(facecolor=BLUE, label="smaller (kept share of heads or width)"),
+        Patch(**_LINEAR, label="replaced by a linear layer"),
+        layout.entry("removed", **_REMOVED, markersize=4),
+    ]
+    width_in = layout.width_of(2)
+    heights, names = [0.5, 0.6, 0.45, 2.0], [*SUBLAYERS, "loss"]
+    if width_in >= _BESIDE_IN:
+        sizes: Look = {"height_ratios": heights, "width_ratios": [4.0, 2.5]}
+        rows = [*([name] * 2 for name in names), ["frontier", "legend"]]
+    else:
+        sizes = {"height_ratios": [*heights, 1.4]}
+        rows = [[name] for name in (*names, "frontier", "legend")]
     with paper_style():
-        width_in = layout.width_of(2)
-        figure, axes = _panels(width_in)
+        figure = layout.page(width_in, 4.9 if width_in >= _BESIDE_IN else 6.8)
+        layout.legend_below(figure, layers)
+        axes: dict[str, Any] = figure.subplot_mosaic(rows, gridspec_kw=sizes)
         for name in SUBLAYERS:
             _sublayers(axes[name], name, plan)
-        changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
-        title = f"{model_title(plan.model)}: {changed} of {len(plan.layers)} layers changed"
-        layers = [
-            Patch(facecolor=UNCHANGED, label="unchanged"),
-            Patch(facecolor=BLUE, label="smaller (kept share of heads or width)"),
-            Patch(**_LINEAR, label="replaced by a linear layer"),
-            layout.entry("removed", **_REMOVED, markersize=4),
-        ]
-        lines = layout.legend_lines(layers, width_in) if width_in < _BESIDE_IN else 1
-        title = layout.wrapped(title, width_in - 0.6)
-        axes["attention"].set_title(title, loc="left", pad=4 + 10 * lines)
-        axes["attention"].legend(
-            handles=layers,
-            ncols=-(-len(layers) // lines),
-            handlelength=1.2,
-            columnspacing=1.0,
-            borderpad=0.0,
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            borderaxespad=0.2,
-        )
+        axes["attention"].set_title(layout.wrapped(title, width_in - 0.6), loc="left", pad=4)
         _losses(axes["loss"], plan)
-        handles = _frontier(axes["frontier"], plan)
+        beside: Look = {"loc": "center left", "borderaxespad": 0.0, "borderpad": 0.0}
         axes["legend"].axis("off")
-        legend = axes["legend"].legend(
-            handles=handles, loc="center left", borderaxespad=0.0, borderpad=0.0
-        )
+        legend = axes["legend"].legend(handles=_frontier(axes["frontier"], plan), **beside)
         legend.set_in_layout(False)  # else a long line would make the panels of the layers narrower
-        layout.laid_out(figure)
-    return figure
-
-
-def _panels(width_in: float) -> tuple[Figure, dict[str, Any]]:
-    """Return a figure and its panels by name, with the legend beside or below the frontier."""
-    sizes: dict[str, Any] = {"height_ratios": [0.5, 0.6, 0.45, 2.0]}
-    if width_in >= _BESIDE_IN:
-        figure = layout.page(width_in, 4.8)
-        rows = [[name] * 2 for name in (*SUBLAYERS, "loss")] + [["frontier", "legend"]]
-        sizes["width_ratios"] = [4.0, 2.5]
-    else:
-        figure = layout.page(width_in, 6.6)
-        rows = [[name] for name in (*SUBLAYERS, "loss", "frontier", "legend")]
-        sizes["height_ratios"] += [1.4]
-    return figure, figure.subplot_mosaic(rows, gridspec_kw=sizes)
+        return layout.laid_out(figure)
 
 
 def _folded(text: str, wide: int = _WIDE, share: float = 1.0) -> str:
@@ -151,17 +132,19 @@ def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
     """Draw one sublayer of all layers: bars, and marks of removed ones."""
     pairs = list(zip(plan.pruned.layers, plan.dense.layers))
     own = [i for i, (_, dense) in enumerate(pairs) if dense.has(sublayer)]
-    kinds = [[isinstance(layer.of(sublayer), Linear) for layer in pair] for pair in pairs]
-    linear = [i for i in own if kinds[i] == [True, False]]
+    same = [i for i in own if getattr(plan.layers[i], sublayer) == "dense"]
     gone = [i for i in own if not pairs[i][0].has(sublayer)]
-    text = {row.layer: getattr(row, sublayer) for row in plan.layers}
-    same = [i for i in own if text[i] == "dense"]
+    linear = [i for i in own if i not in same and isinstance(pairs[i][0].of(sublayer), Linear)]
     less = [i for i in own if i not in (*linear, *gone, *same)]
-    look: Look = {"width": 0.8, "zorder": 2}
-    ax.bar(own, [1.0] * len(own), **look | {"zorder": 1.5}, color=EMPTY, label="dense")
-    ax.bar(same, [1.0] * len(same), **look, color=UNCHANGED, label="unchanged")
-    ax.bar(less, [kept(sublayer, *pairs[i]) for i in less], **look, color=BLUE, label="smaller")
-    ax.bar(linear, [1.0] * len(linear), **look | _LINEAR, label="linear")
+    shares = [kept(sublayer, *pairs[i]) for i in less]
+    bars: tuple[tuple[str, list[int], Any, Look], ...] = (
+        ("dense", own, 1.0, {"color": EMPTY}),
+        ("unchanged", same, 1.0, {"color": UNCHANGED}),
+        ("smaller", less, shares, {"color": BLUE}),
+        ("linear", linear, 1.0, _LINEAR),
+    )
+    for name, layers, heights, look in bars:
+        ax.bar(layers, heights, label=name, zorder=2, **look)
     size = min(4.0, 260.0 / len(pairs))
     ax.plot(gone, [0.5] * len(gone), markersize=size, label="removed", zorder=3, **_REMOVED)
     ax.set(ylim=(0.0, 1.04), ylabel="MLP" if sublayer == "mlp" else sublayer)
@@ -171,10 +154,9 @@ def _sublayers(ax: Axes, sublayer: str, plan: Plan) -> None:
 
 def _layer_axis(ax: Axes, layers: int, *, named: bool) -> None:
     most = min(20, int(layout.width_of(2) / 0.25))
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if layers / step <= most)
     ax.set_xlim(-0.8, layers - 0.2)
     ax.grid(axis="x", visible=False)
-    layout.fixed_ticks(ax.xaxis, range(0, layers, step), lambda value, _: f"{value:.0f}")
+    ax.xaxis.set_major_locator(MaxNLocator(most, integer=True, steps=[1, 2, 5, 10]))
     ax.tick_params(axis="x", labelbottom=named, length=2.5 if named else 0)
 
 
@@ -197,14 +179,11 @@ def _losses(ax: Axes, plan: Plan) -> None:
     ax.text(1.0, 1.0, title, transform=ax.transAxes, ha="right", va="bottom", color=PALE_INK)
 
 
-def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, z: float, **look: Any) -> Line2D:
+def _drawn(ax: Axes, points: Sequence[PlanPoint], label: str, **look: Any) -> Line2D:
     """Draw plans with their intervals; return the entry of a legend."""
-    losses = [p.score for p in points]
-    ends = [[getattr(p, f"speedup_{end}") for p in points] for end in ("lower", "upper")]
-    ax.vlines(losses, *ends, color=look["color"], linewidth=0.8, alpha=0.6, zorder=z - 0.1)
-    label = _folded(label)
-    line: Line2D = ax.plot(losses, [p.speedup for p in points], **look, zorder=z, label=label)[0]
-    return line
+    values = np.array([(p.score, p.speedup, p.speedup_lower, p.speedup_upper) for p in points])
+    loss, speedup, *ends = values.T
+    return layout.with_intervals(ax, loss, speedup, ends, label=_folded(label), **look)
 
 
 def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> Line2D:
@@ -215,31 +194,21 @@ def _draw_plans(ax: Axes, plan: Plan, chosen: PlanPoint) -> Line2D:
     if (hidden := len(plan.frontier) - len(near)) > 0:
         most = max(p.score for p in plan.frontier)
         name += f" ({hidden} more, up to a loss of {most:.3g}, are not shown)"
-    return _drawn(ax, near, name, 3, **_FRONTIER)
+    return _drawn(ax, near, name, **_FRONTIER)
 
 
 def _draw_targets(ax: Axes, plan: Plan, chosen: PlanPoint) -> list[Any]:
     """Draw the targets of the first setting; return the entries of a legend."""
-    first = plan.results[0]
-    handles = list[Any]()
-    styles = iter(["--", "-.", ":"])
-    setting = (first.hardware, first.engine, first.phase, first.batch, first.seq)
+    setting = attrgetter("hardware", "engine", "phase", "batch", "seq")
     chance = f" (probability\N{NO-BREAK SPACE}{100 * plan.confidence:.0f}\N{NO-BREAK SPACE}%)"
-    for t in plan.targets:
-        if (t.hardware, t.engine, t.phase, t.batch, t.seq) == setting and t.target in SPEEDS:
-            share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
-            name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
-            name = _folded(name + (chance if plan.confidence > 0.5 else ""))
-            handles.append(
-                ax.axhline(
-                    chosen.speedup * share,
-                    color=PALE_INK,
-                    linewidth=0.8,
-                    linestyle=next(styles),
-                    label=name,
-                    zorder=1.6,
-                )
-            )
+    own = [t for t in plan.targets if setting(t) == setting(plan.results[0]) and t.target in SPEEDS]
+    handles = list[Any]()
+    for t, line in zip(own, ("--", "-.", ":")):
+        share = t.reached / t.wanted if t.target == "latency_s" else t.wanted / t.reached
+        name = f"target: {NAMES[t.target]} {target_text(t.target, t.wanted)}"
+        look: Look = {"color": PALE_INK, "linewidth": 0.8, "linestyle": line, "zorder": 1.6}
+        look["label"] = _folded(name + (chance if plan.confidence > 0.5 else ""))
+        handles.append(ax.axhline(chosen.speedup * share, **look))
     return handles
 
 
@@ -247,28 +216,22 @@ def _frontier(ax: Axes, plan: Plan) -> list[Any]:
     """Draw the frontier, the chosen plan and the targets; return the entries of a legend."""
     first = plan.results[0]
     chosen = next(point for point in plan.frontier if point.chosen)
-    reached = (
-        f"{ratio(chosen.speedup)}× ({ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)})"
-    )
-    ax.set_yscale("log")
-    frontier = _draw_plans(ax, plan, chosen)
-    handles = [_drawn(ax, [chosen], f"chosen plan, {reached}", 5, **_CHOSEN), frontier]
-    handles += ax.plot(
-        [], [], "|", color=INK, markersize=6, alpha=0.6, label=layout.interval(first.level)
-    )
-    handles += _draw_targets(ax, plan, chosen)
+    ends = f"{ratio(chosen.speedup_lower)}–{ratio(chosen.speedup_upper)}"
+    reached = f"chosen plan, {ratio(chosen.speedup)}× ({ends})"
+    handles = [
+        _drawn(ax, [chosen], reached, zorder=5, **_CHOSEN),
+        _draw_plans(ax, plan, chosen),
+        layout.bar(first.level, up=True),
+        *_draw_targets(ax, plan, chosen),
+    ]
     ax.axhline(1.0, color=INK, linewidth=0.7, zorder=1.5)
-    layout.log_axis(ax.yaxis, *ax.get_ylim(), 7)
+    layout.log_axis(ax, "y", 7)
     many = f"{first.devices} × " if first.devices > 1 else ""
-    title = (
-        f"{many}{layout.device(first)}, {first.phase}, {batch_name(first.phase)} {first.batch}, seq"
-        f" {first.seq}"
-    )
+    title = f"{many}{layout.device(first)}, {layout.setting_label(first, seq=True)}"
     several = f"\n(first of {len(plan.results)} settings)" if len(plan.results) > 1 else ""
     share = 0.62 if layout.width_of(2) >= _BESIDE_IN else 1.0
     ax.set_title(_folded(title, 52, share) + several, pad=5)
-    ax.set_xlabel(
-        _folded(f"quality loss: {plan.metric}, sum over the layers", 74, share), labelpad=2
-    )
+    loss = f"quality loss: {plan.metric}, sum over the layers"
+    ax.set_xlabel(_folded(loss, 74, share), labelpad=2)
     ax.set_ylabel("speedup (log scale)")
     return handles

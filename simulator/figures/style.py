@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from simulator.engines.engine import list_engines, load_engine, split
 from simulator.errors import InputError
 from simulator.files.write import check_target, write_whole
 from simulator.hardware.library import list_hardware, load_hardware
+from simulator.pruning._titles import TITLES
 from simulator.units import parse_number
 
 if TYPE_CHECKING:
@@ -80,22 +82,21 @@ STYLES: MappingProxyType[str, Style] = MappingProxyType(
 DENSE = Style(BLACK, "o", "--", True, label="dense")  # the dense model where it has a curve
 
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-_OTHERS = tuple(map(Style, COLORS, "osD^vPX"))
 
 
-def style_of(name: str, index: int = 0) -> Style:
-    """Return the style of a family, or, for any other name, the style at an index of a cycle."""
-    return STYLES.get(name, _OTHERS[index % len(_OTHERS)])
+def style_of(name: str) -> Style:
+    """Return the style of a family; other names share one."""
+    return STYLES.get(name, STYLES["depth"])
 
 
 def label(name: str) -> str:
-    """Return the title of a family, or of several joined by "+"; another name is returned
-    unchanged."""
-    parts = name.split("+")
-    if not all(part in STYLES for part in parts):
+    """Return a pruning with the titles of its families and methods: "Width mlp=0.3 + Depth 0.25";
+    another name is returned unchanged."""
+    titles = {**TITLES, **{family: style.label for family, style in STYLES.items()}}
+    steps = [step.strip().partition(" ") for step in name.split("+")]
+    if not all(first in titles for first, _, _ in steps):
         return name
-    first, *others = (STYLES[part].label for part in parts)
-    return " + ".join([first, *(other[:1].lower() + other[1:] for other in others)])
+    return " + ".join(f"{titles[first]}{blank}{rest}" for first, blank, rest in steps)
 
 
 def in_order(names: Any) -> list[str]:
@@ -109,13 +110,14 @@ def in_order(names: Any) -> list[str]:
 def styles_of(families: Mapping[str, str]) -> dict[str, Style]:
     """Return styles of candidates, given the family of each ("": a method): the first candidate of
     a family has the family's style, others have colours and markers that no family has."""
-    first = {family: name for name, family in reversed(list(families.items())) if family in STYLES}
-    styles = {name: STYLES[family] for family, name in first.items()}
+    own: dict[str, Style | None] = {
+        family: STYLES[family] for family in families.values() if family in STYLES
+    }
+    colors = {style.color for style in own.values() if style}
     used = {(style.color, style.marker) for style in STYLES.values()}
-    colors = {style.color for style in styles.values()}
     free = [Style(c, m) for c, m in zip(COLORS * 3, "osD^vPXdh*<>p" * 2) if (c, m) not in used]
-    free.sort(key=lambda style: style.color in colors)
-    return {name: styles.get(name) or free.pop(0) if free else style_of(name) for name in families}
+    others = cycle(sorted(free, key=lambda style: style.color in colors))
+    return {name: own.pop(family, None) or next(others) for name, family in families.items()}
 
 
 @lru_cache(maxsize=256)

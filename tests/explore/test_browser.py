@@ -182,9 +182,7 @@ def test_a_port_in_use_is_one_line(url: str) -> None:
         ("example.com:{port}", "http://example.com:{port}", 403),
     ],
 )
-def test_pages_of_other_hosts_cannot_connect(
-    url: str, host: str, origin: str, status: int
-) -> None:
+def test_pages_of_other_hosts_cannot_connect(url: str, host: str, origin: str, status: int) -> None:
     at = urlsplit(url)
     host, origin = (text.format(port=at.port) for text in (host or at.netloc, origin or url))
     connection = http.client.HTTPConnection(at.netloc, timeout=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from simulator.figures import style
 
@@ -12,36 +13,15 @@ if TYPE_CHECKING:
 
 
 def texts(figure: Figure) -> list[tuple[str, Any]]:
-    """Visible texts of a figure with their boxes in pixels."""
+    """Texts that are drawn in a figure, with their boxes in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    found = []
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text().strip() and _shown(figure, text):
-            found.append((text.get_text(), text.get_window_extent(renderer)))
-    return found
-
-
-def _shown(figure: Figure, text: Any) -> bool:
-    """Return whether a text is drawn: tick labels outside the axes' limits or switched off are
-    not."""
-    for ax in figure.axes:
-        for axis in (ax.xaxis, ax.yaxis):
-            for tick in [*axis.majorTicks, *axis.minorTicks]:
-                if text is tick.label1:
-                    low, high = sorted(axis.get_view_interval())
-                    return bool(
-                        tick.label1.get_visible()
-                        and low <= tick.get_loc() <= high
-                        and tick in axis._update_ticks()
-                    )
-                if text is tick.label2:
-                    return bool(tick.label2.get_visible())
-    return True
+    found = list[Any]()
+    with mock.patch.object(Text, "draw", lambda text, _: found.append(text)):
+        FigureCanvasAgg(figure).draw()
+    shown = [t for t in found if t.get_visible() and t.get_text().strip()]
+    return [(t.get_text(), t.get_window_extent()) for t in shown]
 
 
 def check_print(figure: Figure) -> None:
