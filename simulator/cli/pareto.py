@@ -6,16 +6,20 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import opt
+from simulator.display import as_plain
 from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
     from simulator.prediction.quality import Axis, QualityTable
+
+
+MOST_SHOWN = 1000  # models of a table; of more, those on the frontier
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def pareto(
     most = None if max_loss is None else parsing.checked("--max-loss", max_loss, parse_fraction)
     asked = run.asked(model, devices)
     found, notes = fronts(config, devices.profiles, table, axis, measured=known, **asked.settings)
-    records = [{**asdict(f), "axis": str(f.axis)} for f in found]
-    if output.write(records, [asdict(p) for f in found for p in f.points]):
+    records = [{**as_plain(f), "axis": str(f.axis)} for f in (found if out.json else ())]
+    if output.write(records, [vars(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
         if out.verbose or len(found) <= MOST_SENTENCES:
             for front in found:
@@ -125,6 +129,8 @@ def _front_text(front: Front) -> str:
         f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq},"
         f" {front.engine}"
     )
+    if len(front.points) > MOST_SHOWN:
+        where += f"\n{len(front.points):,} models, shown on the frontier"
     table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())
     sentences = "; ".join(_band_text(b) for b in front.bands)
     sources = "; ".join(dict.fromkeys(p.source for p in front.points))
@@ -147,6 +153,8 @@ def _band_text(band: Band) -> str:
 def _layouts(front: Front) -> Iterator[list[render.Column]]:
     """Yield layouts from the widest, with sources, to the narrowest."""
     points = front.points
+    if len(points) > MOST_SHOWN:
+        points = tuple(p for p in points if p.optimal)
 
     def layout(source: bool, beaten: bool, interval: bool) -> list[render.Column]:
         rows = render.columns(
