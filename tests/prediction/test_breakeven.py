@@ -108,5 +108,17 @@ def test_batches_that_do_not_fit_are_named_and_do_not_count() -> None:
     assert (nowhere.values, nowhere.too_large) == ((1, 2, 4, 8), ())
     assert nowhere.sentence.startswith("No batch fits into the memory, so times are hypothetical; ")
     (dense,) = break_even([replace(r, dense_fits=r.batch < 4) for r in found])
-    assert dense.sentence.startswith("llama-3.2-1b itself does not fit from batch 4 on; depth")
-    assert of_speedups([replace(found[0], dense_fits=False)])[0].startswith("Does not fit into ")
+    where = "llama-3.2-1b itself does not fit from batch 4 on, where its times are hypothetical; "
+    assert dense.sentence.startswith(where)
+
+
+@pytest.mark.parametrize("name", ["dense_fits", "pruned_fits"])
+def test_speedups_of_what_does_not_fit_are_conditional(name: str) -> None:
+    one, two = (replace(r, **{name: False}) for r in results(GAIN, LOSS))
+    for some in ([one], [one] * 4):
+        first, second = of_speedups(some)
+        assert first.startswith("Does not fit into ")
+        assert "1.20x faster (1.10-1.30) if it fitted" in second or (
+            "1.20x (1.10-1.30) if it fitted" in second
+        )
+    assert "if it fitted" in of_speedups([two])[1]
