@@ -65,16 +65,15 @@ class Pruning:
         options: Mapping[str, Any] | None = None,
     ) -> Pruning:
         """Return the pruning of a family or a method."""
-        parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         hashable = {n: tuple(v) if isinstance(v, list) else v for n, v in (options or {}).items()}
-        step = PruningStep(str(name), parts, options=tuple(sorted(hashable.items())))
+        step = PruningStep(str(name), options=tuple(sorted(hashable.items())))
         if not isinstance(name, str) or name.endswith(SUFFIXES):
             from simulator.pruning._methods import load_method
 
             described = load_method(name)
             title = name if isinstance(name, str) else described.name
             step = replace(step, name=title, described=described)
-        return cls((step,))
+        return cls((step,)).at(sparsity)
 
     @classmethod
     def read(cls, text: str | Method | Pruning) -> Pruning:
@@ -254,16 +253,13 @@ def families(names: Sequence[str], models: Sequence[Model] = ()) -> tuple[str, .
     for name in names:
         if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
-    if "all" not in names:
-        return once(FAMILIES[name].name for name in names)
     every = [
         name
         for name, f in FAMILIES.items()
         if not f.needs or any(getattr(m, f.needs) for m in models)
     ]
-    return once(
-        family for name in names for family in (every if name == "all" else [FAMILIES[name].name])
-    )
+    chosen = (every if name == "all" else [FAMILIES[name].name] for name in names)
+    return once(family for some in chosen for family in some)
 
 
 def prunings_of(
@@ -312,30 +308,31 @@ def _at_sparsities(
             "method: sets its own family and options; give no family or option with it"
         )
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
-    defaults: list[tuple[float | None, ...]]
+    found: list[tuple[Pruning, tuple[float, ...]]]  # with default sparsities
     if method:
         from simulator.pruning._methods import load_method
 
         methods = {Pruning.of(name): load_method(name) for name in method}
-        found, defaults = [*methods], [one.sparsities or SPARSITIES for one in methods.values()]
+        found = [(p, one.sparsities or SPARSITIES) for p, one in methods.items()]
     else:
         names = families(("all",) if family is None else family, models)
-        found = [Pruning.of(name, options=options) for name in names]
-        only = [FAMILIES[name].default for name in names]  # 2:4 has one sparsity
-        defaults = [SPARSITIES if s is None else (s,) for s in only]
-    if fractions is not None and (own := next((p for p in found if p.sets_sparsity), None)):
+        only = ((name, FAMILIES[name].default) for name in names)  # 2:4 has one sparsity
+        found = [
+            (Pruning.of(name, options=options), SPARSITIES if s is None else (s,))
+            for name, s in only
+        ]
+    if fractions is not None and (own := next((p for p, _ in found if p.sets_sparsity), None)):
         raise InputError(
             f"sparsity: expected none for {own.title}: it follows from the length and the budget,"
             " or from the method"
         )
-    defaults = [(None,) if p.sets_sparsity else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
     return tuple(
         p.at(s)
-        for p, default in zip(found, defaults)
-        for s in (default if fractions is None else fractions)
+        for p, default in found
+        for s in ((None,) if p.sets_sparsity else default if fractions is None else fractions)
     )
 
 

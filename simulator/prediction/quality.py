@@ -200,11 +200,15 @@ def _row(folder: Path, cells: Mapping[str, str]) -> QualityRow:
         raise InputError(
             f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}"
         )
-    known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
-    known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
-    known["family"] = family
-    options = parse_options(cells.get("options", ""), family)
-    row = QualityRow(**known, options=options, note=cells.get("note", ""))
+    row = QualityRow(
+        **{column: cells[column] for column in _TEXTS} | {"family": family},
+        sparsity=sparsity,
+        higher_is_better=higher,
+        dense=dense,
+        pruned=pruned,
+        options=parse_options(cells.get("options", ""), family),
+        note=cells.get("note", ""),
+    )
     if not math.isfinite(row.relative_loss):
         raise InputError(
             f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}"

@@ -156,12 +156,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
 
 
-# -- engines in tables -----------------------------------------------------------------------------
-
-
-# -- a measured time -------------------------------------------------------------------------------
-
-
 def test_a_measured_time_reaches_every_answer() -> None:
     rows = table(family=["depth", "width"], sparsity=[0.25, 0.5], dense_s=0.0074)
     for r in rows:
