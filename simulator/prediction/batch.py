@@ -53,7 +53,7 @@ def batch_of(
     dense = WorkloadBatch.of(workloads)
     if unable := refusal(dense):
         reject(None, unable, "")
-    together = _together(workloads, {p.together for p in prunings if p.model is None})
+    together = _together(workloads, {p.together for p in prunings if not p.other})
     batches = [dense]
     for i, pruning in enumerate(prunings):
         reasons: dict[str, None] = {}
@@ -131,26 +131,16 @@ def _parts(
     requests: Sequence[Request], pruning: Pruning, together: Together, reasons: dict[str, None]
 ) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
-    if pruning.formats:
-        requests = [pruning.request(request) for request in requests]
-        pruning = replace(pruning, formats=())
-        try:
-            workloads = [lower(request) for request in requests]
-        except InputError as error:
-            reasons[str(error)] = None
-            return []
-        together = _together(workloads, {pruning.together})
-    if pruning.model is not None:
+    if lacks := pruning.lacking(load_model(requests[0].model)):
+        reasons[lacks] = None
+        return []
+    if pruning.other:
         try:
             pruned = [pruning.apply(lower(request), request) for request in requests]
         except InputError as error:
             reasons[str(error)] = None
             return []
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
-    model = load_model(requests[0].model)
-    if lacks := pruning.lacking(model):
-        reasons[lacks] = None
-        return []
     return [
         part
         for group, rows in together[pruning.together]

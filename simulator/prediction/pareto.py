@@ -38,7 +38,7 @@ from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.notes import dense_notes, uncalibrated_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
-from simulator.prediction.requests import by_budget, by_key, on, profiles, requests_of
+from simulator.prediction.requests import by_budget, on, profiles, requests_of
 from simulator.prediction.result import Results
 from simulator.pruning import FAMILIES
 from simulator.request import Request
@@ -182,7 +182,7 @@ def _least_rivals(points: Sequence[Point], some: IndexArray, below: HalfWidths) 
     out = np.full(len(points), np.inf)
     loss, log = np.array([(p.loss, math.log(p.speedup)) for p in points]).T
     family = np.unique([p.family for p in points], return_inverse=True)[1]
-    firsts = (range(0, len(all_of), many) for all_of, many in zip((some, points), TOGETHER))
+    firsts = (range(0, many, each) for many, each in zip((len(some), len(points)), TOGETHER))
     for row, column in itertools.product(*firsts):
         mine = some[row : row + TOGETHER[0]]
         others = slice(column, column + TOGETHER[1])
@@ -266,30 +266,24 @@ class _Rows:
     kept: dict[tuple[Request, int], WorkloadBatch] = field(default_factory=dict)
 
     @cached_property
-    def of_pruning(self) -> dict[tuple[Any, ...], list[int]]:
-        """Rows by the text of their pruning: 1 and true are different options."""
-        keys = [(row.family, row.sparsity, repr(row.options)) for row in self.rows]
-        return by_key(range(len(keys)), keys.__getitem__)
+    def which(self) -> tuple[IndexArray, IndexArray]:
+        """The first row of each different pruning, and the pruning of each row."""
+        # options as Python writes them: 1 and True differ
+        texts = [f"{row.family} {row.sparsity!r} {row.options}" for row in self.rows]
+        _, first, which = np.unique(texts, return_index=True, return_inverse=True)
+        return first, which
 
     @cached_property
     def prunings(self) -> list[Pruning]:
         """The different prunings."""
-        firsts = (self.rows[some[0]] for some in self.of_pruning.values())
+        firsts = (self.rows[i] for i in self.which[0].tolist())
         return [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in firsts]
-
-    @cached_property
-    def which(self) -> IndexArray:
-        """The pruning of each row."""
-        out = np.empty(len(self.rows), dtype=np.intp)
-        for i, some in enumerate(self.of_pruning.values()):
-            out[some] = i
-        return out
 
     def reject(self, pruning: int | None, reason: str, device: str) -> None:
         if pruning is None:
             raise InputError(reason)
         where = f" on {device}" if device else ""
-        for row in (self.rows[i] for i in np.flatnonzero(self.which == pruning).tolist()):
+        for row in (self.rows[i] for i in np.flatnonzero(self.which[1] == pruning).tolist()):
             self.notes[f"{row.method} at {row.sparsity:g}{where}: {reason}"] = None
 
     def front(self, request: Request, hw: HardwareProfile) -> Front:
@@ -300,7 +294,7 @@ class _Rows:
             none = f"none of the {len(self.rows)} rows on {self.axis} can run on {hw.label}"
             raise InputError(f"empty frontier: {none}: {'; '.join(self.notes)}")
         self.notes.update(dict.fromkeys(dense_notes(results, request, [hw])))
-        which = self.which[rows]
+        which = self.which[1][rows]
         below = self.half_widths(computed, hw, results.pruning, points, which)
         best, bands = judged(points, below)
         predicted = which[[not p.measured for p in points]]
@@ -327,12 +321,12 @@ class _Rows:
         """Return the rows whose prunings have results, and their points, by rising loss."""
         place = np.full(len(self.prunings), -1)
         place[results.pruning] = np.arange(len(results))
-        rows = np.flatnonzero(place[self.which] >= 0).tolist()
+        place = place[self.which[1]]
+        rows = np.flatnonzero(place >= 0).tolist()
         names = [f.name for f in fields(Point) if f.name in results.columns]
         predicted = list(zip(*(results.columns[name].tolist() for name in names)))
         points = [
-            _point(self.rows[i], dict(zip(names, predicted[place[self.which[i]]])), self.measured)
-            for i in rows
+            _point(self.rows[i], dict(zip(names, predicted[place[i]])), self.measured) for i in rows
         ]
         order = by_loss(points)
         return [rows[i] for i in order], [points[i] for i in order]

@@ -574,7 +574,8 @@ def removed_parts(
     and both :func:`sizes`."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
-    before, after, asked = dict(dense), dict(pruned), _requested(steps)
+    before, after = dict(dense), {**dict.fromkeys(dense, 0.0), **pruned}
+    asked = _requested(steps)
     kinds = [name for name in before if name.endswith(_KIND)]
     names = [name for name in before if name not in ("layers", *kinds)]
     if (
@@ -590,30 +591,24 @@ def removed_parts(
     changed = [
         name
         for name in names
-        if before[name] > 0 and (before[name] != after.get(name, 0.0) or asked.get(name))
+        if before[name] > 0 and (before[name] != after[name] or asked.get(name))
     ]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
     for name in changed:
         if grouped and name == "heads":
             continue
-        share, sizes_text = (
-            1.0 - after.get(name, 0.0) / before[name],
-            f"{_size(before[name])} to {_size(after.get(name, 0.0))}",
-        )
-        if not share:
-            sizes_text = f"still {_size(before[name])}"
+        share, size = 1.0 - after[name] / before[name], _size(before[name])
+        sizes_text = f"{size} to {_size(after[name])}" if share else f"still {size}"
         if grouped and name == "KV heads":
             sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
         wanted = asked.get(name)
         if wanted is not None and percent(wanted) != percent(share):
             sizes_text = f"{percent(wanted)} requested, {sizes_text}"
-        hint = (
-            ""
-            if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED
-            else _alone(steps, wanted)
-        )
-        out.append(f"{name} {percent(share)} ({sizes_text}){hint}")
+        text = f"{name} {percent(share)} ({sizes_text})"
+        if wanted is not None and name == "KV heads" and abs(wanted - share) >= ROUNDED:
+            text += _alone(steps, wanted)
+        out.append(text)
     return "; ".join(out)
 
 

@@ -371,8 +371,9 @@ class Grid:
         """Return the version and a digest of all that determines the rows, also of files of
         profiles and engines."""
         names = [f.name for f in fields(self) if f.name not in ("families", "methods", "prune")]
-        facts = [getattr(self, name) for name in names]
-        sha = hashlib.sha256(repr([*facts, self.prunings]).encode())
+        facts = [*(getattr(self, name) for name in names), self.prunings]
+        facts += [method.description for p in self.prunings for method in p.described]
+        sha = hashlib.sha256(repr(facts).encode())
         for model in self.models:
             sha.update(json.dumps(load_model(model).to_dict()).encode())
         for device in self.hardware:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tables import rows_of
+from tables import rows_of, tables_of
 
 from simulator.errors import InputError
 from simulator.prediction.benchmarks import measured, read_bench, read_benches
@@ -186,29 +186,11 @@ def test_what_does_not_match_is_refused(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is not JSON"),
-        ("[1, 2]", "expected a JSON object of vllm bench"),
-        ('{"results": []}', "expected a result of vllm bench latency, throughput or serve, SGLang"),
-        ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
-        ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
-        ('{"median_e2e_latency_ms": 5.0}', "completed: expected a value, got no such key"),
-        (
-            '{"elapsed_time": NaN, "num_requests": 4}',
-            "elapsed_time: expected a positive time in seconds",
-        ),
-        (
-            '{"input_config": {}, "request_throughput": {"avg": 0.0}}',
-            "request_throughput.avg: expected a positive",
-        ),
+        *tables_of("prediction/mistakes.yaml")["benchmarks"],
         (f'{{"avg_latency": {"9" * 5000}}}', "is not read (Exceeds the limit"),
         (
             f'{{"no": 1}}\n{{"avg_latency": {"9" * 5000}}}',
             "run.json:2: is not read (Exceeds the limit",
-        ),
-        (
-            '{"input_config": {"model_names": [5], "phases": [{"type": "concurrency"}]},'
-            ' "request_throughput": {"avg": 1.0}}',
-            "model_names: expected names",
         ),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planted_points import point, row
+from tables import tables_of
 
 import simulator
 from simulator.errors import InputError
@@ -63,29 +64,6 @@ def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) ->
         affordable = [p.speedup for p in points if p.loss <= budget] + [1.0]
         (band,) = [b for b in out if b.low <= budget < b.high]
         assert band.speedup_low - 1e-12 <= max(affordable) <= band.speedup_high + 1e-12
-
-
-def test_bands_of_the_paper() -> None:
-    """Points as the paper has its frontier give the bands as it states them."""
-    paper = [
-        ("depth", 0.0, 1.1),
-        ("dynamic_depth", 0.05, 1.2),
-        ("width", 0.17, 1.5),
-        ("width", 0.26, 1.7),
-    ]
-    _, found = judged([point(*p) for p in paper])
-    assert [(b.family, b.low) for b in found] == [
-        ("depth", 0.0),
-        ("dynamic_depth", 0.05),
-        ("width", 0.17),
-    ]
-
-
-def test_sure_needs_intervals_apart() -> None:
-    _, near = judged([point("depth", 0.1, 1.2, 1.1), point("width", 0.1, 1.25, 1.1)])
-    _, far = judged([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)])
-    assert [b.sure for b in near] == [True, False]
-    assert [b.sure for b in far] == [True, True]
 
 
 def test_fronts_cite_and_do_not_mix() -> None:
@@ -231,16 +209,7 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [
-        ("family,sparsity\n", "column speedup is missing"),
-        ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
-        ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
-        ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
-        (
-            "family,sparsity,speedup\ndepth,0.1,nan\n",
-            ":2: speedup: expected a finite number, got nan",
-        ),
-    ],
+    tables_of("prediction/mistakes.yaml")["measured speedups"],
 )
 def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
@@ -270,12 +239,7 @@ def test_command_takes_the_quality_of_another_model_and_says_so(cli: Any) -> Non
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [
-        ("--metric bleu", "no rows with metric 'bleu'"),
-        ("--quality nothing.csv", "no such file"),
-        ("--quality-model gpt-5", "'gpt-5' is unknown"),
-        ("--measured nothing.csv", "cannot be read"),
-    ],
+    tables_of("prediction/mistakes.yaml")["frontiers"],
 )
 def test_command_refuses(options: str, expected: str, cli: Any) -> None:
     assert expected in cli.refused(f"pareto llama-2-7b --hardware h100 {options}")
