@@ -254,6 +254,7 @@ def _loads(load: Callable[[str], Any]) -> Checked:
     return Checked(Text(), lambda text: (load(text), text)[1])
 
 
+Sparsities = Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 REQUESTS = 64  # (batch, seq) pruned together
 
@@ -281,7 +282,7 @@ class Grid:
     # names, paths, or loaded ones
     models: Annotated[tuple[str | Model, ...], _Axis(_loads(load_model))]
     hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
-    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    sparsities: Sparsities
     phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
     batches: Annotated[tuple[int, ...], _numbers("batch")]
     # tokens (prefill) or cached positions (decode) per sequence
@@ -389,9 +390,7 @@ class Grid:
 class _Pruned(Grid):
     """A grid of texts alone, which needs no sparsities."""
 
-    sparsities: Annotated[
-        tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)
-    ] = ()
+    sparsities: Sparsities = ()
 
 
 def read_grid(source: str | Path | Mapping[str, Any]) -> Grid:

@@ -6,17 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 from simulator.prediction.by_operator import OperatorSpeedup, by_operator
 from simulator.prediction.explain import Explanation, explanations
 
-CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("llama-2-7b", {"prune": ["width 0.3"], "batch": 16}),
-    ("llama-2-7b", {"prune": ["width 0.3"], "dense_s": 0.03}),
-    ("llama-3.1-8b", {"prune": ["depth 0.25"], "engine": "hf"}),
-    ("qwen3-30b-a3b", {"prune": ["experts 0.5"], "devices": 2, "phase": "prefill"}),
-    ("nemotron-nano-12b-v2", {"prune": ["depth 0.25"], "phase": "generate"}),
-)
+CASES = tables_of("prediction/cases.yaml")["operators"]
 
 
 def explained(model: str, device: str = "a100", **settings: Any) -> Explanation:
