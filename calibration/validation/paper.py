@@ -37,7 +37,7 @@ from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.prediction.compare import SMALL_SHARE, against
 from simulator.prediction.notes import uncalibrated_of
-from simulator.prediction.pareto import Front, Point, fronts, independent, margins
+from simulator.prediction.pareto import Front, Point, fronts, independent
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.requests import by_key, profiles
 from simulator.prediction.result import Result
@@ -339,7 +339,8 @@ def _named(p: Point) -> str:
 def _below(front: Front, chosen: Sequence[int]) -> FloatArray:
     """Return half-widths of the log ratios of the dense model and of chosen points."""
     points = [front.points[i] for i in chosen]
-    below = np.array(front.below or independent(front.points))[np.ix_(chosen, chosen)]
+    widths = front.below or independent(front.points)
+    below = widths(np.array(chosen), slice(None))[:, chosen]
     up, down = np.log(
         [(p.speedup_upper / p.speedup, p.speedup / p.speedup_lower) for p in points]
     ).T
@@ -445,6 +446,15 @@ def _towards(difference: FloatArray, low: FloatArray, high: FloatArray) -> Float
     return np.asarray(np.where(difference + TOLERANCE >= 0.0, low, high))
 
 
+def margins(speedup: ArrayLike, below: ArrayLike) -> FloatArray:
+    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups,
+    divided by its half-width towards 0. ``speedup`` (n,); ``below`` (n, n) the half-width of
+    log(speedup i / speedup j) below it."""
+    log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
+    gap = log[:, None] - log
+    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
+
+
 def in_order(
     loss: ArrayLike, group: Sequence[int], speedup: ArrayLike, below: ArrayLike
 ) -> tuple[float, int, int, float, float]:
@@ -454,7 +464,7 @@ def in_order(
 
     ``loss`` (n,) is the loss of quality; ``group`` (n,) the place in the claimed order, -1 for a
     point that only competes; ``speedup`` (n,) and ``below`` (n, n) are arguments of
-    :func:`simulator.prediction.pareto.margins`. A point is on the frontier if it is faster than all
+    :func:`margins`. A point is on the frontier if it is faster than all
     points with no more loss. If two points are in the wrong order, one of them must not be on it.
     """
     x, g, log = np.asarray(loss), np.asarray(group), np.log(np.asarray(speedup))

@@ -6,16 +6,20 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from simulator.cli import options, parsing, render
 from simulator.cli.options import option
+from simulator.display import as_plain
 from simulator.units import parse_fraction
 
 if TYPE_CHECKING:
     from simulator.prediction.pareto import Band, Front
     from simulator.prediction.quality import Axis, QualityTable
+
+
+MOST_SHOWN = 1000  # models of a table; of more, those on the frontier
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def pareto(
     most = None if max_loss is None else parsing.checked("--max-loss", max_loss, parse_fraction)
     asked = run.asked(model, devices)
     found, notes = fronts(config, devices.profiles, table, axis, measured=known, **asked.settings)
-    records = [{**asdict(f), "axis": str(f.axis)} for f in found]
-    if out.write(records, [asdict(p) for f in found for p in f.points]):
+    records = [{**as_plain(f), "axis": str(f.axis)} for f in (found if out.json else ())]
+    if out.write(records, [vars(p) for f in found for p in f.points]):
         render.conclude(*of_fronts(found, most))
         if out.verbose or len(found) <= MOST_SENTENCES:
             for front in found:
@@ -116,6 +120,8 @@ def _front_text(front: Front) -> str:
         f"{front.model}, {front.hardware}, {front.phase}, batch {front.batch}, seq {front.seq},"
         f" {front.engine}"
     )
+    if len(front.points) > MOST_SHOWN:
+        where += f"\n{len(front.points):,} models, shown on the frontier"
     table = render.table_text(columns, f"{where}\n{front.axis}", color=render.colored())
     sentences = "; ".join(_band_text(b) for b in front.bands)
     sources = "; ".join(dict.fromkeys(p.source for p in front.points))
@@ -139,6 +145,8 @@ def _columns(front: Front, detail: int) -> list[render.Column]:
     """Return the table with sources (detail 3), without them (2), without the points that beat
     others (1), and without intervals (0)."""
     points = front.points
+    if len(points) > MOST_SHOWN:
+        points = tuple(p for p in points if p.optimal)
     shown = render.columns(
         points,
         ("<method", "method"),

@@ -246,12 +246,13 @@ def search(
 
 
 def _conclusion(plan: Plan) -> str:
-    from simulator.prediction.wording import speedup_text
+    from simulator.prediction.wording import if_fitted, interval_text
 
     first, dense = plan.results[0], plan.results[0].model
     kept = plan.pruned.parameters / max(1, plan.dense_parameters)
     changed = sum((row.attention, row.mlp) != ("dense", "dense") for row in plan.layers)
-    speed = f"{speedup_text(first)} faster than {dense}"
+    interval = interval_text(first.speedup, first.lower, first.upper)
+    speed = f"{interval} faster than {dense}{if_fitted(first)}"
     return (
         f"The plan changes {changed} of {len(plan.layers)} layers: {speed} on {first.request},"
         f" {plan.metric} {plan.score:.4g}, {render.percent(kept)} of the parameters."

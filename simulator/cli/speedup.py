@@ -536,8 +536,8 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
 
     lines = []
     for e in found:
-        if e.inferred is not None and e.dense_s is not None:
-            lines.append(inferred_line(e.inferred, e.hardware.label, e.dense_s))
+        if e.inferred is not None and e.request.dense_s is not None:
+            lines.append(inferred_line(e.inferred, e.hardware.label, e.request.dense_s))
     lines += uncalibrated(e.result for e in found)
     assumed = (
         note

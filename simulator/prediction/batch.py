@@ -9,7 +9,7 @@ accepts together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from simulator.models.lower import lower
 from simulator.models.model import Model
 from simulator.passes import refusal
 from simulator.prediction.prunings import Pruning, check_alike
+from simulator.prediction.requests import by_key
 from simulator.request import Request
 from simulator.workload import Workload, WorkloadBatch, model_array
 
@@ -53,7 +54,7 @@ def batch_of(
     dense = WorkloadBatch.of(workloads)
     if unable := refusal(dense):
         reject(None, unable, "")
-    together = _together(workloads, {p.together for p in prunings if p.model is None})
+    together = _together(workloads)
     batches = [dense]
     for i, pruning in enumerate(prunings):
         reasons: dict[str, None] = {}
@@ -102,21 +103,17 @@ def _pruned(
     )
 
 
-def _together(workloads: Sequence[Workload], names: Collection[str]) -> Together:
-    shapes, every = [w.meta for w in workloads], tuple(range(len(workloads)))
-    lengths = [
-        tuple(i for i in every if shapes[i].seq == seq)
-        for seq in dict.fromkeys(meta.seq for meta in shapes)
-    ]
-
+def _together(workloads: Sequence[Workload]) -> Together:
+    every = tuple(range(len(workloads)))
+    lengths = by_key(every, lambda i: workloads[i].meta.seq)
     groups: Mapping[str, list[RequestGroup]] = {
         "any": [every],
-        "equal length": lengths,
+        "equal length": [tuple(group) for group in lengths.values()],
         "one": [(i,) for i in every],
     }
     return {
-        name: [(group, _joined([workloads[i] for i in group])) for group in groups[name]]
-        for name in names
+        name: [(group, _joined([workloads[i] for i in group])) for group in some]
+        for name, some in groups.items()
     }
 
 
@@ -131,26 +128,16 @@ def _parts(
     requests: Sequence[Request], pruning: Pruning, together: Together, reasons: dict[str, None]
 ) -> list[GroupRows]:
     """Prune the requests, in groups; reasons of rejected ones go to ``reasons``."""
-    if pruning.formats:
-        requests = [pruning.request(request) for request in requests]
-        pruning = replace(pruning, formats=())
-        try:
-            workloads = [lower(request) for request in requests]
-        except InputError as error:
-            reasons[str(error)] = None
-            return []
-        together = _together(workloads, {pruning.together})
-    if pruning.model is not None:
+    if lacks := pruning.lacking(load_model(requests[0].model)):
+        reasons[lacks] = None
+        return []
+    if pruning.other:
         try:
             pruned = [pruning.apply(lower(request), request) for request in requests]
         except InputError as error:
             reasons[str(error)] = None
             return []
         return [((i,), w, np.array([len(w)])) for i, w in enumerate(pruned)]
-    model = load_model(requests[0].model)
-    if lacks := pruning.lacking(model):
-        reasons[lacks] = None
-        return []
     return [
         part
         for group, rows in together[pruning.together]

@@ -532,10 +532,9 @@ def genai_perf(fields: Fields) -> BenchRun:
         sum(one.count("count", default=1) for one in fields.rows("error_summary")) if errors else 0
     )
     check_failed(fields, failed or int(fields.average("error_request_count")), "error_summary")
+    requests, request = round(fields.average("request_count")), fields.average_s("request_latency")
+    rate = fields.part("request_throughput").seconds("avg")  # positive
     many, sent, regular = _load(arguments)
-    requests = round(fields.average("request_count"))
-    throughput, request = fields.part("request_throughput"), fields.average_s("request_latency")
-    rate = throughput.seconds("avg")  # positive
     enough = ENOUGH_ROUNDS * many
     few = (
         f"{fields.source}: {requests} requests include ramp-up and ramp-down; use --request-count"
@@ -592,9 +591,8 @@ def _of_telemetry(telemetry: Fields, tokens_per_s: float) -> GpuPower | None:
 
 def _load(arguments: Fields) -> tuple[int, float, bool]:
     """Return the requests in flight, the requests sent per second, and whether they are sent at
-    equal times, not as a Poisson process: of the phase (AIPerf), the load generator (before 0.8),
-    the stimulus or arguments (genai-perf); 0 if the export does not state them. InputError for any
-    other load."""
+    equal times, not as a Poisson process: of the phase (AIPerf from 0.8) or the stimulus
+    (genai-perf). InputError for any other load."""
     counted = (p for p in arguments.rows("phases") if not p.data.get("exclude_from_results"))
     phases = [p for p in counted if "warmup" not in (p.data.get("name"), p.data.get("kind"))]
     if phases:
@@ -613,24 +611,15 @@ def _load(arguments: Fields) -> tuple[int, float, bool]:
     if set(stimulus.data) == {"request_rate"}:
         # perf_analyzer's --request-distribution is constant by default
         return 0, stimulus.amount("request_rate", _RATE), True
-    if stimulus.data:
-        if set(stimulus.data) != {"concurrency"}:
-            name = arguments.place("perf_analyzer.stimulus")
-            raise InputError(
-                f"{name}: expected concurrency or request_rate, got"
-                f" {', '.join(map(str, stimulus.data))}"
-            )
-        return stimulus.count("concurrency"), 0.0, False
-    load = arguments.part("loadgen") if arguments.has("loadgen") else arguments
-    check_closed_loop(load)
-    return load.count("concurrency", default=0), 0.0, False
+    if set(stimulus.data) != {"concurrency"}:
+        got = ", ".join(map(str, stimulus.data)) or "none"
+        place = arguments.place("perf_analyzer.stimulus")
+        raise InputError(f"{place}: expected concurrency or request_rate, got {got}")
+    return stimulus.count("concurrency"), 0.0, False
 
 
 def _model(given: Fields) -> str:
-    arguments, endpoint = given.data, given.part("endpoint").data
-    listed: Any = (
-        arguments.get("model_names") or arguments.get("model") or endpoint.get("model_names")
-    )
+    listed: Any = given.data.get("model_names")
     if given.has("models"):
         listed = [one.text("name") for one in given.part("models").rows("items")]
     first = listed[0] if isinstance(listed, list) and listed else listed or ""

@@ -252,7 +252,8 @@ def reaching(
             changed: dict[str, Any] = {setting: value}
             with contextlib.suppress(InputError):  # such as a prompt shorter than its prefix
                 requests.append(replace(request, **changed))
-        columns = request_results(requests, prunings, [hw], _ignore).columns
+        # what cannot run is excluded
+        columns = request_results(requests, prunings, [hw], lambda *_: None).columns
         fits = columns["pruned_fits"] | ~columns["pruned_fits"].any()
         pays = (columns[end][fits] >= max(target, GAIN) for end in ("speedup", "speedup_lower"))
         return dict(zip(columns[setting][fits].tolist(), zip(*(one.tolist() for one in pays))))
@@ -280,10 +281,6 @@ def reaching(
             first, last = values[0], values[-1]
             out.append(Reached(setting, target, first, last, last >= grid[-1], *ranges))
     return tuple(out)
-
-
-def _ignore(_pruning: int | None, _reason: str, _device: str = "") -> None:
-    """Exclude a request that cannot run."""
 
 
 def _ranges(values: Sequence[float], holds: Sequence[bool]) -> Ranges:

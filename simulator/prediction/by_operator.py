@@ -10,10 +10,11 @@ import numpy as np
 from simulator.arrays import Array, FloatArray
 from simulator.codes import EXPERTS, ROLES, Kind
 from simulator.operators import BY_CODE
-from simulator.prediction.explain import Explanation, effects, waves
-from simulator.uncertainty.forward import PredictedPass, forward_passes
+from simulator.operators.base import BOTTLENECKS
+from simulator.prediction.explain import Explanation, effects, filled_waves
+from simulator.uncertainty.forward import PredictedPass
 from simulator.units import percent
-from simulator.workload import Workload, WorkloadBatch
+from simulator.workload import Workload
 
 # role -> operator in the table
 _OPERATORS: Mapping[str, str] = {
@@ -34,7 +35,9 @@ _CAUSES: Mapping[str, str] = {
 """Effect -> cause of a speedup that differs from its roofline bound."""
 
 LEAST = 0.001  # share of a pass from which gaps and host are shown
-NOTABLE = 0.015  # log of a speedup from which a cause is named
+# log of a speedup from which a cause is named; bandwidth varies more between shapes
+NOTABLE, NOTABLE_OF_BYTES = 0.015, 0.03
+_BYTES = "bound by memory: reaches {} of its bandwidth"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class OperatorSpeedup:
 def by_operator(e: Explanation) -> list[OperatorSpeedup]:
     """Return the operators of both passes, then gaps between kernels and the host. Times add up to
     those of the result."""
-    p = forward_passes(WorkloadBatch.of([e.dense, e.pruned]), e.hardware)
-    scale = np.array([e.result.dense_s, e.result.pruned_s]) / p.total_s
-    divided = _Divided(p, effects(p) | {"fixed": p.row_s}, waves(p)[1], _names(p.workloads.rows))
+    p = e.passes
+    scale = e.seconds / p.total_s
+    divided = _Divided(
+        p, effects(p) | {"fixed": p.row_s}, filled_waves(p), _names(p.workloads.rows)
+    )
     found = [divided.operator(name, scale) for name in dict.fromkeys(divided.names.tolist())]
     found.sort(key=lambda one: -one.dense_s)
     gaps = p.device_s - p.workloads.total(p.row_s)
@@ -81,11 +86,16 @@ class _Divided:
             for step, values in self.steps.items()
         }
         rows = [np.where((workloads.owner == i) & mine, self.passes.row_s, -1.0) for i in range(2)]
-        longest = self.filled[[int(np.argmax(of_model)) for of_model in rows]]
+        longest = [int(np.argmax(of_model)) for of_model in rows]
+        code = self.passes.bottleneck_of_row[longest]
+        of_bytes = bool((code == BOTTLENECKS.index("memory")).all())
+        # the blocks of attention share the bandwidth, those of a product hardly change it
+        waves = self.filled[longest] * (name == "attention" or not of_bytes)
+        cause = _cause(times, waves, of_bytes)
         ideal = times["ideal"]
         bound = float(ideal[0] / ideal[1]) if ideal.min() > 0.0 else np.nan
         dense_s, pruned_s = (scale * times["fixed"]).tolist()
-        return OperatorSpeedup(name, dense_s, pruned_s, bound, _cause(times, longest))
+        return OperatorSpeedup(name, dense_s, pruned_s, bound, cause)
 
 
 _OUTSIDE = {
@@ -107,23 +117,26 @@ def _names(rows: Workload) -> Array:
     return names
 
 
-def _cause(times: Mapping[str, FloatArray], longest: FloatArray) -> str:
+def _cause(times: Mapping[str, FloatArray], longest: FloatArray, of_bytes: bool) -> str:
     """Return why an operator's speedup differs from its roofline bound; ``longest`` are the waves
-    of its longest rows."""
+    of its longest rows, ``of_bytes`` whether memory is the bottleneck of both."""
     if min(map(np.min, times.values())) <= 0.0:
         return ""
     logs = dict(_logs(times))
     step = max(logs, key=lambda name: abs(logs[name]))
-    if abs(logs[step]) < NOTABLE:
+    if abs(logs[step]) < (NOTABLE_OF_BYTES if of_bytes else NOTABLE):
         same = abs(times["fixed"][0] / times["fixed"][1] - 1.0) < 1e-6
         return "not pruned" if same else ""
+    cause = _CAUSES[step]
+    if of_bytes and step not in ("roofline", "fixed"):
+        cause = _BYTES.format("less" if logs[step] < 0.0 else "more")
     if step not in ("kernel", "wave") or longest.min() <= 0.0:
-        return _CAUSES[step]
+        return cause
     whole = np.ceil(longest)
     share = longest / whole
-    # the difference in fill explains the loss or gain if it has the same sign
-    if (share[1] - share[0]) * logs[step] <= 0.0 or abs(share[1] - share[0]) < NOTABLE:
-        return _CAUSES[step]
+    # whether the difference in fill explains at least half of the loss or gain
+    if np.log(share[1] / share[0]) / logs[step] < 0.5:
+        return cause
     dense, pruned = (
         f"{percent(part)} of {many:.0f} {'waves' if many > 1.0 else 'wave'}"
         for part, many in zip(share, whole)

@@ -204,8 +204,7 @@ def _identity(
         "options": [p.label for p in prunings],
         "method": [p.method for p in prunings],
         "prune": [p.prune for p in prunings],
-        "parts": _parts(batch, prunings),
-        "formats": _other_formats(batch, prunings),
+        **_changes(batch, prunings),
         "pruned": [p.model.name if p.model else "" for p in prunings],
     }
     equal = {
@@ -237,32 +236,22 @@ def _identity(
     }
 
 
-def _parts(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
-    """Return what each pruning removes of the parts of the model, from its first workload of the
-    batch."""
-    out = [""] * len(prunings)
-    for i, first in _firsts(batch):
-        dense, pruned = batch.models[int(batch.dense[first])], batch.models[first]
+def _changes(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> dict[str, list[str]]:
+    """Return what each pruning removes of the parts of the model, and its number formats if the
+    dense model has others, from its first workload of the batch."""
+    parts, formats = [""] * len(prunings), [""] * len(prunings)
+    for i, first in zip(*(one.tolist() for one in np.unique(batch.pruning, return_index=True))):
+        if i < 0:
+            continue
+        pruning, of_dense = prunings[i], int(batch.dense[first])
+        dense, pruned = batch.models[of_dense], batch.models[first]
         if dense is not None and pruned is not None:
-            steps = () if prunings[i].model else prunings[i].steps
-            out[i] = removed_parts(steps, sizes(dense), sizes(pruned))
-    return tuple(out)
-
-
-def _firsts(batch: WorkloadBatch) -> Iterator[tuple[int, int]]:
-    """Yield each pruning of a batch, and its first workload."""
-    for i in set(batch.pruning.tolist()) - {-1}:
-        yield i, int((batch.pruning == i).argmax())
-
-
-def _other_formats(batch: WorkloadBatch, prunings: Sequence[Pruning]) -> tuple[str, ...]:
-    """Return the number formats of each pruned model that has others than the dense model."""
-    out = [""] * len(prunings)
-    for i, first in _firsts(batch):
-        if prunings[i].other:
-            dense, pruned = _formats(batch, int(batch.dense[first])), _formats(batch, first)
-            out[i] = f"{pruned.text} against {dense.text}" if pruned != dense else ""
-    return tuple(out)
+            steps = () if pruning.model else pruning.steps
+            parts[i] = removed_parts(steps, sizes(dense), sizes(pruned))
+        if pruning.other:
+            ours, theirs = (_formats(batch, one) for one in (first, of_dense))
+            formats[i] = "" if ours == theirs else f"{ours.text} against {theirs.text}"
+    return {"parts": parts, "formats": formats}
 
 
 def _formats(batch: WorkloadBatch, workload: int) -> NumberFormats:

@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simulator.arguments import SECONDS, listed, number
 from simulator.arrays import FloatArray
-from simulator.codes import EXPERTS, ROLES
+from simulator.codes import EXPERTS
 from simulator.display import Displayed, as_plain, by_column
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -209,49 +209,13 @@ def effects(p: PredictedPass) -> dict[str, FloatArray]:
     return seconds
 
 
-class LastWaves(NamedTuple):
-    """Effect on a speedup of SMs that idle in the last wave of blocks."""
-
-    log_factor: float  # log of the predicted speedup over that with equally filled waves
-    role: str  # of the operators that lose or gain most
-    filled: tuple[tuple[float, float], ...]  # waves, and whole waves, of dense and pruned
-
-
-def last_waves(p: PredictedPass) -> LastWaves | None:
-    """Return the effect of the last waves of GEMMs and decode attention, None without any. Waves
-    explain a role's deviation from the speedup of its roofline at most as far as dense and pruned
-    fill them differently."""
-    w, (idle, filling) = p.workloads.rows, waves(p)
-    of_model = (filling * p.ideal_s > 0.0) & (p.workloads.owner == np.arange(2)[:, None])
-
-    def by_role(values: FloatArray) -> FloatArray:
-        return np.array([np.bincount(w.role, values * rows, len(ROLES)) for rows in of_model])
-
-    times, least, lost = by_role(p.row_s), by_role(p.ideal_s), by_role(p.row_s * idle)
-    common = np.flatnonzero(times.min(axis=0) > 0.0)
-    if not len(common):
-        return None
-    deviation, fuller = np.zeros((2, len(ROLES)))
-    (deviation[common],) = -np.diff(np.log(times[:, common] / least[:, common]), axis=0)
-    (fuller[common],) = -np.diff(lost[:, common] / times[:, common], axis=0)
-    effect = np.clip(deviation, np.minimum(fuller, 0.0), np.maximum(fuller, 0.0))
-    effect *= times[1] / p.device_s[1]
-    role = int(np.argmax(np.abs(effect)))
-    if role not in common:
-        return None
-    most = filling[[np.argmax(p.row_s * rows * (w.role == role)) for rows in of_model]]
-    filled = tuple(zip(most.tolist(), np.ceil(most).tolist()))
-    return LastWaves(float(effect.sum()), ROLES[role], filled)
-
-
-def waves(p: PredictedPass) -> tuple[FloatArray, FloatArray]:
-    """Return ``Estimate.idle`` and ``Estimate.waves`` of all rows; 0 where no blocks run in
-    waves."""
-    idle, filling = np.zeros((2, len(p.workloads.rows)))
+def filled_waves(p: PredictedPass) -> FloatArray:
+    """Return ``Estimate.waves`` of all rows; 0 where no blocks run in waves."""
+    out = np.zeros(len(p.workloads.rows))
     for operator, rows, formats in p.workloads.rows.operators():
         for some, e in operator.idling(rows, p.hw, formats):
-            idle[rows.at[some]], filling[rows.at[some]] = np.ravel(e.idle), np.ravel(e.waves)
-    return idle, filling
+            out[rows.at[some]] = np.ravel(e.waves)
+    return out
 
 
 def _fixed(p: PredictedPass) -> FloatArray:
@@ -271,7 +235,6 @@ class Explanation(HasResult):
     pruned: Workload = field(repr=False)
     hardware: HardwareProfile = field(repr=False)
     inferred: Inferred | None = None  # from a measured time of the dense model
-    dense_s: float | None = field(default=None, repr=False)  # the measured time
     request: Request = field(kw_only=True, repr=False)
     pruning: Pruning = field(kw_only=True, repr=False)
     target: float = field(default=1.0, repr=False)  # of the kernel budget
@@ -280,21 +243,22 @@ class Explanation(HasResult):
         return self.result._title()
 
     @cached_property
+    def passes(self) -> PredictedPass:
+        """The dense and the pruned pass, without a measured time."""
+        return forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
+
+    @property
+    def seconds(self) -> FloatArray:
+        """Times of both passes, s."""
+        return np.array([self.result.dense_s, self.result.pruned_s])
+
+    @cached_property
     def layer_s(self) -> float:
         """Host time to launch one layer of the dense model if either model is host-bound, s; else
         0."""
         if self.inferred is not None and self.inferred.consistent:
             return self.inferred.layer_s if self.inferred.host_bound else 0.0
-        p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
-        return float(p.host.layer[0]) if p.host_bound.any() else 0.0
-
-    @cached_property
-    def last_waves(self) -> LastWaves | None:
-        """Effect of idle SMs on the speedup; None on a CPU."""
-        if self.hardware.architecture == "cpu":
-            return None
-        batch = WorkloadBatch.of([self.dense, self.pruned])
-        return last_waves(forward_passes(batch, self.hardware))
+        return float(self.passes.host.layer[0]) if self.passes.host_bound.any() else 0.0
 
     @cached_property
     def budget(self) -> KernelBudget | None:
@@ -308,9 +272,7 @@ class Explanation(HasResult):
     @cached_property
     def energy_parts(self) -> dict[str, list[float]]:
         """Energy of a dense and of a pruned pass on all devices, J, by what draws the power."""
-        p = forward_passes(WorkloadBatch.of([self.dense, self.pruned]), self.hardware)
-        seconds = np.array([self.result.dense_s, self.result.pruned_s])
-        return dict(zip(PARTS, PassEnergy.of(p, seconds).parts.tolist()))
+        return dict(zip(PARTS, PassEnergy.of(self.passes, self.seconds).parts.tolist()))
 
     @cached_property
     def reason(self) -> str:
@@ -386,7 +348,6 @@ def explanation(request: Request, pruning: Pruning, hw: HardwareProfile) -> Expl
         pruned=pruned,
         hardware=hw,
         inferred=inferred_by(dense, hw, request),
-        dense_s=request.dense_s,
         request=request,
         pruning=pruning,
     )

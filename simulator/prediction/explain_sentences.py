@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from simulator.display import with_and
 from simulator.engines.engine import load_engine
 from simulator.prediction.budget import KernelBudget, Need, Ranges, Reached
+from simulator.prediction.by_operator import by_operator
 from simulator.prediction.explain import Explanation
 from simulator.prediction.requests import batch_name, setting
 from simulator.prediction.result import Result
@@ -68,19 +69,19 @@ def conclusions(explained: Sequence[Explanation]) -> list[str]:
 
 
 def _waves(e: Explanation) -> str:
-    """Return how differently dense and pruned fill the SMs, if that changes the speedup by more
-    than a few percent."""
-    found = e.last_waves
-    if found is None or abs(found.log_factor) < WAVES:
+    """Return the operator that fills the SMs differently in dense and pruned, if that changes the
+    speedup by more than a few percent."""
+    found = [one for one in by_operator(e) if one.cause.startswith("fills")]
+    effect = {
+        one: math.log(one.dense_s / one.pruned_s / one.bound) * one.pruned_s / e.result.pruned_s
+        for one in found
+    }
+    most = max(found, key=lambda one: abs(effect[one]), default=None)
+    if most is None or abs(effect[most]) < WAVES or e.hardware.architecture == "cpu":
         return ""
-    dense, pruned = (
-        f"{percent(part / whole)} of {whole:.0f} waves" for part, whole in found.filled
-    )
-    factor = ratio(math.exp(found.log_factor))
-    return (
-        f" Waves of thread blocks on {e.hardware.sm_count} SMs explain x{factor}:"
-        f" {found.role} fills {pruned} (dense: {dense})."
-    )
+    factor = ratio(math.exp(effect[most]))
+    sms = f"Waves of thread blocks on {e.hardware.sm_count} SMs"
+    return f" {sms} explain x{factor}: {most.name} {most.cause}."
 
 
 def _host_bound(e: Explanation) -> str:

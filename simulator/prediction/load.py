@@ -251,6 +251,7 @@ class Simulation:
         hw: HardwareProfile,
         prunings: Sequence[Pruning] = (),
         requests: Requests | None = None,
+        tariff: Tariff | None = None,
     ) -> Simulation:
         """Return the simulation of a load, or of ``requests`` as they arrive."""
         if request.parallel == "pipeline":
@@ -269,7 +270,7 @@ class Simulation:
             for made in (grid.decode_requests, grid.prefill_requests)
         )
         tables = StepTables.of(grid, decodes, prefills, hw, request.level)
-        return cls(load, limits, request, requests, server, tables)
+        return cls(load, limits, request, requests, server, tables, tariff)
 
     def run(self, times: StepTimes, replicas: int) -> Served:
         return simulate_replicas(self.requests, times, self.server, replicas)

@@ -7,16 +7,17 @@ drop of one metric under one protocol (:mod:`simulator.prediction.quality`). A *
 of quality budgets in which one family is the fastest.
 
 One of two points is certainly faster if the interval of the ratio of their speedups is on one side
-of 1. Errors that both share, such as those of the dense model, cancel in this ratio
-(:func:`margins`).
+of 1. Errors that both share, such as those of the dense model, cancel in this ratio. Only points on
+the frontier are compared with all others, so a table may have a million rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,23 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.models.model import Model
-from simulator.prediction.batch import OPERATOR_ROWS, Reject, batch_of
+from simulator.prediction.batch import OPERATOR_ROWS, Reject, batch_of, rejecting
 from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.notes import dense_notes, uncalibrated_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
-from simulator.prediction.requests import by_budget, profiles, requests_of
-from simulator.prediction.result import Result, Results
+from simulator.prediction.requests import by_budget, on, profiles, requests_of
+from simulator.prediction.result import Results
 from simulator.pruning import FAMILIES
 from simulator.request import Request
 from simulator.workload import WorkloadBatch
 
-Halves = tuple[tuple[float, ...], ...]
-MOST_ROWS = 1000  # each point is compared with each other one
+HalfWidths = Callable[[IndexArray, slice], FloatArray]
+"""Returns for k of some points and a slice of n the half-widths (k, n) of log(speedup of the point
+/ speedup of the other) below it."""
+
 DENSE = "dense"  # family of the dense model's point: no loss, speedup 1
+TOGETHER = 64, 50_000  # points that are compared with others at once: 25 MB of each number
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ class Front:
     uncalibrated: str  # operators with default constants in any predicted point
     uncalibrated_share: float
     level: float
-    below: Halves = ()  # [i][j]: half-width of log(speedup of point i / of point j) below it
     devices: int = 1
+    below: HalfWidths | None = field(default=None, repr=False, compare=False)
 
 
 def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
@@ -134,56 +138,88 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
     return optimal
 
 
-def margins(speedup: ArrayLike, below: ArrayLike) -> NDArray[np.float64]:
-    """Return the margin (n, n) of point i over point j: the log of the ratio of their speedups,
-    divided by its half-width towards 0. From 1 up point i is faster with the whole interval, from
-    -1 down slower. ``speedup`` (n,); ``below`` (n, n) the half-width of log(speedup i / speedup j)
-    below it."""
-    log, half = np.log(np.asarray(speedup, dtype=float)), np.asarray(below, dtype=float)
-    gap = log[:, None] - log
-    return np.asarray(gap / np.maximum(np.where(gap >= 0.0, half, half.T), 1e-12))
-
-
-def independent(points: Sequence[Point]) -> Halves:
-    """Return ``Front.below`` of points without shared errors, from their intervals."""
+def independent(points: Sequence[Point]) -> HalfWidths:
+    """Return the half-widths of points without shared errors, from their intervals."""
     low, mid, high = (
         np.log([(p.speedup_lower, p.speedup, p.speedup_upper) for p in points]).reshape(-1, 3).T
     )
-    return _nested(np.hypot((mid - low)[:, None], high - mid))
+    return lambda some, others: np.hypot((mid - low)[some, None], (high - mid)[others])
 
 
-def bands(points: Sequence[Point], below: Halves | None = None) -> tuple[Band, ...]:
+def judged(
+    points: Sequence[Point], below: HalfWidths | None = None
+) -> tuple[tuple[Point, ...], tuple[Band, ...]]:
+    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the
+    dense model (loss 0, speedup 1), and the bands. ``below`` has the half-widths of the points in
+    the order of :func:`by_loss`; None: without shared errors."""
+    points = [points[i] for i in by_loss(points)]
+    loss, speedup = (np.array([getattr(p, name) for p in points]) for name in ("loss", "speedup"))
+    optimal = frontier(np.r_[0.0, loss], np.r_[1.0, speedup])[1:]
+    rival = _least_rivals(points, np.flatnonzero(optimal), below or independent(points))
+    fastest = _fastest_others(loss, speedup).tolist()
+    marked = []
+    for i, p in enumerate(points):
+        if optimal[i]:
+            sure = bool(rival[i] > p.loss) and (p.speedup_lower > 1.0 or p.loss < 0.0)
+            marked.append(replace(p, optimal=True, sure=sure, beaten_by=""))
+            continue
+        j = fastest[i]
+        beaten = j >= 0 and speedup[j] >= max(p.speedup, 1.0)
+        winner = points[j].name if beaten else "the dense model"
+        marked.append(replace(p, optimal=False, sure=False, beaten_by=winner))
+    return tuple(marked), _bands(marked, rival)
+
+
+def by_loss(points: Sequence[Point]) -> list[int]:
+    """Return the order of points by rising loss, at equal loss by falling speedup."""
+    return sorted(range(len(points)), key=lambda i: (points[i].loss, -points[i].speedup))
+
+
+def _least_rivals(points: Sequence[Point], some: IndexArray, below: HalfWidths) -> FloatArray:
+    """Return the least loss of a point of another family than which a point is not faster with the
+    whole interval of the ratio of their speedups, for ``some`` points; infinite if there is none.
+    Errors that both share cancel in this ratio."""
+    out = np.full(len(points), np.inf)
+    loss, log = np.array([(p.loss, math.log(p.speedup)) for p in points]).T
+    family = np.unique([p.family for p in points], return_inverse=True)[1]
+    firsts = (range(0, many, each) for many, each in zip((len(some), len(points)), TOGETHER))
+    for row, column in itertools.product(*firsts):
+        mine = some[row : row + TOGETHER[0]]
+        others = slice(column, column + TOGETHER[1])
+        slower = log[mine, None] - log[others] >= np.maximum(below(mine, others), 1e-12)
+        alike = family[mine, None] == family[others]
+        least = np.where(slower | alike, np.inf, loss[others]).min(axis=1)
+        out[mine] = np.minimum(out[mine], least)
+    return out
+
+
+def _fastest_others(loss: FloatArray, speedup: FloatArray) -> IndexArray:
+    """Return for points in the order of :func:`by_loss` the fastest other point that is as fast at
+    no more loss, -1 without one."""
+    every = np.arange(len(loss))
+    before = np.r_[-np.inf, np.maximum.accumulate(speedup)[:-1]]
+    record = np.maximum.accumulate(np.where(speedup > before, every, 0))
+    last = np.searchsorted(loss, loss, side="right") - 1
+    # of a point that is itself the fastest, the next with an equal loss
+    second = np.where(every < last, every + 1, -1)
+    return np.asarray(np.where(record[last] == every, second, record[last]))
+
+
+def _bands(points: Sequence[Point], rival: FloatArray) -> tuple[Band, ...]:
     """Return the family that is fastest at each quality budget among marked points, or the dense
     model. Bands are in order of loss, without gaps; neighbours of one family are joined, and the
-    last band is open. ``below`` is that of :func:`marked`."""
-    best = sorted(
-        (i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0),
-        key=lambda i: _place(points[i]),
-    )
+    last band is open."""
+    best = [i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0]
     edges = [*(max(points[i].loss, 0.0) for i in best), math.inf]
-    ahead = (
-        margins([p.speedup for p in points], independent(points) if below is None else below) >= 1.0
-    )
     out: list[Band] = []
-    if not best or edges[0] > 0.0:
-        out.append(
-            Band(
-                DENSE,
-                0.0,
-                edges[0],
-                1.0,
-                1.0,
-                all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0),
-            )
-        )
+    if edges[0] > 0.0:
+        slower = all(p.speedup_upper <= 1.0 for p in points if p.loss <= 0.0)
+        out.append(Band(DENSE, 0.0, edges[0], 1.0, 1.0, slower))
     for i, low, high in zip(best, edges[:-1], edges[1:]):
         if high <= low:
             continue
         p = points[i]
-        others = (
-            ahead[i, j] for j, q in enumerate(points) if q.family != p.family and q.loss < high
-        )
-        sure = p.speedup_lower > 1.0 and all(others)
+        sure = p.speedup_lower > 1.0 and bool(rival[i] >= high)
         if out and out[-1].family == p.family:
             out[-1] = replace(
                 out[-1], high=high, speedup_high=p.speedup, sure=out[-1].sure and sure
@@ -210,22 +246,11 @@ def fronts(
     rows = quality.on_axis(axis).rows
     if not rows:
         raise InputError(f"{quality.name}: no rows on the axis {axis}")
-    if len(rows) > MOST_ROWS:
-        raise InputError(
-            f"{quality.name}: expected at most {MOST_ROWS:,} rows on the axis {axis}, got"
-            f" {len(rows):,}"
-        )
     config, devices = load_model(model), profiles(hardware)
     table = _Rows(rows, axis, measured)
     out: list[Front] = []
     for request in requests_of([config], settings):
-        batches = [
-            (batch_of(same, table.prunings, table.reject), some)
-            for same, some in by_budget([request], devices)
-        ]
-        for hw in devices:
-            batch = next(batch for batch, some in batches if hw in some)
-            out.append(table.front(batch, request, hw))
+        out += [table.front(request, hw) for hw in devices]
     return tuple(out), tuple(table.notes)
 
 
@@ -237,32 +262,43 @@ class _Rows:
     axis: Axis
     measured: Sequence[MeasuredSpeedup]
     notes: dict[str, None] = field(default_factory=dict)
+    # the last piece of workloads by request and first pruning
+    kept: dict[tuple[Request, int], WorkloadBatch] = field(default_factory=dict)
+
+    @cached_property
+    def which(self) -> tuple[IndexArray, IndexArray]:
+        """The first row of each different pruning, and the pruning of each row."""
+        # options as Python writes them: 1 and True differ
+        texts = [f"{row.family} {row.sparsity!r} {row.options}" for row in self.rows]
+        _, first, which = np.unique(texts, return_index=True, return_inverse=True)
+        return first, which
 
     @cached_property
     def prunings(self) -> list[Pruning]:
-        return [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in self.rows]
+        """The different prunings."""
+        firsts = (self.rows[i] for i in self.which[0].tolist())
+        return [Pruning.of(row.family, row.sparsity, dict(row.options)) for row in firsts]
 
     def reject(self, pruning: int | None, reason: str, device: str) -> None:
         if pruning is None:
             raise InputError(reason)
-        row, where = self.rows[pruning], f" on {device}" if device else ""
-        self.notes[f"{row.method} at {row.sparsity:g}{where}: {reason}"] = None
+        where = f" on {device}" if device else ""
+        for row in (self.rows[i] for i in np.flatnonzero(self.which[1] == pruning).tolist()):
+            self.notes[f"{row.method} at {row.sparsity:g}{where}: {reason}"] = None
 
-    def front(self, batch: WorkloadBatch, request: Request, hw: HardwareProfile) -> Front:
-        results = results_of(batch, self.prunings, [hw], [request], self.reject)
-        points = [
-            _point(self.rows[i], r, self.measured)
-            for i, r in zip(results.pruning.tolist(), results)
-        ]
+    def front(self, request: Request, hw: HardwareProfile) -> Front:
+        (computed,) = on([request], hw)
+        results = self.results(computed, hw)
+        rows, points = self.points(results)
         if not points:
             none = f"none of the {len(self.rows)} rows on {self.axis} can run on {hw.label}"
             raise InputError(f"empty frontier: {none}: {'; '.join(self.notes)}")
         self.notes.update(dict.fromkeys(dense_notes(results, request, [hw])))
-        order = sorted(range(len(points)), key=lambda i: _place(points[i]))
-        below = _below(batch, results, hw, points, order, request.level)
-        best = marked([points[i] for i in order], below)
-        predicted = (r for r, point in zip(results, points) if not point.measured)
-        parts, share = uncalibrated_of(predicted)
+        which = self.which[1][rows]
+        below = self.half_widths(computed, hw, results.pruning, points, which)
+        best, bands = judged(points, below)
+        predicted = which[[not p.measured for p in points]]
+        parts, share = uncalibrated_of(results.take(np.isin(results.pruning, predicted)))
         return Front(
             model=load_model(request.model).name,
             hardware=hw.label,
@@ -272,91 +308,110 @@ class _Rows:
             engine=load_engine(request.engine).name,
             axis=self.axis,
             points=best,
-            bands=bands(best, below),
+            bands=bands,
             calibrated=share < SMALL_SHARE,
             uncalibrated=parts,
             uncalibrated_share=share,
             level=request.level,
-            below=below,
             devices=request.devices,
+            below=below,
         )
 
+    def points(self, results: Results) -> tuple[list[int], list[Point]]:
+        """Return the rows whose prunings have results, and their points, by rising loss."""
+        place = np.full(len(self.prunings), -1)
+        place[results.pruning] = np.arange(len(results))
+        place = place[self.which[1]]
+        rows = np.flatnonzero(place >= 0).tolist()
+        names = [f.name for f in fields(Point) if f.name in results.columns]
+        predicted = list(zip(*(results.columns[name].tolist() for name in names)))
+        points = [
+            _point(self.rows[i], dict(zip(names, predicted[place[i]])), self.measured) for i in rows
+        ]
+        order = by_loss(points)
+        return [rows[i] for i in order], [points[i] for i in order]
 
-def _below(
-    batch: WorkloadBatch,
-    results: Results,
-    hw: HardwareProfile,
-    points: Sequence[Point],
-    order: Sequence[int],
-    level: float,
-) -> Halves:
-    """Return ``Front.below`` of points in an order: shared errors of predicted points cancel;
-    measured points have only their intervals."""
-    alone = np.array(independent(points))
-    measured = np.array([p.measured for p in points])
-    pruned = np.flatnonzero(np.isin(batch.pruning, results.pruning))  # in the order of the points
-    some = batch.take(np.r_[0, pruned])
-    _, together, _ = against(
-        some, hw, [np.full(len(some), 1 + i) for i in range(len(pruned))], level
-    )
-    below = np.where(measured[:, None] | measured, alone, together.T[1:])
-    return _nested(below[np.ix_(order, order)])
+    def pieces(self, request: Request) -> Iterator[tuple[int, list[Pruning], WorkloadBatch]]:
+        """Yield pieces of bounded memory: the number of prunings before, the prunings, and the
+        workloads, the dense one first."""
+        size = max(1, OPERATOR_ROWS // len(lower(request)))
+        for start in range(0, len(self.prunings), size):
+            some = self.prunings[start : start + size]
+            if (request, start) not in self.kept:
+                self.kept.clear()
+                self.kept[request, start] = batch_of([request], some, self._reject(start))
+            yield start, some, self.kept[request, start]
+
+    def _reject(self, start: int) -> Reject:
+        return lambda i, *why: self.reject(None if i is None else start + i, *why)
+
+    def results(self, request: Request, hw: HardwareProfile) -> Results:
+        parts = []
+        for start, some, batch in self.pieces(request):
+            part = results_of(batch, some, [hw], [request], self._reject(start))
+            parts.append(replace(part, pruning=start + part.pruning))
+        return Results.join(parts)
+
+    def half_widths(
+        self,
+        request: Request,
+        hw: HardwareProfile,
+        able: IndexArray,
+        points: Sequence[Point],
+        which: IndexArray,
+    ) -> HalfWidths:
+        """Return the half-widths of points of the prunings ``which``, of those that are ``able`` to
+        run: shared errors of predicted points cancel; measured points have only their intervals."""
+        alone, measured = independent(points), np.array([p.measured for p in points])
+
+        @lru_cache(maxsize=1)
+        def between(prunings: tuple[int, ...]) -> FloatArray:
+            return self._between(request, hw, able, np.array(prunings))
+
+        def below(some: IndexArray, others: slice) -> FloatArray:
+            different, place = np.unique(which[some], return_inverse=True)
+            together = between(tuple(different.tolist()))[place][:, which[others]]
+            if not measured.any():
+                return together
+            own = measured[some, None] | measured[others]
+            return np.where(own, alone(some, others), together)
+
+        return below
+
+    def _between(
+        self, request: Request, hw: HardwareProfile, able: IndexArray, some: IndexArray
+    ) -> FloatArray:
+        """Return the half-widths of log(speedup of ``some`` prunings / speedup of each pruning)
+        below it."""
+        chosen = [self.prunings[i] for i in some]
+        best = batch_of([request], chosen, rejecting).take(1 + np.arange(len(some)))
+        best = replace(best, dense=np.zeros(len(some), dtype=np.intp))  # of each piece
+        out = np.full((len(some), len(self.prunings)), np.nan)
+        for start, _, batch in self.pieces(request):
+            runs = np.isin(batch.pruning, able - start) & (batch.pruning >= 0)
+            both = WorkloadBatch.join([batch.take(np.r_[0, np.flatnonzero(runs)]), best])
+            others = [np.full(len(both), len(both) - len(some) + i) for i in range(len(some))]
+            _, _, above = against(both, hw, others, request.level)
+            out[:, start + batch.pruning[runs]] = above[:, 1 : len(both) - len(some)]
+        return out
 
 
-def _nested(values: NDArray[Any]) -> Halves:
-    return tuple(map(tuple, values.tolist()))
-
-
-def _place(p: Point) -> tuple[float, float]:
-    """Return a sort key: rising loss, at equal loss falling speedup."""
-    return p.loss, -p.speedup
-
-
-def marked(points: Sequence[Point], below: Halves | None = None) -> tuple[Point, ...]:
-    """Return points by rising loss with ``optimal``, ``sure`` and ``beaten_by``, also against the
-    dense model (loss 0, speedup 1). ``below`` is that of :class:`Front`, in the order of the
-    points; None without shared errors."""
-    halves = np.array(independent(points) if below is None else below)
-    order = sorted(range(len(points)), key=lambda i: _place(points[i]))
-    points = [points[i] for i in order]
-    ahead = margins([p.speedup for p in points], halves[np.ix_(order, order)]) >= 1.0
-    mask = frontier([0.0, *(p.loss for p in points)], [1.0, *(p.speedup for p in points)])[1:]
-    return tuple(_marked(i, points, ahead[i], bool(mask[i])) for i in range(len(points)))
-
-
-def _marked(i: int, points: Sequence[Point], ahead: BoolArray, optimal: bool) -> Point:
-    """Return a point with its marks; ``ahead``: the points that it certainly beats in speed."""
-    p = points[i]
-    rivals = [j for j, q in enumerate(points) if q.loss <= p.loss]
-    others = all(ahead[j] for j in rivals if points[j].family != p.family)
-    sure = optimal and (p.speedup_lower > 1.0 or p.loss < 0.0) and others
-    if optimal:
-        return replace(p, optimal=True, sure=sure, beaten_by="")
-    faster = (points[j] for j in rivals if j != i)
-    fastest = max(faster, key=lambda q: q.speedup, default=None)
-    beaten = fastest is not None and fastest.speedup >= max(p.speedup, 1.0)
-    winner = fastest.name if fastest is not None and beaten else "the dense model"
-    return replace(p, optimal=False, sure=False, beaten_by=winner)
-
-
-def _point(row: QualityRow, record: Result, measured: Sequence[MeasuredSpeedup]) -> Point:
-    shared = {
-        f.name: getattr(of, f.name)
-        for of in (row, record)
-        for f in fields(Point)
-        if hasattr(of, f.name)
-    }
-    shared["method"] = row.method  # the source's name; the prediction is of a family
-    known = next((m for m in measured if m.fits(row.sparsity, shared)), None)
+def _point(
+    row: QualityRow, predicted: Mapping[str, Any], measured: Sequence[MeasuredSpeedup]
+) -> Point:
+    # the source's name of the method; the prediction is of a family
+    of_row = {name: getattr(row, name) for name in ("method", "metric", "protocol", "source")}
+    values = {**predicted, **of_row}
+    known = next((m for m in measured if m.fits(row.sparsity, values)), None)
     if known:
-        shared |= {
+        values |= {
             "speedup": known.speedup,
             "speedup_lower": known.lower,
             "speedup_upper": known.upper,
+            "bottleneck": "",
         }
-        shared["bottleneck"] = ""
-    shared |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
-    return Point(**shared, measured=known is not None, optimal=False, sure=False, beaten_by="")
+    values |= {"dense_quality": row.dense, "pruned_quality": row.pruned, "loss": row.relative_loss}
+    return Point(**values, measured=known is not None, optimal=False, sure=False, beaten_by="")
 
 
 MATCHED: tuple[str, ...] = ("model", "hardware", "phase", "batch", "seq", "method", "family")
@@ -455,17 +510,31 @@ def _of_device(
 ) -> Winners:
     results = results_of(batch, prunings, [hw], requests, skip)
     if not len(results):
-        return Winners(results, np.zeros(0, bool), np.zeros(0, bool))
+        return _winners(results, np.zeros(0, bool))
     row, fastest = _by_speed(requests, results, len(prunings))
     request = np.flatnonzero(row.max(axis=1) >= 0)
     first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
-    best = results.take(row[request, first])
     competes = (first != second) & (row[request, second] >= 0)
-    ratio = _lower_ratio(
-        batch, hw, request, first, np.where(competes, second, first), requests[0].level
-    )
-    certain = (best.columns["speedup_lower"] > 1.0) & ((ratio > 1.0) | ~competes)
-    return Winners(best, np.asarray(best.columns["speedup"] > 1.0), np.asarray(certain))
+    able = batch.take(np.flatnonzero((batch.pruning < 0) | np.isin(batch.pruning, results.pruning)))
+    index = _workloads(able, row.shape)
+    winner, other = index[request, first], np.arange(len(able))
+    other[winner] = np.where(competes, index[request, second], winner)
+    (middle,), (below,), _ = against(able, hw, [other], requests[0].level)
+    faster = (middle > below)[winner] | ~competes
+    return _winners(results.take(row[request, first]), faster)
+
+
+def _winners(best: Results, faster: BoolArray) -> Winners:
+    """Return the best prunings, which are ``faster`` than the second for certain."""
+    gains, sure = (best.columns[name] > 1.0 for name in ("speedup", "speedup_lower"))
+    return Winners(best, gains, sure & faster)
+
+
+def _workloads(batch: WorkloadBatch, shape: tuple[int, ...]) -> IndexArray:
+    """Return the pruned workload of each request and pruning."""
+    pruned, out = np.flatnonzero(batch.pruning >= 0), np.zeros(shape, dtype=np.intp)
+    out[batch.dense[pruned], batch.pruning[pruned]] = pruned
+    return out
 
 
 def _by_speed(
@@ -481,24 +550,3 @@ def _by_speed(
     speedup = np.full(row.shape, -np.inf)
     speedup[cell] = results.columns["speedup"]
     return row, np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups
-
-
-def _lower_ratio(
-    batch: WorkloadBatch,
-    hw: HardwareProfile,
-    request: IndexArray,
-    first: IndexArray,
-    second: IndexArray,
-    level: float,
-) -> FloatArray:
-    """Return the lower end of the interval of the time of a second pruning over that of a first, at
-    each request."""
-    dense, many = np.flatnonzero(batch.pruning < 0), len(request)
-    pruned = np.flatnonzero(batch.pruning >= 0)
-    index = np.zeros((len(dense), int(batch.pruning.max()) + 1), dtype=np.intp)
-    index[batch.dense[pruned], batch.pruning[pruned]] = pruned
-    pairs = batch.take(np.concatenate([dense, index[request, first], index[request, second]]))
-    other = np.arange(len(pairs))
-    other[len(dense) : len(dense) + many] += many
-    (middle,), (below,), _ = against(pairs, hw, [other], level)
-    return np.asarray(np.exp(middle - below)[len(dense) : len(dense) + many])

@@ -65,16 +65,15 @@ class Pruning:
         options: Mapping[str, Any] | None = None,
     ) -> Pruning:
         """Return the pruning of a family or a method."""
-        parts = tuple(sparsity.items()) if isinstance(sparsity, Mapping) else sparsity
         hashable = {n: tuple(v) if isinstance(v, list) else v for n, v in (options or {}).items()}
-        step = PruningStep(str(name), parts, options=tuple(sorted(hashable.items())))
+        step = PruningStep(str(name), options=tuple(sorted(hashable.items())))
         if not isinstance(name, str) or name.endswith(SUFFIXES):
             from simulator.pruning._methods import load_method
 
             described = load_method(name)
             title = name if isinstance(name, str) else described.name
             step = replace(step, name=title, described=described)
-        return cls((step,))
+        return cls((step,)).at(sparsity)
 
     @classmethod
     def read(cls, text: str | Method | Pruning) -> Pruning:
@@ -254,16 +253,13 @@ def families(names: Sequence[str], models: Sequence[Model] = ()) -> tuple[str, .
     for name in names:
         if not isinstance(name, str) or (name != "all" and name not in FAMILIES):
             raise unknown("family", name, [*FAMILIES, "all"])
-    if "all" not in names:
-        return once(FAMILIES[name].name for name in names)
     every = [
         name
         for name, f in FAMILIES.items()
         if not f.needs or any(getattr(m, f.needs) for m in models)
     ]
-    return once(
-        family for name in names for family in (every if name == "all" else [FAMILIES[name].name])
-    )
+    chosen = (every if name == "all" else [FAMILIES[name].name] for name in names)
+    return once(family for some in chosen for family in some)
 
 
 def prunings_of(
@@ -312,30 +308,31 @@ def _at_sparsities(
             "method: sets its own family and options; give no family or option with it"
         )
     fractions = None if sparsity is None else once(check_fraction(s) for s in sparsity)
-    defaults: list[tuple[float | None, ...]]
+    found: list[tuple[Pruning, tuple[float, ...]]]  # with default sparsities
     if method:
         from simulator.pruning._methods import load_method
 
         methods = {Pruning.of(name): load_method(name) for name in method}
-        found, defaults = [*methods], [one.sparsities or SPARSITIES for one in methods.values()]
+        found = [(p, one.sparsities or SPARSITIES) for p, one in methods.items()]
     else:
         names = families(("all",) if family is None else family, models)
-        found = [Pruning.of(name, options=options) for name in names]
-        only = [FAMILIES[name].default for name in names]  # 2:4 has one sparsity
-        defaults = [SPARSITIES if s is None else (s,) for s in only]
-    if fractions is not None and (own := next((p for p in found if p.sets_sparsity), None)):
+        only = ((name, FAMILIES[name].default) for name in names)  # 2:4 has one sparsity
+        found = [
+            (Pruning.of(name, options=options), SPARSITIES if s is None else (s,))
+            for name, s in only
+        ]
+    if fractions is not None and (own := next((p for p, _ in found if p.sets_sparsity), None)):
         raise InputError(
             f"sparsity: expected none for {own.title}: it follows from the length and the budget,"
             " or from the method"
         )
-    defaults = [(None,) if p.sets_sparsity else default for p, default in zip(found, defaults)]
     for name, values in (("family", found), ("sparsity", (0,) if fractions is None else fractions)):
         if not values:
             raise InputError(f"{name}: expected at least one")
     return tuple(
         p.at(s)
-        for p, default in zip(found, defaults)
-        for s in (default if fractions is None else fractions)
+        for p, default in found
+        for s in ((None,) if p.sets_sparsity else default if fractions is None else fractions)
     )
 
 
@@ -577,7 +574,8 @@ def removed_parts(
     and both :func:`sizes`."""
     if any(family.parts is None for step in steps for family in step.families):
         return ""
-    before, after, asked = dict(dense), dict(pruned), _requested(steps)
+    before, after = dict(dense), {**dict.fromkeys(dense, 0.0), **pruned}
+    asked = _requested(steps)
     kinds = [name for name in before if name.endswith(_KIND)]
     names = [name for name in before if name not in ("layers", *kinds)]
     if (
@@ -593,30 +591,24 @@ def removed_parts(
     changed = [
         name
         for name in names
-        if before[name] > 0 and (before[name] != after.get(name, 0.0) or asked.get(name))
+        if before[name] > 0 and (before[name] != after[name] or asked.get(name))
     ]
     grouped = "heads" in changed and "KV heads" in changed and "KV heads" in asked
     out = []
     for name in changed:
         if grouped and name == "heads":
             continue
-        share, sizes_text = (
-            1.0 - after.get(name, 0.0) / before[name],
-            f"{_size(before[name])} to {_size(after.get(name, 0.0))}",
-        )
-        if not share:
-            sizes_text = f"still {_size(before[name])}"
+        share, size = 1.0 - after[name] / before[name], _size(before[name])
+        sizes_text = f"{size} to {_size(after[name])}" if share else f"still {size}"
         if grouped and name == "KV heads":
             sizes_text += f", heads {_size(before['heads'])} to {_size(after['heads'])}"
         wanted = asked.get(name)
         if wanted is not None and percent(wanted) != percent(share):
             sizes_text = f"{percent(wanted)} requested, {sizes_text}"
-        hint = (
-            ""
-            if wanted is None or name != "KV heads" or abs(wanted - share) < ROUNDED
-            else _alone(steps, wanted)
-        )
-        out.append(f"{name} {percent(share)} ({sizes_text}){hint}")
+        text = f"{name} {percent(share)} ({sizes_text})"
+        if wanted is not None and name == "KV heads" and abs(wanted - share) >= ROUNDED:
+            text += _alone(steps, wanted)
+        out.append(text)
     return "; ".join(out)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from simulator.prediction.requests import by_key
 from simulator.pruning import FAMILIES
 from simulator.pruning._family import SUFFIXES
 from simulator.pruning._methods import METHODS, Method
+from simulator.pruning._steps import read_steps
 
 FOLDER = Path(__file__).with_name("published")
 _TEXTS = ("method", "family", "model", "metric", "protocol", "source")
@@ -200,11 +200,15 @@ def _row(folder: Path, cells: Mapping[str, str]) -> QualityRow:
         raise InputError(
             f"higher_is_better: expected true or false, got {cells['higher_is_better']!r}"
         )
-    known: dict[str, Any] = {column: cells[column] for column in _TEXTS}
-    known |= {"sparsity": sparsity, "higher_is_better": higher, "dense": dense, "pruned": pruned}
-    known["family"] = family
-    options = parse_options(cells.get("options", ""), family)
-    row = QualityRow(**known, options=options, note=cells.get("note", ""))
+    row = QualityRow(
+        **{column: cells[column] for column in _TEXTS} | {"family": family},
+        sparsity=sparsity,
+        higher_is_better=higher,
+        dense=dense,
+        pruned=pruned,
+        options=parse_options(cells.get("options", ""), family),
+        note=cells.get("note", ""),
+    )
     if not math.isfinite(row.relative_loss):
         raise InputError(
             f"dense: {cells['dense']} is too small for a ratio with pruned {cells['pruned']}"
@@ -230,21 +234,16 @@ def number_of(cells: Mapping[str, str], column: str) -> float:
 
 def parse_options(text: str, family: str) -> tuple[tuple[str, Any], ...]:
     """Return the options of a family from ``name=value`` texts separated by semicolons."""
-    out: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(";"))):
-        name, equals, value = (p.strip() for p in part.partition("="))
-        options = FAMILIES[family].options if family in FAMILIES else {}
-        if not equals or name not in options:
-            known = ", ".join(options) or "none"
-            raise InputError(
-                f"options: expected name=value; options of family {family} are: {known}; got"
-                f" {part!r}"
-            )
-        whole = re.fullmatch(r"-?[0-9]{1,18}", value)  # str.isdigit accepts more than int does
-        out[name] = {"true": True, "false": False}.get(
-            value.lower(), int(value) if whole else value
-        )
-    return tuple(out.items())
+    parts = [part.strip() for part in text.split(";") if part.strip()]
+    if not parts:
+        return ()
+    try:
+        step, *more = read_steps(f"{family} 0.5 {' '.join(parts)}")
+    except InputError as error:
+        raise InputError(f"options: {error}") from None
+    if more or step.layers is not None:
+        raise InputError(f"options: expected options of {family} for all layers, got {text!r}")
+    return step.options
 
 
 def _check_together(rows: Sequence[QualityRow], lines: Sequence[int], name: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from simulator.arguments import OneOrMore, instance, listed
+from simulator.arguments import OneOrMore, listed
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
@@ -240,9 +240,7 @@ def engines_of(engines: OneOrMore[str]) -> tuple[str, ...]:
 def profiles(hardware: OneOrMore[str | HardwareProfile]) -> list[HardwareProfile]:
     """Load devices, each once; raise InputError for none, and for two of one name, which results
     cannot distinguish."""
-    loaded = [load_hardware(h) if isinstance(h, str) else h for h in listed("hardware", hardware)]
-    for hw in loaded:
-        instance("hardware", hw, HardwareProfile, "load_hardware")
+    loaded = [load_hardware(h) for h in listed("hardware", hardware)]
     named = ((str(hw.path or "a profile without a file"), hw.label, hw) for hw in loaded)
     by_label = _by_name(named, "hardware", "profiles")
     if not by_label:

@@ -89,34 +89,36 @@ class Runnable(Displayed):
 
     @property
     def sentence(self) -> str:
-        return will_it_run(self)
+        """The answer for a stock engine: yes or no, then why."""
+        stops = (
+            [f"stock {self.engine} does not load {self.load_reason}"]
+            if self.loadable is False
+            else []
+        )
+        stops += [f"it has {self.divisible_reason}"] if not self.divisible else []
+        slow = [] if self.aligned else [unaligned(self)]
+        if not self.kernels:
+            (slow if self.kernels_reason == ZEROS else stops).append(self.kernels_reason)
+        if stops:
+            return (
+                ". ".join(
+                    [f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)]
+                )
+                + "."
+            )
+        if self.loadable is None:
+            return f"Not known: {self.load_reason}."
+        return (
+            f"Yes, but {'; '.join(slow)}."
+            if slow
+            else f"Yes: stock {self.engine} loads it {self.load_reason}."
+        )
 
     def _title(self) -> str:
         return self.sentence
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"runs": will_it_run(self)}
-
-
-def will_it_run(r: Runnable) -> str:
-    """Return the answer for a stock engine: yes or no, then why."""
-    stops = [f"stock {r.engine} does not load {r.load_reason}"] if r.loadable is False else []
-    stops += [f"it has {r.divisible_reason}"] if not r.divisible else []
-    slow = [] if r.aligned else [unaligned(r)]
-    if not r.kernels:
-        (slow if r.kernels_reason == ZEROS else stops).append(r.kernels_reason)
-    if stops:
-        return (
-            ". ".join([f"No: {'; '.join(stops)}", *(text[0].upper() + text[1:] for text in slow)])
-            + "."
-        )
-    if r.loadable is None:
-        return f"Not known: {r.load_reason}."
-    return (
-        f"Yes, but {'; '.join(slow)}."
-        if slow
-        else f"Yes: stock {r.engine} loads it {r.load_reason}."
-    )
+        return super().to_dict() | {"runs": self.sentence}
 
 
 def runs_clause(r: Runnable) -> str:

@@ -1,7 +1,7 @@
 """Answer the questions of a service: at equal concurrency, at equal memory, within limits, and at
 what cost.
 
-:func:`serve` does so for engines and devices; :func:`operating_points` for one. It predicts the
+:func:`serve` does so for engines and devices. It predicts the
 steady state of continuous batching (phase ``serve``) over a grid of concurrencies in one batch,
 then over a second grid around the answer. A model fits up to the concurrency at which its weights
 and caches fill the memory, or up to the sequences that the engine admits. W: workloads, models at
@@ -41,7 +41,7 @@ from simulator.models.model import Model
 from simulator.prediction.batch import batch_of, rejecting
 from simulator.prediction.compare import request_results
 from simulator.prediction.energy import energy_columns
-from simulator.prediction.limits import NO_LIMITS, Limits
+from simulator.prediction.limits import Limits
 from simulator.prediction.load import (
     Interval,
     Load,
@@ -59,7 +59,6 @@ from simulator.prediction.notes import (
 )
 from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
-from simulator.prediction.result import Results
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.tariff import ENDS, Tariff, energy_of
 from simulator.request import MAX_TOKENS, SETTINGS, Request
@@ -208,31 +207,15 @@ _ENERGY = {
     "carbon_g": "carbon_g_per_million_tokens",
 }
 
-# values, and the lower and the upper ends of their intervals
-Triple = tuple[FloatArray, FloatArray, FloatArray]
-
 
 @dataclass(frozen=True)
 class ServePasses:
-    """A batch of serve workloads (W,) with the numbers of a service; triples are the value and both
-    ends."""
+    """A batch of serve workloads (W,) with the numbers of a service."""
 
     batch: WorkloadBatch
     p: PredictedPass
     level: float
     limits: Limits
-
-    @classmethod
-    def of(
-        cls,
-        request: Request,
-        hw: HardwareProfile,
-        prunings: Sequence[Pruning],
-        limits: Limits,
-        concurrencies: Iterable[int],
-    ) -> ServePasses:
-        batch = _batch(request, prunings, concurrencies)
-        return cls(batch, forward_passes(batch, hw, request.level), request.level, limits)
 
     def ratios(self, other: IndexArray) -> PredictionIntervals:
         """Return the times of requests, s, and their ratios to those of other workloads, with
@@ -252,53 +235,33 @@ class ServePasses:
         """Times of requests, s, with intervals."""
         return self.ratios(np.arange(len(self.batch)))
 
-    @property
-    def request(self) -> Triple:
-        """Time of a request, s."""
-        return self.intervals.seconds, self.intervals.lower, self.intervals.upper
-
     @cached_property
-    def waits(self) -> Mapping[str, Triple]:
-        """Time to the first token and per further token, s, by the name of its limit."""
-        columns = serving(self.p, self.intervals, self.level)
+    def columns(self) -> Mapping[str, FloatArray]:
+        """Fields of operating points (W,) with intervals."""
+        times, meta = self.intervals, self.batch.rows.meta
+        served = serving(self.p, times, self.level)
+        tokens = self.batch.sequences * (meta.new_tokens / meta.devices)
         return {
-            name: (columns[f"{name}_s"], columns[f"{name}_lower"], columns[f"{name}_upper"])
-            for name in ("ttft", "tpot")
+            **{name: served[name] for name in served if name.startswith(("ttft", "tpot"))},
+            "request_s": times.seconds,
+            "request_lower": times.lower,
+            "request_upper": times.upper,
+            "tokens_per_s": tokens / times.seconds,
+            "tokens_per_s_lower": tokens / times.upper,
+            "tokens_per_s_upper": tokens / times.lower,
         }
-
-    @cached_property
-    def tokens_per_s(self) -> Triple:
-        """New tokens/s per device."""
-        meta = self.batch.rows.meta
-        rate, fast, slow = (
-            self.batch.sequences * (meta.new_tokens / meta.devices) / t for t in self.request
-        )
-        return rate, slow, fast
 
     @cached_property
     def chances(self) -> Mapping[str, FloatArray]:
         """Probability (W,) with which each limit holds."""
         out = {}
         for name, limit in self.limits.named.items():
-            times = zip(*(column.tolist() for column in self.waits[name]))
+            ends = (self.columns[f"{name}_{end}"].tolist() for end in ("s", "lower", "upper"))
             chances = [
                 probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level)
-                for t, low, high in times
+                for t, low, high in zip(*ends)
             ]
             out[name] = np.array(chances)
-        return out
-
-    def numbers(self, i: int, concurrency: int, ratios: Triple | None) -> dict[str, Any]:
-        """Return the fields of an operating point of one workload that have intervals."""
-        triples = {f"{name}_s": triple for name, triple in self.waits.items()}
-        triples |= {"request_s": self.request, "tokens_per_s": self.tokens_per_s}
-        if ratios is not None:
-            triples["ratio"] = ratios
-        out = {}
-        for name, triple in triples.items():
-            start = name if name == "tokens_per_s" else name.removesuffix("_s")
-            for key, values in zip((name, f"{start}_lower", f"{start}_upper"), triple):
-                out[key] = float(values[i]) if concurrency else math.nan
         return out
 
     def kept(self, i: int, concurrency: int, fails: bool) -> dict[str, Any]:
@@ -306,7 +269,8 @@ class ServePasses:
         concurrency keeps them if it is 0."""
         chances = {name: float(chance[i]) for name, chance in self.chances.items()}
         excess = {
-            name: float(self.waits[name][0][i]) / limit for name, limit in self.limits.named.items()
+            name: float(self.columns[f"{name}_s"][i]) / limit
+            for name, limit in self.limits.named.items()
         }
         unmet = ""
         if fails and not concurrency:
@@ -356,43 +320,6 @@ class ServePasses:
         return [self.last_within(m, finer[m]) if kept else 0 for m, kept in enumerate(last)]
 
 
-def operating_points(
-    request: Request,
-    hw: HardwareProfile,
-    prunings: Sequence[Pruning],
-    names: Sequence[str],
-    *,
-    concurrency: Sequence[int] = (),
-    limits: Limits = NO_LIMITS,
-    price: float | None = None,
-    tariff: Tariff | None = None,
-) -> tuple[OperatingPoint, ...]:
-    """Return the operating points of the dense and the pruned models: by kind, each kind by model;
-    then the curves. The batch of the request is ignored; ``prunings`` run on the device, and
-    ``names`` are their names. Points at equal concurrency are at each ``concurrency``, by default
-    the largest that fits the dense model; if none does, the smallest of the largest that fit the
-    pruned models. InputError if no model fits."""
-    (request,), models = on([request], hw), range(1 + len(prunings))
-    largest = _largest(request, hw, prunings)
-    equal = [*(concurrency or [largest[0] or min(filter(None, largest))])]
-    grids = _grids(largest, equal)
-    curve = ServePasses.of(request, hw, prunings, limits, {*itertools.chain(*grids), *equal})
-    points = _Points(hw, names, prunings, largest, price, tariff)
-    passes = curve
-    kinds = [*((EQUAL, [c] * len(models)) for c in equal), (MEMORY, largest)]
-    if limits.named:
-        last = [curve.last_within(m, filter(None, grids[m])) for m in models]
-        finer = list(map(_finer, last, grids))
-        passes = ServePasses.of(
-            request, hw, prunings, limits, {*itertools.chain(*finer), *equal, *largest, 1}
-        )
-        kinds.append((LIMITS, passes.all_within(finer, last)))
-    return (
-        *(point for kind in kinds for point in points.of_kind(passes, *kind)),
-        *(point for m in models for point in points.of_curve(curve, m, grids[m])),
-    )
-
-
 def _grids(largest: Sequence[int], equal: Sequence[int]) -> list[list[int]]:
     """Return the first grid of concurrencies of each model, up to its largest."""
     steady = {*steps(max(largest)), *equal}
@@ -412,69 +339,94 @@ def steps(last: int) -> list[int]:
     return sorted({c for power in powers for c in (power, power + power // 2) if c < last} | {last})
 
 
-def _batch(
-    request: Request, prunings: Sequence[Pruning], concurrencies: Iterable[int]
-) -> WorkloadBatch:
-    return batch_of(
-        [replace(request, batch=c) for c in sorted({*concurrencies} - {0})], prunings, rejecting
-    )
-
-
-def _largest(request: Request, hw: HardwareProfile, prunings: Sequence[Pruning]) -> list[int]:
-    """Return the largest concurrency of each model, the dense one first: that at which its memory
-    is full, or the engine's limit. InputError if no model fits. The prompts that a step computes
-    together, and their memory, depend on the concurrency: the result is the largest that follows
-    from a request at the largest."""
-    largest = [1] * (1 + len(prunings))
-    for _ in range(ROUNDS):
-        batch = _batch(request, prunings, largest)
-        every = np.arange(len(batch))
-        columns = memory_columns(batch, every, [hw], np.zeros_like(every))
-        most = np.minimum(columns["pruned_largest_batch"], MAX_TOKENS // request.seq).tolist()
-        rows = zip((batch.pruning + 1).tolist(), batch.sequences.tolist(), most)
-        new = {m: n for m, c, n in rows if c == largest[m]}
-        if not any(new.values()):
-            need = columns["pruned_memory_bytes"].min() / 2**30
-            room = columns["capacity_bytes"][0] / 2**30
-            raise InputError(
-                f"{hw.label}: no model fits: with one request, the smallest needs {need:.1f} GiB,"
-                f" {room:.1f} GiB available; expected more devices (--tp)"
-            )
-        before, largest = largest, [new.get(m, 0) for m in range(len(largest))]
-        if largest == before:
-            break
-    return largest
-
-
 @dataclass(frozen=True)
-class _Points:
+class _Models:
+    """The dense and the pruned models of a service on one kind of device."""
+
+    request: Request  # as the device computes it; its batch is ignored
     hw: HardwareProfile
-    names: Sequence[str]
-    prunings: Sequence[Pruning]
-    largest: Sequence[int]
+    prunings: Sequence[Pruning]  # that run on the device
+    names: Sequence[str]  # of the prunings
+    limits: Limits
     price: float | None
     tariff: Tariff | None
 
+    def points(
+        self, concurrency: Sequence[int]
+    ) -> tuple[tuple[OperatingPoint, ...], tuple[OperatingPoint, ...]]:
+        """Return the operating points by kind, each kind by model, and the curves. Points at equal
+        concurrency are at each ``concurrency``, by default the largest that fits the dense model;
+        if none does, the smallest of the largest that fit the pruned models. InputError if no
+        model fits."""
+        largest, models = self.largest, range(1 + len(self.prunings))
+        equal = [*(concurrency or [largest[0] or min(filter(None, largest))])]
+        grids = _grids(largest, equal)
+        curve = passes = self.passes({*itertools.chain(*grids), *equal})
+        kinds = [*((EQUAL, [c] * len(models)) for c in equal), (MEMORY, largest)]
+        if self.limits.named:
+            last = [curve.last_within(m, filter(None, grids[m])) for m in models]
+            finer = list(map(_finer, last, grids))
+            passes = self.passes({*itertools.chain(*finer), *equal, *largest, 1})
+            kinds.append((LIMITS, passes.all_within(finer, last)))
+        compared = (point for kind in kinds for point in self.of_kind(passes, *kind))
+        curves = (point for m in models for point in self.of_curve(curve, m, grids[m]))
+        return tuple(compared), tuple(curves)
+
+    def batch(self, concurrencies: Iterable[int]) -> WorkloadBatch:
+        requests = [replace(self.request, batch=c) for c in sorted({*concurrencies} - {0})]
+        return batch_of(requests, self.prunings, rejecting)
+
+    def passes(self, concurrencies: Iterable[int]) -> ServePasses:
+        batch, level = self.batch(concurrencies), self.request.level
+        return ServePasses(batch, forward_passes(batch, self.hw, level), level, self.limits)
+
+    @cached_property
+    def largest(self) -> list[int]:
+        """The largest concurrency of each model, the dense one first: that at which its memory is
+        full, or the engine's limit. InputError if no model fits. The prompts that a step computes
+        together, and their memory, depend on the concurrency: the result is the largest that
+        follows from a request at the largest."""
+        largest = [1] * (1 + len(self.prunings))
+        for _ in range(ROUNDS):
+            batch = self.batch(largest)
+            every = np.arange(len(batch))
+            columns = memory_columns(batch, every, [self.hw], np.zeros_like(every))
+            most = np.minimum(columns["pruned_largest_batch"], MAX_TOKENS // self.request.seq)
+            rows = zip((batch.pruning + 1).tolist(), batch.sequences.tolist(), most.tolist())
+            new = {m: n for m, c, n in rows if c == largest[m]}
+            if not any(new.values()):
+                need = columns["pruned_memory_bytes"].min() / 2**30
+                room = columns["capacity_bytes"][0] / 2**30
+                raise InputError(
+                    f"{self.hw.label}: no model fits: with one request, the smallest needs"
+                    f" {need:.1f} GiB, {room:.1f} GiB available; expected more devices (--tp)"
+                )
+            before, largest = largest, [new.get(m, 0) for m in range(len(largest))]
+            if largest == before:
+                break
+        return largest
+
     def of_kind(self, passes: ServePasses, kind: str, each: Sequence[int]) -> list[OperatingPoint]:
         """Return the points of a kind, of all models, each at its concurrency."""
-        ratios: Triple | None = None
+        ratios: dict[str, FloatArray] = {}
         other: IndexArray | None = None
         if each[0]:
             other = np.full(len(passes.batch), passes.place(0, each[0]))
-            times = passes.ratios(other)
-            rate, low, high = (
-                ratio * passes.batch.sequences / each[0]
-                for ratio in (times.ratio, times.ratio_lower, times.ratio_upper)
-            )
-            ratios = rate, low, high
-        energy = passes.energy(self.tariff, other)
-        return [self.one(passes, kind, m, c, energy, ratios) for m, c in enumerate(each)]
+            times, many = passes.ratios(other), passes.batch.sequences / each[0]
+            for end in ENDS:
+                ratios[f"ratio{end}"] = getattr(times, f"ratio{end}") * many
+        columns = {**self.columns(passes, other), **ratios}
+        return [self.one(passes, kind, m, c, columns) for m, c in enumerate(each)]
 
     def of_curve(
         self, passes: ServePasses, model: int, grid: Sequence[int]
     ) -> list[OperatingPoint]:
-        energy = passes.energy(self.tariff)
-        return [self.one(passes, CURVE, model, c, energy) for c in grid if c]
+        columns = self.columns(passes, None)
+        return [self.one(passes, CURVE, model, c, columns) for c in grid if c]
+
+    def columns(self, passes: ServePasses, other: IndexArray | None) -> dict[str, FloatArray]:
+        """Return the fields of operating points (W,) that are NaN where no request fits."""
+        return {**passes.columns, **self.costs(passes), **passes.energy(self.tariff, other)}
 
     def one(
         self,
@@ -482,12 +434,11 @@ class _Points:
         kind: str,
         model: int,
         concurrency: int,
-        energy: Mapping[str, FloatArray],
-        ratios: Triple | None = None,
+        columns: Mapping[str, FloatArray],
     ) -> OperatingPoint:
         """Return the point of a model (0: dense) at a concurrency."""
         meta, i = passes.batch.rows.meta, passes.place(model, concurrency)
-        of_energy: Any = {n: float(column[i]) for n, column in energy.items() if concurrency}
+        numbers: Any = {n: float(c[i]) if concurrency else math.nan for n, c in columns.items()}
         engine, most = load_engine(meta.engine), self.largest[model]
         limit = engine.limit(self.hw.memory_bytes, self.hw.name)
         engine_limits = (limit.sequences, meta.asked.token_budget) if limit else ()
@@ -507,10 +458,8 @@ class _Points:
             family=pruning.family if pruning else "",
             concurrency=concurrency,
             fits=0 < concurrency <= most,
-            **passes.numbers(i, concurrency, ratios),
+            **numbers,
             **passes.kept(i, concurrency, fails=bool(kind == LIMITS and most)),
-            **self.costs(passes, i, concurrency),
-            **of_energy,
             largest_concurrency=most,
             limited_by="engine" if most in engine_limits else "memory",
             weights_bytes=float(passes.bytes_held[0][i]),
@@ -518,13 +467,14 @@ class _Points:
             level=passes.level,
         )
 
-    def costs(self, passes: ServePasses, i: int, concurrency: int) -> dict[str, Any]:
-        """Return the costs of a million tokens of one workload."""
-        if self.price is None or not concurrency:
+    def costs(self, passes: ServePasses) -> dict[str, FloatArray]:
+        """Return the costs of a million tokens (W,)."""
+        if self.price is None:
             return {}
-        meta, server = passes.batch.rows.meta, passes.p.host.server[i, 0]
-        prefill = float((passes.p.phase_s[i, 0] - server) / (passes.p.total_s[i] - server))
-        million = 1e6 * self.price / 3600.0 / float(passes.tokens_per_s[0][i])
+        meta, p = passes.batch.rows.meta, passes.p
+        server = p.host.server[:, 0]
+        prefill = (p.phase_s[:, 0] - server) / (p.total_s - server)
+        million = 1e6 * self.price / 3600.0 / passes.columns["tokens_per_s"]
         return {
             "cost_output": million,
             "cost_all": million * meta.new_tokens / (meta.seq + meta.new_tokens),
@@ -707,10 +657,18 @@ class _Servers:
             if not len(results) and self.prunings:
                 return
             notes = [*uncalibrated(results)]
+            prunings = [self.prunings[i] for i in results.pruning.tolist()]
+            names = [r.pruning for r in results]
             if self.load.given:
-                self.loads.append(self.loaded(request, hw, results))
+                simulation = Simulation.of(
+                    self.load, self.limits, request, hw, prunings, tariff=self.tariff
+                )
+                self.loads.append(load_service(simulation, hw, prunings, names, self.price))
             else:
-                service = self.service(request, hw, results)
+                priced = self.limits, self.price, self.tariff
+                models = _Models(on([request], hw)[0], hw, prunings, names, *priced)
+                runs = tuple(runnable(request, pruning) for pruning in prunings)
+                service = Service(*models.points(self.equal), self.limits, runs)
                 self.services.append(service)
                 notes = [*dense_notes(results, request, [hw]), *_too_many(service), *notes]
         except InputError as error:
@@ -718,34 +676,9 @@ class _Servers:
             place = f"{hw.label} in {load_engine(request.engine).name}{some}"
             self.without[f"{place} is excluded: {error}"] = error
             return
-        models = (request.model, *(pruning.model for pruning in self.prunings))
-        formats = (*overridden(request, models), *computed_wide(request, [hw], models))
-        self.notes.update(dict.fromkeys((*formats, *notes)))
-
-    def loaded(self, request: Request, hw: HardwareProfile, results: Results) -> LoadService:
-        """Return the models under the load."""
-        prunings = [self.prunings[i] for i in results.pruning.tolist()] if self.prunings else []
-        simulation = Simulation.of(self.load, self.limits, request, hw, prunings)
-        simulation = replace(simulation, tariff=self.tariff)
-        names = [r.pruning for r in results]
-        return load_service(simulation, hw, prunings, names, self.price)
-
-    def service(self, request: Request, hw: HardwareProfile, results: Results) -> Service:
-        prunings = [self.prunings[i] for i in results.pruning.tolist()]
-        points = operating_points(
-            request,
-            hw,
-            prunings,
-            [r.pruning for r in results],
-            concurrency=self.equal,
-            limits=self.limits,
-            price=self.price,
-            tariff=self.tariff,
-        )
-        compared = tuple(point for point in points if point.point != CURVE)
-        curve = tuple(point for point in points if point.point == CURVE)
-        runs = tuple(runnable(request, pruning) for pruning in prunings)
-        return Service(compared, curve, self.limits, runs)
+        every = (request.model, *(pruning.model for pruning in self.prunings))
+        notes = [*overridden(request, every), *computed_wide(request, [hw], every), *notes]
+        self.notes.update(dict.fromkeys(notes))
 
     def served(self) -> Served:
         excluded = excluded_lines(self.excluded)

@@ -16,6 +16,7 @@ from simulator.prediction.wording import (
     MOST_SENTENCES,
     NAMED,
     gain_text,
+    if_fitted,
     realised_name,
     speedup_text,
 )
@@ -80,7 +81,7 @@ def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
             for r in results
         ]
         return [
-            f"{realised_name(r)} {gain} on {place}."
+            f"{realised_name(r)} {gain}{if_fitted(r)} on {place}."
             for r, gain, place in zip(results, gains, places)
         ]
     several = len({r.model for r in results}) > 1
@@ -193,7 +194,8 @@ class BreakEven:
             values = f"{self.too_large[0]:,} and more do" if many else f"{self.too_large[0]:,} does"
             yield f"{self._name.capitalize()} {values} not fit into the memory"
         if dense := [getattr(r, self.axis) for r in self.results if not r.dense_fits]:
-            yield f"{self.results[0].model} itself does not fit from {self._name} {dense[0]:,} on"
+            start = f"{self.results[0].model} itself does not fit from {self._name} {dense[0]:,} on"
+            yield f"{start}, where its times are hypothetical"
 
     @property
     def _name(self) -> str:

@@ -81,7 +81,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 S = TypeVar("S")
 
-_RANGE = re.compile(r"([\d.]+):([\d.]+)(?::([\d.]+))?")  # a range of the command line
 MOST_POINTS = 100_000  # values of a progression; more indicate a wrong step
 _SMALL = "llama-3.2-1b"  # model with which options of families are checked
 
@@ -142,7 +141,7 @@ class _Numbers(_Axis):
     """An axis of numbers: a list, one number, or ``{from, to, step}`` or ``{from, to, times}`` with
     both ends."""
 
-    def __init__(self, number: Number, rule: Callable[[float], Any] = float) -> None:
+    def __init__(self, number: Number, rule: Callable[[Any], Any] = lambda value: value) -> None:
         step = Number(
             1 if number.whole else 1e-6, 1e9, "2" if number.whole else "0.1", number.whole
         )
@@ -150,16 +149,9 @@ class _Numbers(_Axis):
             number.whole,
             _Progression[Annotated[float, number], Annotated[float, step]],
         )
-        super().__init__(Checked(number, lambda value: (rule(value), value)[1]))
+        super().__init__(Checked(number, rule))
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        for i, one in enumerate(node.items or (node,)):
-            if one.kind == "scalar" and (ends := _RANGE.fullmatch(one.text)):
-                way = f"step: {ends[3]}" if ends[3] else "times: 2"
-                hint = f"{{from: {ends[1]}, to: {ends[2]}, {way}}}"
-                return reader.wrong(
-                    one, (*path, i) if node.items else path, f"expected {hint}, got {one}"
-                )
         if node.kind != "mapping":
             return super().read(node, path, reader)
         found = reader.read(self.progression, node, path)
@@ -262,6 +254,7 @@ def _loads(load: Callable[[str], Any]) -> Checked:
     return Checked(Text(), lambda text: (load(text), text)[1])
 
 
+Sparsities = Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
 PART_ROWS = 40_000  # configurations of a piece, about: a few megabytes of table
 REQUESTS = 64  # (batch, seq) pruned together
 
@@ -289,7 +282,7 @@ class Grid:
     # names, paths, or loaded ones
     models: Annotated[tuple[str | Model, ...], _Axis(_loads(load_model))]
     hardware: Annotated[tuple[str | HardwareProfile, ...], _Axis(Checked(Text(), reference))]
-    sparsities: Annotated[tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)]
+    sparsities: Sparsities
     phases: Annotated[tuple[str, ...], _Axis(SETTINGS["phase"])]
     batches: Annotated[tuple[int, ...], _numbers("batch")]
     # tokens (prefill) or cached positions (decode) per sequence
@@ -378,7 +371,10 @@ class Grid:
     def digest(self) -> str:
         """Return the version and a digest of all that determines the rows, also of files of
         profiles and engines."""
-        sha = hashlib.sha256(json.dumps(self.facts(), sort_keys=True, default=str).encode())
+        names = [f.name for f in fields(self) if f.name not in ("families", "methods", "prune")]
+        facts = [*(getattr(self, name) for name in names), self.prunings]
+        facts += [method.description for p in self.prunings for method in p.described]
+        sha = hashlib.sha256(repr(facts).encode())
         for model in self.models:
             sha.update(json.dumps(load_model(model).to_dict()).encode())
         for device in self.hardware:
@@ -389,26 +385,12 @@ class Grid:
                 sha.update(path.read_bytes())
         return f"{__version__} {sha.hexdigest()}"
 
-    def facts(self) -> dict[str, Any]:
-        formats = [list(vars(f).values()) for f in self.dtypes]
-        facts = {f.name: getattr(self, f.name) for f in fields(self)}
-        families, texts = (
-            [[p.family, p.label] for p in self.families],
-            [p.prune for p in self.prunings if p.text],
-        )
-        steps = [list(map(str, p.steps)) for p in self.prunings if p.text]  # the content of a plan
-        described = [repr(m.description) for p in self.prunings for m in p.described]
-        prune = [texts, steps, described]
-        return {**facts, "families": families, "prune": prune, "dtypes": formats}
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Pruned(Grid):
     """A grid of texts alone, which needs no sparsities."""
 
-    sparsities: Annotated[
-        tuple[float, ...], _Numbers(Number(-1e9, 1e9, "0.25"), check_fraction)
-    ] = ()
+    sparsities: Sparsities = ()
 
 
 def read_grid(source: str | Path | Mapping[str, Any]) -> Grid:
@@ -694,12 +676,7 @@ def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -
     columns = piece_results(piece, hardware, excluded).columns
     energy = _energy(columns, piece[-1])
     columns, kinds = {**columns, **energy}, {**COLUMNS, **dict.fromkeys(energy, float)}
-    types = {
-        str: pyarrow.string(),
-        float: pyarrow.float64(),
-        int: pyarrow.int64(),
-        bool: pyarrow.bool_(),
-    }
+    types = {str: "string", float: "float64", int: "int64", bool: "bool"}
     metadata = {STAMP_KEY: f"{grid} {index}".encode(), NOTES_KEY: json.dumps(excluded)}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in kinds.items()], metadata)
     # NaN becomes null

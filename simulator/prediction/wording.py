@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from simulator.prediction.result import Result
 from simulator.units import percent, ratio
@@ -33,7 +33,13 @@ def number_text(value: float, lower: float, upper: float) -> str:
 
 
 def speedup_text(r: HasSpeedup) -> str:
-    return interval_text(r.speedup, r.speedup_lower, r.speedup_upper)
+    return f"{interval_text(r.speedup, r.speedup_lower, r.speedup_upper)}{if_fitted(r)}"
+
+
+def if_fitted(r: Any) -> str:
+    """Return the condition of a speedup of models that do not both fit into the memory, or ""."""
+    fits = getattr(r, "dense_fits", True) and getattr(r, "pruned_fits", True)
+    return "" if fits else " if it fitted"
 
 
 def shares(r: Result) -> str:

@@ -23,7 +23,8 @@ from calibration.evidence.sets import against_targets, evaluate_sets
 from calibration.validation.scoring import Comparison, score_of
 from simulator.engines.engine import load_engine
 from simulator.models.library import load_model
-from simulator.prediction.service import NO_LIMITS, ServePasses
+from simulator.prediction.limits import NO_LIMITS
+from simulator.prediction.service import ServePasses
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 
@@ -163,10 +164,13 @@ def test_more_than_eight_in_ten_published_first_tokens_lie_in_their_interval(eng
         if run is None:
             continue
         batch = WorkloadBatch.of([run[0]])
-        waits = ServePasses(batch, forward_passes(batch, run[1]), 0.9, NO_LIMITS).waits
-        ends = {name: (float(low[0]), float(high[0])) for name, (_, low, high) in waits.items()}
+        columns = ServePasses(batch, forward_passes(batch, run[1]), 0.9, NO_LIMITS).columns
+        ends = {name: columns[name].item() for name in columns}
         inside.append(
-            [low <= float(rows[i][f"{name}_s"]) <= high for name, (low, high) in ends.items()]
+            [
+                ends[f"{name}_lower"] <= float(rows[i][f"{name}_s"]) <= ends[f"{name}_upper"]
+                for name in ("ttft", "tpot")
+            ]
         )
     assert len(inside) > SOME / 2
     assert (np.mean(inside, axis=0) > (0.8, 0.85)).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tables import tables_of
 
 from simulator.prediction.result import Result
 from simulator.prediction.speedup_sentences import break_even, of_speedups
@@ -25,28 +26,12 @@ def results(
 GAIN, MAYBE, LOSS = (1.2, 1.1, 1.3), (1.02, 0.97, 1.06), (0.9, 0.85, 0.95)
 
 
-@pytest.mark.parametrize(
-    ("speedups", "verdict"),
-    [
-        (
-            (GAIN, GAIN),
-            "pays at every batch from 1 to 2 (1.20x, 1.10-1.30, at 1; 1.20x, 1.10-1.30, at 2)",
-        ),
-        ((MAYBE, MAYBE, GAIN, GAIN), "pays from batch 4 (1.20x, 1.10-1.30); not at 2"),
-        ((GAIN, GAIN, MAYBE, LOSS), "pays up to batch 2 (1.20x, 1.10-1.30); not at 4"),
-        ((LOSS, LOSS), "is slower at any batch from 1 to 2; best 0.90x, 0.85-0.95 at 1"),
-        ((LOSS, MAYBE), "has no certain gain at any batch from 1 to 2; best 1.02x, 0.97-1.06 at 2"),
-        ((MAYBE, GAIN, LOSS), "pays at batch 2 (best 1.20x, 1.10-1.30 at 2); not at the others"),
-        (
-            (GAIN, MAYBE, GAIN),
-            "pays at batch 1 and 4 (best 1.20x, 1.10-1.30 at 1); not at the others",
-        ),
-        # 1.00 is not a gain
-        (((1.2, 1.004, 1.3), GAIN), "pays from batch 2 (1.20x, 1.10-1.30); not at 1"),
-    ],
-)
-def test_verdicts(speedups: tuple[tuple[float, float, float], ...], verdict: str) -> None:
-    (found,) = break_even(results(*speedups))
+NAMED = {"gain": GAIN, "maybe": MAYBE, "loss": LOSS, "even": (1.2, 1.004, 1.3)}
+
+
+@pytest.mark.parametrize(("names", "verdict"), tables_of("prediction/cases.yaml")["verdicts"])
+def test_verdicts(names: str, verdict: str) -> None:
+    (found,) = break_even(results(*(NAMED[name] for name in names.split())))
     assert found.verdict == verdict
     assert found.sentence == f"depth at 25 % on h100_sxm in vllm (decode, seq 2048) {verdict}."
 
@@ -108,5 +93,17 @@ def test_batches_that_do_not_fit_are_named_and_do_not_count() -> None:
     assert (nowhere.values, nowhere.too_large) == ((1, 2, 4, 8), ())
     assert nowhere.sentence.startswith("No batch fits into the memory, so times are hypothetical; ")
     (dense,) = break_even([replace(r, dense_fits=r.batch < 4) for r in found])
-    assert dense.sentence.startswith("llama-3.2-1b itself does not fit from batch 4 on; depth")
-    assert of_speedups([replace(found[0], dense_fits=False)])[0].startswith("Does not fit into ")
+    where = "llama-3.2-1b itself does not fit from batch 4 on, where its times are hypothetical; "
+    assert dense.sentence.startswith(where)
+
+
+@pytest.mark.parametrize("name", ["dense_fits", "pruned_fits"])
+def test_speedups_of_what_does_not_fit_are_conditional(name: str) -> None:
+    one, two = (replace(r, **{name: False}) for r in results(GAIN, LOSS))
+    for some in ([one], [one] * 4):
+        first, second = of_speedups(some)
+        assert first.startswith("Does not fit into ")
+        assert "1.20x faster (1.10-1.30) if it fitted" in second or (
+            "1.20x (1.10-1.30) if it fitted" in second
+        )
+    assert "if it fitted" in of_speedups([two])[1]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.codes import ELEMENTWISE
@@ -63,13 +64,7 @@ def solved(
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [
-        ("dynamic_width", {"phase": "decode", "engine": "vllm"}),
-        ("dynamic_width", {"phase": "prefill", "engine": "reference"}),  # gaps between kernels
-        ("dynamic_depth", {"phase": "generate", "engine": "vllm", "new_tokens": 8}),
-        ("dynamic_width", {"phase": "prefill", "engine": "hf"}),
-        ("dynamic_depth", {"phase": "decode", "engine": "hf", "batch": 512}),
-    ],
+    tables_of("prediction/cases.yaml")["added work"],
     ids=str,
 )
 @pytest.mark.parametrize("target", [1.0, 1.1])
@@ -171,12 +166,7 @@ def test_a_measured_time_scales_the_times_and_not_the_rates() -> None:
 
 @pytest.mark.parametrize(
     ("family", "settings", "target"),
-    [
-        ("dynamic_width", {"phase": "prefill"}, 1.0),
-        ("sparse_attention", {"phase": "decode", "engine": "hf", "batch": 8}, 1.0),
-        ("dynamic_depth", {"phase": "decode"}, 1.2),
-        ("token", {"phase": "serve", "seq": 512}, 1.0),
-    ],
+    tables_of("prediction/cases.yaml")["ranges"],
     ids=str,
 )
 def test_ranges_begin_and_end_where_predictions_of_their_own_do(

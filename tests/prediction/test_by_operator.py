@@ -6,17 +6,12 @@ import math
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 from simulator.prediction.by_operator import OperatorSpeedup, by_operator
 from simulator.prediction.explain import Explanation, explanations
 
-CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("llama-2-7b", {"prune": ["width 0.3"], "batch": 16}),
-    ("llama-2-7b", {"prune": ["width 0.3"], "dense_s": 0.03}),
-    ("llama-3.1-8b", {"prune": ["depth 0.25"], "engine": "hf"}),
-    ("qwen3-30b-a3b", {"prune": ["experts 0.5"], "devices": 2, "phase": "prefill"}),
-    ("nemotron-nano-12b-v2", {"prune": ["depth 0.25"], "phase": "generate"}),
-)
+CASES = tables_of("prediction/cases.yaml")["operators"]
 
 
 def explained(model: str, device: str = "a100", **settings: Any) -> Explanation:
@@ -57,3 +52,12 @@ def test_22_heads_fill_an_a100_worse_than_32_at_batch_16_alone() -> None:
 def test_misaligned_widths_are_named() -> None:
     found = operators("llama-3.1-8b", prune=["width mlp=9211"], phase="prefill", engine="trtllm")
     assert "multiples of 8" in found["MLP"].cause
+
+
+def test_memory_and_not_waves_explains_an_operator_that_is_bound_by_memory() -> None:
+    """Products of few tokens wait for their weights, however their tiles fill the SMs."""
+    for batch in (1, 8):
+        found = operators("llama-2-7b", prune=["width mlp=0.3"], batch=batch)
+        for name in ("qkv", "o", "MLP", "head"):
+            cause = found[name].cause
+            assert cause in ("", "not pruned") or "memory" in cause

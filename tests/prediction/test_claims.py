@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from program import cli
+from tables import tables_of
 
 import simulator
 from simulator import InputError
@@ -51,13 +52,7 @@ def test_the_probability_is_one_at_the_prediction_a_tenth_at_the_ends_and_falls_
 
 @pytest.mark.parametrize(
     ("stated", "true", "kind"),
-    [
-        ({}, {"phase": "prefill", "seq": 512}, "phase"),
-        ({}, {"batch": 128}, "batch"),
-        ({}, {"engine": "compile"}, "graphs"),
-        ({"engine": "vllm"}, {"engine": "hf"}, "host"),
-        ({"phase": "prefill", "seq": 4096}, {"cached_prefix": 4080.0}, "prefix"),
-    ],
+    tables_of("prediction/cases.yaml")["claims"],
 )
 def test_a_claim_of_another_condition_is_unlikely_and_names_it(
     stated: dict[str, Any], true: dict[str, Any], kind: str

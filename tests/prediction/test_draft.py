@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.capacity import memory
@@ -123,32 +124,7 @@ def test_a_pruned_target_is_compared_with_the_dense_one() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [
-        ({"acceptance": 1.2}, "acceptance: expected a number from 0 to 1, got 1.2"),
-        ({"drafted": 0}, "drafted: expected a whole number from 1 to 64, got 0"),
-        (
-            {"prune": ""},
-            (
-                "draft: expected another model (--draft) or a pruning of the target (--prune), got"
-                " neither"
-            ),
-        ),
-        (
-            {"draft": "llama-2-7b"},
-            (
-                "draft llama-2-7b: expected the vocabulary of llama-3.1-8b (128,256 tokens), got"
-                " 32,000"
-            ),
-        ),
-        (
-            {"phase": "prefill"},
-            "phase: expected no such setting, because a draft is predicted in decode",
-        ),
-        (
-            {"by_position": [0.5], "drafted": 3},
-            "by_position: expected an acceptance per drafted token, got 1",
-        ),
-    ],
+    tables_of("prediction/mistakes.yaml")["drafts"],
 )
 def test_bad_input_is_one_line(asked: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import tables_of
 
 import simulator
 from simulator import Energy, InputError, Request, Result, Tariff, load_hardware, serve
@@ -143,16 +144,7 @@ def test_a_power_limit_costs_time_and_saves_energy() -> None:
         predicted(power_limit=701.0)
 
 
-CAUSES = [
-    ({"prune": "width 0.5", "engine": "hf"}, "more than of the time, .*waits for the host"),
-    ({"prune": "depth 0.25"}, "as much as of the time, because the power hardly changes"),
-    (
-        {"phase": "prefill", "power_limit": 400.0},
-        "as much as of the time, because the power limit binds for both",
-    ),
-    ({"prune": "low_rank 0.05", "batch": 64}, "^low_rank at 5 % takes .* more energy on h100"),
-    ({"prune": "sparse_attention 0.5", "batch": 256}, "less than of the time, .*arithmetic falls"),
-]
+CAUSES = tables_of("prediction/cases.yaml")["causes of energy"]
 
 
 @pytest.mark.parametrize(("asked", "text"), CAUSES)

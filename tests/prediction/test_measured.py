@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tables import rows_of
+from tables import rows_of, tables_of
 
 from simulator.errors import InputError
 from simulator.prediction.benchmarks import measured, read_bench, read_benches
@@ -163,7 +163,7 @@ aiperf.json            | serve 16 1024                            | {"request_la
 genai_perf.json        | serve 1 550 127                          | {"inter_token_latency": {"avg": 8.0}} | latency.unit: expected one of ns, us
 aiperf.json            | serve 16 1024                            | {"error_summary": [{"count": 3}]} | error_summary: expected 0 requests, got 3
 aiperf.json            | serve 16 1024                            | {"input_config": {"phases": [{"name": "a", "type": "gamma"}]}} | got gamma
-aiperf.json            | serve 16 1024                            | {"input_config": {"loadgen": {"request_rate": 5.0}}} | loadgen.request_rate: expected inf
+aiperf.json            | serve 16 1024                            | {"input_config": {"loadgen": {"concurrency": 5}}} | stimulus: expected concurrency or request_rate, got none
 genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"request_rate": 2.0}}}} | request_count: expected a value, got no such key
 genai_perf.json        | serve 1 550 127                          | {"input_config": {"perf_analyzer": {"stimulus": {"session": 2.0}}}} | stimulus: expected concurrency or request_rate, got session
 genai_perf.json        | prefill 1 550                            | {"time_to_first_token": null} | time to first token: expected
@@ -186,28 +186,11 @@ def test_what_does_not_match_is_refused(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "is not JSON"),
-        ("[1, 2]", "expected a JSON object of vllm bench"),
-        ('{"results": []}', "expected a result of vllm bench latency, throughput or serve, SGLang"),
-        ('{"avg_latency": 1.0}\n{"no": 1}', "run.json:1: latencies: expected a value"),
-        ('{"performance": [], "request_info": {}}', "performance: expected an object, got []"),
-        ('{"median_e2e_latency_ms": 5.0}', "completed: expected a value, got no such key"),
-        (
-            '{"elapsed_time": NaN, "num_requests": 4}',
-            "elapsed_time: expected a positive time in seconds",
-        ),
-        (
-            '{"input_config": {}, "request_throughput": {"avg": 0.0}}',
-            "request_throughput.avg: expected a positive",
-        ),
+        *tables_of("prediction/mistakes.yaml")["benchmarks"],
         (f'{{"avg_latency": {"9" * 5000}}}', "is not read (Exceeds the limit"),
         (
             f'{{"no": 1}}\n{{"avg_latency": {"9" * 5000}}}',
             "run.json:2: is not read (Exceeds the limit",
-        ),
-        (
-            '{"input_config": {"model": [5]}, "request_throughput": {"avg": 1.0}}',
-            "model_names: expected names",
         ),
     ],
 )
@@ -267,30 +250,12 @@ def test_what_cannot_be_checked_is_a_note(
     assert all(f"{file}: " in one and text in one for one, text in zip(found, notes))
 
 
-def test_older_exports_of_genai_perf_and_aiperf(tmp_path: Path) -> None:
-    data = _load("genai_perf.json")
-    file = tmp_path / "run.json"
-    arguments = {
-        "model": ["llama-3.1-8b"],
-        "concurrency": 1,
-        "request_rate": None,
-        "streaming": True,
-    }
-    loadgen = {
-        "endpoint": {"model_names": ["llama-3.1-8b"]},
-        "loadgen": {"concurrency": 1, "request_count": 20},
-    }
-    for given in (arguments, loadgen):
-        file.write_text(json.dumps({**data, "input_config": given}), encoding="utf-8")
-        found = measured(file, _request("generate", 1, 550, 127))
-        assert found.seconds == pytest.approx(data["request_latency"]["avg"] / 1e3)
-        assert (found.run.model, found.notes) == ("llama-3.1-8b", ())
-    seconds = {**data["request_latency"], "unit": "ns", "avg": data["request_latency"]["avg"] * 1e6}
-    file.write_text(json.dumps({**data, "request_latency": seconds}), encoding="utf-8")
-    assert math.isclose(
-        measured(file, _request("generate", 1, 550, 127)).seconds,
-        data["request_latency"]["avg"] / 1e3,
-    )
+def test_the_unit_of_a_time_counts(tmp_path: Path) -> None:
+    data, file = _load("genai_perf.json"), tmp_path / "run.json"
+    latency = {**data["request_latency"], "unit": "ns", "avg": 1e6 * data["request_latency"]["avg"]}
+    file.write_text(json.dumps({**data, "request_latency": latency}), encoding="utf-8")
+    found = measured(file, _request("generate", 1, 550, 127)).seconds
+    assert found == pytest.approx(data["request_latency"]["avg"] / 1e3)
 
 
 def test_a_file_instead_of_a_time_on_the_command_line(cli: Any) -> None:

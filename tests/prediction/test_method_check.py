@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.cli import render
@@ -65,17 +66,7 @@ def test_a_removed_layer_and_a_low_rank_pair() -> None:
 
 @pytest.mark.parametrize(
     ("dynamic", "kernel", "evidence"),
-    [
-        ({"mlp": {"m": "1 - s"}}, "GEMMs", "fitted to "),
-        (
-            {"mlp": {"m": "1 - s", "kernel": "masked"}},
-            "block-sparse GEMMs",
-            "assumed: about in proportion",
-        ),
-        ({"mlp": {"n": "1 - s", "kernel": "grouped"}}, "grouped (N) GEMMs", "assumed from one GPU"),
-        ({"mlp": {"n": 0.5, "kernel": "2:4"}}, "2:4 GEMMs", "rate of the architecture"),
-        ({"mlp": {"n": 0.5, "kernel": "unstructured"}}, "scattered zeros GEMMs", "computes the"),
-    ],
+    tables_of("prediction/cases.yaml")["kernels"],
 )
 def test_each_kernel_states_its_evidence(
     dynamic: dict[str, Any], kernel: str, evidence: str
@@ -85,25 +76,7 @@ def test_each_kernel_states_its_evidence(
     assert found.kernels[kernel].startswith(evidence)
 
 
-WARNINGS = {
-    "gate_up n keeps 1 - s but down k 1:": {"dynamic": {"gate_up": {"n": "1 - s"}}},
-    "gate_up n keeps 1 but down k 1 - s": {"dynamic": {"down": {"k": "1 - s"}}},
-    "attention heads keeps 1 - s but o k 1:": {
-        "dynamic": {"qkv": {"n": "1 - s"}, "attention": {"heads": "1 - s"}}
-    },
-    "not a multiple of 8, so its kernel is slower": {
-        "prune": [{"width": {"mlp": "s"}, "align": 5}]
-    },
-    "the added work takes": {
-        "dynamic": {"mlp": {"m": "1 - s"}},
-        "adds": [ROUTER, {"time": {"seconds": "1ms", "role": "select"}}],
-    },
-    "attention: removes nothing": {"dynamic": {"attention": {"keys": 1}, "mlp": {"m": "1 - s"}}},
-    "decode: nothing changes": {"dynamic": {"mlp": {"m": "1 - s", "tokens": "exact"}}},
-    "mlp: gathers without an added router": {
-        "dynamic": {"mlp": {"m": "1 - s", "kernel": "gather"}}
-    },
-}
+WARNINGS = tables_of("prediction/cases.yaml")["warnings"]
 
 
 @pytest.mark.parametrize("text", WARNINGS)

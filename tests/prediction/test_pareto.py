@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planted_points import point, row
+from tables import tables_of
 
+import simulator
 from simulator.errors import InputError
-from simulator.prediction.pareto import bands, frontier, fronts, marked, read_measured
+from simulator.prediction.batch import batch_with
+from simulator.prediction.compare import against
+from simulator.prediction.pareto import (
+    DENSE,
+    Band,
+    Point,
+    frontier,
+    fronts,
+    independent,
+    judged,
+    read_measured,
+)
 from simulator.prediction.quality import QualityTable, choose_axis, load_quality
 
 few = st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.3]), st.sampled_from([0.9, 1.0, 1.2, 1.5]))
@@ -33,15 +47,14 @@ def test_frontier_against_the_definition(points: list[tuple[float, float]]) -> N
 
 
 def test_dense_model_takes_part() -> None:
-    slow, fast = marked([point("depth", 0.1, 0.95), point("width", 0.2, 1.5)])
+    (slow, fast), _ = judged([point("depth", 0.1, 0.95), point("width", 0.2, 1.5)])
     assert (slow.optimal, slow.beaten_by) == (False, "the dense model")
     assert fast.optimal
 
 
 @given(st.lists(planted, min_size=1, max_size=10))
 def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) -> None:
-    points = marked([point(*p) for p in found])
-    out = bands(points)
+    points, out = judged([point(*p) for p in found])
     assert (out[0].low, out[-1].high) == (0.0, math.inf)
     for a, b in itertools.pairwise(out):
         assert a.high == b.low
@@ -51,29 +64,6 @@ def test_bands_cover_every_budget_once(found: list[tuple[str, float, float]]) ->
         affordable = [p.speedup for p in points if p.loss <= budget] + [1.0]
         (band,) = [b for b in out if b.low <= budget < b.high]
         assert band.speedup_low - 1e-12 <= max(affordable) <= band.speedup_high + 1e-12
-
-
-def test_bands_of_the_paper() -> None:
-    """Points as the paper has its frontier give the bands as it states them."""
-    paper = [
-        ("depth", 0.0, 1.1),
-        ("dynamic_depth", 0.05, 1.2),
-        ("width", 0.17, 1.5),
-        ("width", 0.26, 1.7),
-    ]
-    found = bands(marked([point(*p) for p in paper]))
-    assert [(b.family, b.low) for b in found] == [
-        ("depth", 0.0),
-        ("dynamic_depth", 0.05),
-        ("width", 0.17),
-    ]
-
-
-def test_sure_needs_intervals_apart() -> None:
-    near = bands(marked([point("depth", 0.1, 1.2, 1.1), point("width", 0.1, 1.25, 1.1)]))
-    far = bands(marked([point("depth", 0.1, 1.2, 1.01), point("width", 0.1, 1.5, 1.01)]))
-    assert [b.sure for b in near] == [True, False]
-    assert [b.sure for b in far] == [True, True]
 
 
 def test_fronts_cite_and_do_not_mix() -> None:
@@ -111,11 +101,86 @@ def test_unsupported_rows_are_noted_and_an_empty_frontier_refused() -> None:
         fronts("llama-3.1-8b", ["h100"], QualityTable(table.rows[1:]), table.axes()[0])
 
 
-@pytest.mark.quick
-def test_more_rows_than_can_be_compared_are_refused() -> None:
-    table = QualityTable(tuple(row("depth", i / 2000, 7.0) for i in range(1, 1002)))
-    with pytest.raises(InputError, match=r"expected at most 1,000 rows on the axis .*, got 1,001"):
-        fronts("llama-3.1-8b", ["h100"], table, table.axes()[0])
+def check_every_pair(points: Sequence[Point], out: Sequence[Band], half: Any) -> None:
+    """Compare marks and bands with their definition; ``half`` (n, n) is the half-width of the log
+    of the ratio of two speedups."""
+    log = np.log([p.speedup for p in points])
+    ahead = log[:, None] - log >= np.maximum(half, 1e-12)
+
+    def certain(i: int, rivals: list[int]) -> bool:
+        return all(ahead[i, j] for j in rivals if points[j].family != points[i].family)
+
+    for i, p in enumerate(points):
+        rivals = [j for j, q in enumerate(points) if q.loss <= p.loss]
+        gains = p.speedup_lower > 1.0 or p.loss < 0.0
+        assert p.sure == (p.optimal and gains and certain(i, rivals))
+        fastest = max((points[j] for j in rivals if j != i), key=lambda q: q.speedup, default=None)
+        beaten = fastest is not None and fastest.speedup >= max(p.speedup, 1.0)
+        winner = fastest.name if fastest and beaten else "the dense model"
+        assert p.beaten_by == ("" if p.optimal else winner)
+    best = [i for i, p in enumerate(points) if p.optimal and p.speedup > 1.0]
+    ends = zip(best, [*(points[i].loss for i in best[1:]), math.inf])
+    sure = {}
+    for i, end in ends:
+        if (place := max(points[i].loss, 0.0)) < end:
+            rivals = [j for j, q in enumerate(points) if q.loss < end]
+            sure[place] = points[i].speedup_lower > 1.0 and certain(i, rivals)
+    for band in out:
+        inside = [known for place, known in sure.items() if band.low <= place < band.high]
+        assert band.family == DENSE or band.sure == all(inside)
+
+
+alike = st.tuples(
+    st.sampled_from(["depth", "width", "token"]),
+    st.sampled_from([-0.1, 0.0, 0.1, 0.2, 0.3]),
+    st.sampled_from([0.9, 1.0, 1.1, 1.2, 1.5]),
+    st.sampled_from([1.0, 1.01, 1.05, 1.2]),
+)
+
+
+@given(st.lists(alike, min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_marks_and_bands_are_those_of_every_pair(found: list[Any], random: Any) -> None:
+    given_points = [point(*p) for p in found]
+    shared = np.array([[random.uniform(0.0, 0.3) for _ in found] for _ in found])
+    for below in (None, lambda some, others: shared[some, others]):
+        points, out = judged(given_points, below)
+        half = (below or independent(points))(np.arange(len(points)), slice(None))
+        check_every_pair(points, out, half)
+
+
+def test_half_widths_are_those_of_every_pair_in_pieces_too(monkeypatch: Any) -> None:
+    table = QualityTable(tuple(row("width", i / 20, 7.0 + i) for i in range(1, 9)))
+    asked: Any = ("llama-3.1-8b", ["h100"], table, table.axes()[0])
+    (whole,), _ = fronts(*asked)
+    monkeypatch.setattr("simulator.prediction.pareto.OPERATOR_ROWS", 100)
+    (parts,), _ = fronts(*asked)
+    assert parts == whole
+    dense = simulator.lower("llama-3.1-8b")
+    pruned = [simulator.prune(dense, "width", p.sparsity) for p in whole.points]
+    batch, every = batch_with(dense, pruned), np.arange(len(pruned))
+    others = [np.full(len(batch), 1 + i) for i in every]
+    _, together, _ = against(batch, simulator.load_hardware("h100"), others)
+    for front in (whole, parts):
+        assert front.below is not None
+        assert front.below(every, slice(None)) == pytest.approx(together.T[1:], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_a_million_rows_open(cli: Any, tmp_path: Path) -> None:
+    """Losses rise with the sparsity, so the frontier has many points."""
+    path = tmp_path / "many.csv"
+    with path.open("w") as file:
+        file.write(
+            "method,family,model,sparsity,metric,higher_is_better,dense,pruned,protocol,source\n"
+        )
+        for i in range(1_000_000):
+            family, sparsity = ("depth", "width")[i % 2], i // 2 % 180 / 200
+            pruned = 6.0 + 9.0 * sparsity + i * 1e-6
+            file.write(f"m{i},{family},m,{sparsity:g},ppl,0,6,{pruned:.6f},p,s\n")
+    line = f"pareto llama-3.2-1b --hardware h100 --quality {path} --quality-model m"
+    out = cli.out(line)
+    assert "1,000,000 models, shown on the frontier" in out
+    assert "fastest family by quality budget" in out
 
 
 def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
@@ -144,16 +209,7 @@ def test_measured_speedups_are_used_where_they_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [
-        ("family,sparsity\n", "column speedup is missing"),
-        ("family,sparsity,speedup\ndepht,0.1,1\n", ":2: family"),
-        ("family,sparsity,speedup\ndepth,1.1,1\n", ":2: sparsity"),
-        ("family,sparsity,speedup\ndepth,0.1,fast\n", ":2: speedup: expected a number, got 'fast'"),
-        (
-            "family,sparsity,speedup\ndepth,0.1,nan\n",
-            ":2: speedup: expected a finite number, got nan",
-        ),
-    ],
+    tables_of("prediction/mistakes.yaml")["measured speedups"],
 )
 def test_bad_measured_speedups(content: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
@@ -183,12 +239,7 @@ def test_command_takes_the_quality_of_another_model_and_says_so(cli: Any) -> Non
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [
-        ("--metric bleu", "no rows with metric 'bleu'"),
-        ("--quality nothing.csv", "no such file"),
-        ("--quality-model gpt-5", "'gpt-5' is unknown"),
-        ("--measured nothing.csv", "cannot be read"),
-    ],
+    tables_of("prediction/mistakes.yaml")["frontiers"],
 )
 def test_command_refuses(options: str, expected: str, cli: Any) -> None:
     assert expected in cli.refused(f"pareto llama-2-7b --hardware h100 {options}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tables import tables_of
 
 from simulator.models.library import load_model
 from simulator.models.lower import lower
@@ -19,31 +20,7 @@ LLAMA = "llama-3.1-8b"
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize(
     ("text", "parts"),
-    [
-        (
-            "width heads=0.2 mlp=0.25",
-            "heads 18.8 % (20 % requested, 32 to 26); inner width 25 % (14,336 to 10,752)",
-        ),
-        (
-            "width attention=0.2",
-            (
-                "KV heads 25 % (20 % requested, 8 to 6, heads 32 to 24), as a KV head goes"
-                " with its query heads: heads=0.2 removes query heads alone"
-            ),
-        ),
-        ("width kv=0.5", "KV heads 50 % (8 to 4)"),
-        ("width hidden=0.5", "hidden size 50 % (4,096 to 2,048)"),
-        ("depth 0.1", "layers 9.4 % (10 % requested, 32 to 29)"),
-        ("depth 24", "layers 25 % (32 to 24)"),
-        ("width kv=7 mlp=9216", "KV heads 12.5 % (8 to 7); inner width 35.7 % (14,336 to 9,216)"),
-        ("depth 0.01", "layers 0 % (1 % requested, still 32)"),
-        ("depth layers=20-27", "layers 25 % (32 to 24)"),
-        ("depth mlp=0.25", "MLP layers 25 % (32 to 24)"),
-        ("depth attention=0.25", "attention layers 25 % (32 to 24)"),
-        ("width mlp=0.5 layers=0-15", "inner width 25 % (14,336 to 10,752)"),
-        ("dynamic_width 0.5", ""),
-        ("kv_cache 0.5", ""),
-    ],
+    tables_of("prediction/cases.yaml")["parts"],
 )
 def test_parts(phase: str, text: str, parts: str) -> None:
     dense = lower(LLAMA, phase=phase, seq=128, new_tokens=4 if phase == "generate" else 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 from simulator.errors import InputError
 from simulator.files.csv import read_csv
@@ -140,19 +141,7 @@ def test_further_columns_and_blank_lines_are_ignored() -> None:
         ("", "is empty"),
         (text(), "no rows"),
         (text(ROW, leave_out="metric"), ":1: column metric is missing"),
-        (text({"sparsity": "1.2"}), ":2: sparsity: expected a fraction in [0, 1), got 1.2"),
-        (text({"sparsity": "nan"}), ":2: sparsity: expected a finite number"),
-        (text({"dense": "0"}), ":2: dense"),
-        (text({"family": "dept"}), "did you mean depth"),
-        (text({"source": ""}), ":2: source: is empty"),
-        (text({"higher_is_better": "maybe"}), ":2: higher_is_better"),
-        (text({"relative_loss": "0.5"}), ":2: relative_loss: expected 0.2865"),
-        (text({"options": "unit=layer;speed=3"}), ":2: options"),
-        (
-            text({}, {"sparsity": "0.2", "dense": "5"}),
-            ":3: dense: mixed metric or protocol: 5 here, 7.26 in line 2",
-        ),
-        (text({}, {"pruned": "9.5"}), ":3: is a second value for SLEB at sparsity 0.1 (line 2)"),
+        *((text(*rows), why) for rows, why in tables_of("prediction/mistakes.yaml")["tables"]),
     ],
 )
 def test_bad_tables(content: str, expected: str, tmp_path: Path) -> None:
@@ -317,27 +306,8 @@ def test_results_of_older_versions_without_filters_and_directions(tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ("out,width,0.3,,\n", "expected one row of family dense, got 0"),
-        ("dense.json,dense,,,\n", "expected a row for a pruned model"),
-        ("dense.json,dense,,,\nnone.json,width,0.3,,\n", "none.json: cannot be read"),
+        *tables_of("prediction/mistakes.yaml")["results"],
         (f"{'x' * 300},dense,,,\n", "cannot be read: File name too long"),
-        (
-            "dense.json,dense,,,\nempty,width,0.3,,\n",
-            "'empty': expected metrics of one model, got 0 of []",
-        ),
-        ("dense.json,dense,,,\nmixed,width,0.3,,\n", "of one model, got 7 of ['x', 'y']"),
-        ("dense.json,dense,,,\nother.json,width,0.3,,\n", "shares no metric with the dense model"),
-        (
-            "dense.json,dense,,,\nshots.json,width,0.3,,\n",
-            "measured differently: dense: lm-evaluation-harness, 0-shot",
-        ),
-        ("dense.json,dense,,,\nlimited.json,width,0.3,,\n", "limited to 10.0 samples"),
-        ("dense.json,dense,,,\nlist.json,width,0.3,,\n", "metrics of one model, got 0"),
-        ("dense.json,dense,,,\nbroken.json,width,0.3,,\n", "broken.json:1:2: is not JSON"),
-        (
-            "dense.json,dense,,,\nout,width,30,,\n",
-            "evals.csv:3: sparsity: expected a fraction in [0, 1), got 30",
-        ),
     ],
 )
 def test_bad_lists_of_results(rows: str, expected: str, listed: Path) -> None:

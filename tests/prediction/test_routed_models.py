@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.codes import Kind
@@ -74,14 +75,7 @@ def test_every_family_that_suits_is_predicted_and_the_others_say_why(name: str) 
 
 @pytest.mark.parametrize(
     ("parallel", "family", "reason"),
-    [
-        (
-            "tensor",
-            "width",
-            "6 key/value heads; tensor parallel needs a multiple or a divisor of 8",
-        ),
-        ("expert", "experts", "6 experts; expert parallel needs a multiple of 8"),
-    ],
+    tables_of("prediction/cases.yaml")["undivided"],
 )
 def test_what_eight_devices_cannot_divide_is_excluded_with_one_note(
     parallel: str, family: str, reason: str

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from layouts import folder_of, save, tensors_of
 from shaped import changed, cut, resized
+from tables import tables_of
 
 import simulator
 from simulator.engines import engine as engines
@@ -55,32 +56,15 @@ def existing(engine: str, model: Model, **fields: Any) -> Runnable:
 
 @pytest.mark.parametrize(
     ("name", "sparsity", "options", "loading"),
-    [
-        ("depth", 0.25, {}, STOCK),
-        ("depth", 0.25, {"unit": "attention"}, SERVERS),
-        ("depth", {"mlp": 0.25}, {}, SERVERS),
-        ("width", {"mlp": 0.2}, {}, STOCK),
-        ("width", 0.2, {}, (*SERVERS, "hf")),  # gpt-fast has no head_dim
-        ("width", {"heads": 0.2}, {}, ()),  # 26 query heads, 32 KV heads
-        ("width_cross", 0.25, {}, (*SERVERS, "hf")),  # 32 heads of 128 in a hidden size of 3,072
-        ("width_cross", 0.25, {"residual_projections": True}, ()),
-        ("low_rank", 0.25, {}, ()),
-        ("semi_structured", 0.5, {}, STOCK),
-        ("unstructured", 0.5, {}, STOCK),
-        ("dynamic_depth", 0.5, {}, ()),
-        ("dynamic_width", 0.5, {}, ()),
-        ("sparse_attention", 0.5, {}, STOCK),
-        ("kv_cache", 0.5, {}, STOCK),
-        ("token", 0.5, {}, STOCK),
-    ],
+    tables_of("prediction/cases.yaml")["loaded families"],
 )
 def test_which_stock_engine_loads_which_family(
-    name: str, sparsity: Any, options: dict[str, Any], loading: tuple[str, ...]
+    name: str, sparsity: Any, options: dict[str, Any], loading: str
 ) -> None:
     found = {
         engine: asked(engine, family(name, sparsity, **options)) for engine in (*STOCK, "reference")
     }
-    assert tuple(engine for engine in STOCK if found[engine].loadable) == loading
+    assert [engine for engine in STOCK if found[engine].loadable] == loading.split()
     assert found["reference"].loadable  # a benchmark's modules are built for the shapes
     for engine, one in found.items():
         assert one.works == (one.loadable and one.kernels) or one.kernels_reason.endswith(
@@ -203,17 +187,7 @@ def test_what_an_aligned_width_gains_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("model", "dimension", "width", "aligned"),
-    [
-        ({"hidden": 3070}, "hidden size", 3070, 3072),
-        # 32 heads of 126 are 504 times 8 elements
-        ({"head_dim": 126, "rotary": 126}, "", 0, 0),
-        (
-            {"heads": 31, "kv_heads": 31, "head_dim": 126, "rotary": 126},
-            "query width",
-            3906,
-            3912,
-        ),
-    ],
+    tables_of("prediction/cases.yaml")["unaligned"],
 )
 def test_other_widths_that_are_not_aligned(
     model: dict[str, Any], dimension: str, width: int, aligned: int

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator import Request, serve
@@ -283,24 +284,7 @@ def test_what_cannot_be_predicted_is_a_note_beside_others_and_an_error_alone() -
     )
     assert [len(s.kinds[EQUAL]) for s in found.services] == [2, 3]
     assert any("vllm has no 2:4 kernels" in note for note in found.notes)
-    for more, message in (
-        ({"prune": "semi_structured 0.5"}, "vllm has no 2:4 kernels"),
-        ({"prune": "depth 0.25", "concurrency": 0}, "concurrency: expected a whole number from 1"),
-        ({"prune": "depth 0.25", "tpot_s": -1.0}, "tpot: expected a positive time in seconds"),
-        (
-            {"prune": "depth 0.25", "price": 0.0},
-            "price: expected a positive price per GPU-hour, such as 2.5, got 0.0",
-        ),
-        (
-            {"prune": "depth 0.25", "probability": 1.0},
-            "confidence 1: expected a number between 0 and 1",
-        ),
-        ({"prune": "depth 0.25", "dense_s": 1.0}, "dense time: expected none"),
-        (
-            {"prune": "depth 0.25", "concurrency": 10**9},
-            "expected at most 2147483647 tokens in a pass",
-        ),
-    ):
+    for more, message in tables_of("prediction/mistakes.yaml")["services"]:
         with pytest.raises(InputError, match=message):
             serve(MODEL, "h100", **more)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tables import tables_of
 
 import simulator
 from simulator.capacity import memory
@@ -119,16 +120,7 @@ def test_waiting_for_other_prompts_takes_time_from_the_further_tokens(
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "generate"])
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "gemma-2-9b", "opt-13b"])
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {},
-        {"weight_dtype": "int4", "kv_dtype": "fp8"},
-        {"devices": 2},
-        {"engine": "sglang"},
-        {"engine": "trtllm"},
-    ],
-)
+@pytest.mark.parametrize("setting", tables_of("prediction/cases.yaml")["largest batches"])
 def test_the_largest_batch_fits_and_one_more_does_not(
     phase: str, model: str, setting: dict[str, Any]
 ) -> None:
@@ -154,12 +146,6 @@ def test_the_largest_batch_fits_and_one_more_does_not(
                 fits.append(memory(prune(w, r.family, r.sparsity) if pruned else w, hw).fits)
             assert fits == [True, False], (r.family, largest)
         assert r.pruned_largest_batch >= r.dense_largest_batch - (r.family == "unstructured")
-
-
-# -- engines in tables -----------------------------------------------------------------------------
-
-
-# -- a measured time -------------------------------------------------------------------------------
 
 
 def test_a_measured_time_reaches_every_answer() -> None:

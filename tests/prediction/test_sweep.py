@@ -367,20 +367,7 @@ def test_the_digest_follows_the_profile(tmp_path: Path) -> None:
     assert grid.digest() != first
 
 
-GOOD = {
-    "models": "[llama-3.1-8b, qwen3-8b]",
-    "hardware": "h100",
-    "families": "[depth, {width: {align: 64}}]",
-    "sparsities": "{from: 0.1, to: 0.5, step: 0.1}",
-    "phases": "[prefill]",
-    "batches": "{from: 1, to: 8, times: 2}",
-    "seqs": "[128]",
-    "dtypes": "[bf16, {dtype: bf16, weight_dtype: int4}]",
-    "engines": "[hf]",
-    "devices": "[1, 2]",
-    "level": "0.8",
-    "ideal": "true",
-}
+GOOD = tables_of("prediction/cases.yaml")["grid"]
 
 
 def grid_text(axes: dict[str, str]) -> str:

@@ -142,23 +142,6 @@ def test_more_positions_than_a_model_has_are_noted() -> None:
     assert "2056" in note
 
 
-@pytest.mark.quick
-def test_settings_reach_the_prediction() -> None:
-    def times(**settings: Any) -> tuple[float, float]:
-        (r,) = table(**settings)
-        return r.dense_s, r.dense_memory_bytes
-
-    plain = times()
-    assert times(weight_dtype="int4")[0] < plain[0]
-    assert times(weight_dtype="int4")[1] < plain[1]
-    assert times(kv_dtype="fp8")[1] < plain[1]
-    assert times(engine="hf")[0] > plain[0]
-    assert times(devices=2)[1] < plain[1]
-    (generate,) = table(phase=["generate"], new_tokens=16)
-    assert generate.new_tokens == 16
-    assert generate.dense_s > 15 * plain[0]
-
-
 @pytest.mark.parametrize("family", list(general_families()))
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(

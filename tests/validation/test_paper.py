@@ -35,7 +35,7 @@ from calibration.validation.paper import (
     table_2,
 )
 from simulator.arrays import FloatArray
-from simulator.prediction.pareto import Front, Point, bands, frontier, marked
+from simulator.prediction.pareto import Front, Point, frontier, judged
 from simulator.prediction.quality import Axis
 
 CLAIMED = (point("depth", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("width", 0.2, 1.6))
@@ -43,8 +43,7 @@ REVERSED = (point("width", 0.02, 1.1), point("dynamic_depth", 0.1, 1.3), point("
 
 
 def front(*points: Point) -> Front:
-    found = marked(points)
-    return Front(*WHERE, Axis("ppl", "p"), found, bands(found), True, "", 0.0, 0.9)
+    return Front(*WHERE, Axis("ppl", "p"), *judged(points), True, "", 0.0, 0.9)
 
 
 @pytest.mark.parametrize(
