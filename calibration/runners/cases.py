@@ -215,7 +215,8 @@ def cases_of(
     given = {name: settings[name] for name in names if settings.get(name)}
     if "family" in given or not given.keys() & {"prune", "pruned"}:
         given.setdefault("sparsity", SPARSITIES)
-    prunings = prunings_of([config], **given)
+    # texts and families in their order, then existing models
+    prunings = sorted(prunings_of([config], **given), key=lambda one: one.model is not None)
     requests = requests_of(
         [config], {name: value for name, value in settings.items() if name in SETTINGS}
     )
