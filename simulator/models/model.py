@@ -107,15 +107,14 @@ class Layer:
 
     def with_part(self, part: str, sublayer: Sublayer | None) -> Layer:
         """Return the layer with another sublayer of a part, or without it."""
-        old = self.of(part)
-        if old is not None and sublayer is not None:  # others of the part stay
-            place = self.sublayers.index(old)
-            others = self.sublayers[:place], self.sublayers[place + 1 :]
-            return replace(self, sublayers=(*others[0], sublayer, *others[1]))
-        rest = [s for s in self.sublayers if s.part != PARTS[part]]
-        some = [] if sublayer is None else [sublayer]
-        pair = (*some, *rest) if part == "attention" else (*rest, *some)
-        return replace(self, sublayers=tuple(pair))
+        if sublayer is None:
+            return self.without(part)
+        sublayers = [*self.sublayers]
+        if (old := self.of(part)) is not None:  # others of the part stay
+            sublayers[sublayers.index(old)] = sublayer
+        else:
+            sublayers.insert(0 if part == "attention" else len(sublayers), sublayer)
+        return replace(self, sublayers=tuple(sublayers))
 
     def joined(self, index: int) -> bool:
         """Return whether a sublayer reads the normed input of the sublayer before it."""
