@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,10 +24,13 @@ LEAST, MOST = 0.03, 1.05
 and datasheets round up."""
 
 
+def _chips() -> Any:
+    return yaml.safe_load(Path(__file__).with_name("chips.yaml").read_text(encoding="utf-8"))
+
+
 def implausible(hw: HardwareProfile) -> Iterator[str]:
     """Yield a warning on each rate and on a bandwidth outside the range of the architecture."""
-    text = Path(__file__).with_name("chips.yaml").read_text(encoding="utf-8")
-    chips = yaml.safe_load(text).get(hw.architecture)
+    chips = _chips().get(hw.architecture)
     if chips is None:
         return
     clock = max(hw.boost_clock_hz, hw.max_clock_hz)

@@ -570,7 +570,7 @@ def estimate(
             loadings["compute"] * np.log(quantisation(m, n, model)[1]),
             wide_waves(m, n, machine),
         )
-    details = _details(kernel, out, a, factor, *(given[x] for x in "mnk"))
+    details = _details(kernel, a, factor, *(given[x] for x in "mnk"))
     return replace(out, details=details, waves=waves * np.ones(len(m)), idle=idle * np.ones(len(m)))
 
 
@@ -656,7 +656,7 @@ def _unused(blocks: Array, m: Array, n: Array, model: ReadyModel) -> tuple[Any, 
 
 
 def _details(
-    kernel: GemmKernel, e: Estimate, a: Analytical, factor: Any, m: Array, n: Array, k: Array
+    kernel: GemmKernel, a: Analytical, factor: Any, m: Array, n: Array, k: Array
 ) -> dict[str, Array]:
     """Return choices of the model, and times of the steps between the roofline and the kernel,
     s."""

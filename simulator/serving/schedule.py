@@ -219,7 +219,8 @@ class _Replica:
                 return prompts
             self._add(prompts, self.partial, tokens)
             room -= tokens
-        reserve = self._reserved()
+        kept = server.reserve  # tokens of the cache that admission keeps for running requests
+        reserve = 0.0 if kept is None else self._share(kept) * self.lacking
         while self.waiting and self.partial is None:
             request = self.waiting[0]
             rest = self.prompt[request] - self._cached(request)
@@ -240,11 +241,6 @@ class _Replica:
             room -= tokens + self.each
             reserve += output
         return prompts
-
-    def _reserved(self) -> float:
-        """Return the tokens of the cache that admission keeps for running requests."""
-        reserve = self.server.reserve
-        return 0.0 if reserve is None else self._share(reserve) * self.lacking
 
     def _share(self, reserve: Reserve) -> float:
         fallen = (reserve.first - reserve.least) * self.since / reserve.steps

@@ -195,7 +195,7 @@ def uncertainty_of(e: Estimate, scales: Scales) -> Uncertainty:
     if e.active is not None:
         correlated = correlated * e.active
         independent = independent * e.active
-    correlated, independent = (_column(v, shape, dtype) for v in (correlated, independent))
+    correlated, independent = (np.full(shape, v, dtype).ravel() for v in (correlated, independent))
     correlated *= scale
     independent *= scale**2
     # the correlated error stays: in a pass, other operators affect the time
@@ -218,12 +218,6 @@ def _factors(
         [*machine, *loadings],
         np.array([f * ERROR_FACTORS[name] for f, name in zip(factors, names)]),
     )
-
-
-def _column(value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-    out = np.empty(shape, dtype=dtype)
-    out[...] = value
-    return out.reshape(-1)
 
 
 def level_scale(level: float) -> float:

@@ -90,9 +90,14 @@ def predicted(
     else:
         coverage = posterior.coverage_factors[uncertainty.kind]
     width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
-    ends = time, np.maximum(time / width, e.floor), time * width, e.roofline
-    middle, lower, upper, roofline = (_in_seconds(e, values) for values in ends)
-    times = OperatorTimes(middle, lower, upper, roofline, e.bottleneck, details=e.details)
+    times = OperatorTimes(
+        _in_seconds(e, time),
+        _in_seconds(e, np.maximum(time / width, e.floor)),
+        _in_seconds(e, time * width),
+        _in_seconds(e, e.roofline),
+        e.bottleneck,
+        details=e.details,
+    )
     if e.measured is not None:
         rows = e.measured.rows
         known = e.measured.seconds
