@@ -251,10 +251,13 @@ def kind_of(hint: Any) -> Any:
 @dataclass(frozen=True)
 class ListOf:
     item: Any
+    some: bool = False  # whether an empty list is refused
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         if node.kind != "list":
             return reader.wrong(node, path, f"expected a list, got {node}")
+        if self.some and not node.items:
+            return reader.wrong(node, path, "expected at least one item, got none")
         items = tuple(self.item.read(item, (*path, i), reader) for i, item in enumerate(node.items))
         return BAD if BAD in items else items
 

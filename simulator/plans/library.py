@@ -295,10 +295,8 @@ def _pairs(texts: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
     of the two that make each."""
     pairs = [(i, i) for i in range(len(texts))]
     if all("dense" in text for text in texts):
-        single = {text: i for i, text in enumerate(texts)}
-        pairs += [
-            (single[a, "dense"], single["dense", m])
-            for (a, _), (_, m) in itertools.product(texts, texts)
-            if "dense" not in (a, m) and (a, "dense") in single and ("dense", m) in single
-        ]
-    return list(dict.fromkeys(pairs))
+        attentions, mlps = (
+            [i for i, text in enumerate(texts) if text[part] != "dense"] for part in (0, 1)
+        )
+        pairs += itertools.product(attentions, mlps)
+    return pairs

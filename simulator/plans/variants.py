@@ -61,7 +61,7 @@ def variant(part: str, text: str, dense: Layer) -> Layer:
     words, old = text.strip().lower(), dense.of(part)
     if words in ("", "dense"):
         return dense
-    if words in ("none", "no_op"):
+    if words == "none":
         return dense.without(part)
     if words == "linear":
         return dense.with_part(part, Linear(replaces=PARTS[part]))

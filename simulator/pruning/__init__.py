@@ -39,7 +39,7 @@ from simulator.pruning._family import (
     Family,
     check_fraction,
 )
-from simulator.pruning.dynamic.rows import layer_count, merge_runs, part_weights
+from simulator.pruning.dynamic.rows import layer_count, merge_runs
 from simulator.request import Applied
 from simulator.workload import Workload
 
@@ -435,7 +435,7 @@ class Target:
 
     @classmethod
     def of_rows(cls, w: Workload) -> Target:
-        return cls(w.meta.model, layer_count(w), part_weights(w))
+        return cls(w.meta.model, layer_count(w), {})
 
     def sizes(self, name: str) -> list[float]:
         return self.model.sizes(name) if self.model is not None else []
@@ -529,6 +529,8 @@ def _by_part(
 ) -> Choice:
     if not family.targets:
         raise InputError(f"family {family.name}: expected one fraction, got a sparsity by part")
+    if target.model is None:
+        raise InputError("sparsity by part: expected a workload of simulator.lower; got rows")
     if not sparsity:
         raise InputError(
             f"sparsity by part: expected some of {', '.join(family.targets)}, got none"

@@ -231,10 +231,13 @@ def test_the_model_does_not_depend_on_the_order_of_equal_layers() -> None:
         assert getattr(one, name).sum() == pytest.approx(getattr(other, name).sum(), rel=1e-12)
 
 
-def test_rows_without_a_model_have_no_static_families() -> None:
+def test_rows_without_a_model_have_no_static_families_and_no_parts() -> None:
     w = Workload.from_rows([{"role": "q", "m": 2, "n": 8, "k": 4, "layer": 0, "layers": 1}])
     with pytest.raises(InputError, match=r"family depth: expected a workload of simulator\.lower"):
         prune(w, "depth", 0.5)
+    with pytest.raises(InputError, match=r"sparsity by part: expected a workload of simulator"):
+        prune(w, "dynamic_depth", {"mlp": 0.5})
+    assert prune(w, "dynamic_depth", 0.5, ideal=True).flops.sum() == w.flops.sum() / 2
 
 
 def test_layers_without_sublayers_are_dropped() -> None:

@@ -301,15 +301,6 @@ def _removed(text: str) -> Expression | None:
     return None if text in ("", "null") else Expression.parse(text)
 
 
-class _Several(ListOf):
-    """A list of at least one item."""
-
-    def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
-        if node.kind == "list" and not node.items:
-            return reader.wrong(node, path, "expected at least one item, got none")
-        return super().read(node, path, reader)
-
-
 @dataclass(frozen=True)
 class _Object:
     """A mapping with given keys; ``make`` returns its value, or raises InputError."""
@@ -337,6 +328,7 @@ class _Object:
             return reader.wrong(node, path, str(error))
 
 
+_several = partial(ListOf, some=True)
 _SHARE = _formula("a share above 0, up to 1", 1e-12, 1.0)
 _COUNT = _formula("a number from 1 up", 1.0, 2.0**53)
 _BYTES = _formula("a number of bytes from 0 up", 0.0, 1e30)
@@ -365,7 +357,7 @@ class _ByLayer:
         if node.text == "geometric":
             return ByLayer(geometric=True)
         if node.kind == "list":
-            values = _Several(_FRACTION).read(node, path, reader)
+            values = _several(_FRACTION).read(node, path, reader)
             return BAD if values is BAD else ByLayer(values)
         value = _FRACTION.read(node, path, reader)
         return BAD if value is BAD else ByLayer((value,))
@@ -470,7 +462,7 @@ _ADDITION: Mapping[str, Any] = {
     "every": Text(choices=EVERY),
     "kernels": _WHOLE,
     "when": _Parsed(Condition.parse),
-    "phases": _Several(Text(choices=PASSES)),
+    "phases": _several(Text(choices=PASSES)),
     "layers": _LAYERS,
 }
 
@@ -490,7 +482,7 @@ def _one_addition(found: dict[str, Addition]) -> Addition:
     return next(iter(found.values()))
 
 
-_ADDITIONS = _Several(
+_ADDITIONS = _several(
     _Object(
         {
             kind: _Object({**sizes, **_ADDITION}, partial(_addition, kind), (*sizes, "role"))
@@ -525,10 +517,10 @@ _DESCRIPTION = _Object(
         "method": _NAME,
         "what": Text(),
         "arxiv": Text(pattern=r"\d{4}\.\d{5}", right='the number of a paper such as "2310.17157"'),
-        "sparsities": _Several(Number(0.0, 0.9999, "0.5")),
-        "phases": _Several(Text(choices=PHASES)),
+        "sparsities": _several(Number(0.0, 0.9999, "0.5")),
+        "phases": _several(Text(choices=PHASES)),
         **_WHERE,
-        "prune": _Several(_Step()),
+        "prune": _several(_Step()),
         "dynamic": _DYNAMIC,
         "adds": _ADDITIONS,
     },

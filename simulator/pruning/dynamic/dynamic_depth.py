@@ -18,19 +18,8 @@ from simulator.workload import Workload
 
 # roles that compute keys and values, or update a state, for all tokens
 KEYS = (
-    *(
-        "k",
-        "v",
-        "qkv",
-        "kv_a",
-        "qkv_a",
-        "kv_b",
-        "attention_norm",
-        "rotary",
-        "qk_norm",
-        "latent_norm",
-        "cache_write",
-    ),
+    *("k", "v", "qkv", "kv_a", "qkv_a", "kv_b", "attention_norm", "rotary", "qk_norm"),
+    *("latent_norm", "cache_write"),
     *("delta_in", "delta_ba", "delta_rank", "delta_up", "delta_net", "kda"),
     *("mamba_in", "mamba_x", "mamba_dt", "mamba_norm", "mamba", "conv_in", "short_conv"),
     *("lightning", "index_q", "index_k", "index_weights", "index_norm", "indexer"),

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from simulator.arrays import Array, FloatArray
+from simulator.arrays import Array
 from simulator.codes import (
     DTYPE_BYTES,
     EXPERTS,
-    ROLES,
     Kind,
     Part,
     Phase,
@@ -23,13 +22,6 @@ from simulator.codes import (
 from simulator.errors import InputError
 from simulator.pruning._family import PROJECTIONS
 from simulator.workload import Workload
-
-OTHERS = (
-    *("q_a", "kv_a", "qkv_a", "q_b", "kv_b", "absorb_k", "absorb_v"),
-    *("experts", "latent_in", "latent_out", "attention_experts"),
-    *("delta_in", "delta_ba", "linear"),
-)
-"""Weights other than the seven projections."""
 
 
 def layer_count(w: Workload) -> int:
@@ -86,18 +78,6 @@ def shorter_copies(w: Workload, out: Workload) -> Workload:
     share = np.where(copies & (before > 0), after / np.maximum(before, 1.0), 1.0)
     kept = np.where(copies, np.maximum(np.round(w.kv_len * share), 1), out.kv_len)
     return out.replace(kv_len=kept, **moved(out, share))
-
-
-def part_weights(w: Workload) -> dict[tuple[str, str], FloatArray]:
-    """Return the parameters of weights in a workload of rows, biases included, by part and role
-    (L,)."""
-    out: dict[tuple[str, str], FloatArray] = {}
-    own = w.expand()
-    own = own.take(own.is_role(*PROJECTIONS, *OTHERS) & (own.layer >= 0))
-    for part, role, layer, count in zip(own.part, own.role, own.layer, own.params * own.count):
-        key = (Part(part).name.lower(), ROLES[role])
-        out.setdefault(key, np.zeros(layer_count(w)))[layer] += count
-    return out
 
 
 def whole_share(share: Array | float, of: Array | float) -> Array:
