@@ -44,14 +44,7 @@ PRUNED: Look = {
 _IDEAL: Look = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
 _HIGHEST: Look = {**_IDEAL, "linestyle": (0, (1, 1))}
 _BAND: Look = {"color": style.BLUE, "alpha": 0.18}
-_POINT: Look = {
-    "color": style.VERMILLION,
-    "marker": "o",
-    "markersize": 2.4,
-    "linestyle": "none",
-    "markerfacecolor": "none",
-    "markeredgewidth": 0.6,
-}
+_POINT: Look = {**DENSE, "color": style.VERMILLION, "markersize": 2.4, "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
@@ -43,7 +44,6 @@ _MANTISSAS = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 MOST_ACROSS = 3  # columns that are named by device and engine; more names would overlap
 MARKER_PT = 2.6  # half the size of a marker that names keep clear, points
 GAP_PT = 2.0  # horizontal room between two names, points
-NEAR_PT = 5.0  # distance from which a name has a line to its point, points
 LEAST_PANEL_IN = 1.7  # width of the narrowest panel of a row
 LEAST_HEIGHT_IN = 0.9  # height of the lowest panel of a full page
 SHORT_RANGE = 4.5  # ratio up to which the numbers of a logarithmic axis have equal distances
@@ -426,13 +426,13 @@ def write_labels(
     points away, with a line to the point if it is far. Points whose markers overlap have a joint
     name. Names cover neither the texts of the axes nor the points (x, y) ``clear_of``. The layout
     must be final."""
-    scale = _pixels_per_point(ax)
+    half = MARKER_PT * _pixels_per_point(ax)
     points = _pixels(ax, (x, y))
     marked = np.concatenate([points, *(_pixels(ax, line) for line in clear_of)])
     written = np.reshape([text.get_window_extent().extents for text in ax.texts], (-1, 4))
-    taken = np.concatenate([_boxes(marked, MARKER_PT * scale), written])
+    taken = np.concatenate([_boxes(marked, half), written])
     to_data = ax.transData.inverted().transform
-    for group in _overlapping(points, 2 * MARKER_PT * scale):
+    for group in _overlapping(points, 2 * half):
         names = list(dict.fromkeys(texts[i] for i in group))
         point = points[group].mean(axis=0)
         label = ax.annotate(
@@ -444,34 +444,47 @@ def write_labels(
             zorder=6,
             in_layout=False,
         )
-        box = _free_box(ax, label.get_window_extent(), point, taken, reach_pt * scale)
+        box = _nearest(_boxes_around(ax, label, point, reach_pt), point, taken, written)
         if box is None:
             label.remove()
             continue
         label.set_position(tuple(to_data(0.5 * (box[:2] + box[2:]))))
         way = np.linspace(point, np.clip(point, box[:2], box[2:]), 24)
+        written = np.concatenate([written, box[None]])
         taken = np.concatenate([taken, box[None], _boxes(way, 0.0)])
-        if np.hypot(*(way[-1] - point)) > NEAR_PT * scale:
+        if np.hypot(*(way[-1] - point)) > 2 * half:
             ax.plot(*to_data(way[[0, -1]]).T, color=GREY, linewidth=0.4, zorder=3.5)
 
 
-def _free_box(
-    ax: Axes, extent: Any, point: FloatArray, taken: FloatArray, reach: float
-) -> FloatArray | None:
-    """Return the nearest free box of a text around a point, if there is one."""
-    scale = _pixels_per_point(ax)
+def _boxes_around(ax: Axes, label: Text, point: FloatArray, reach_pt: float) -> FloatArray:
+    """Return boxes of a text around a point within the panel, the nearest first."""
+    scale, extent = _pixels_per_point(ax), label.get_window_extent()
     size = np.array([extent.width + GAP_PT * scale, extent.height])
     angles = np.radians(_ANGLES_DEG)
     ways = np.round(np.stack([np.cos(angles), np.sin(angles)], axis=1), 6)
-    distances = scale * _DISTANCES_PT[_DISTANCES_PT * scale <= reach][:, None, None]
+    distances = scale * _DISTANCES_PT[reach_pt >= _DISTANCES_PT][:, None, None]
     centers = (point + ways * distances + 0.5 * np.sign(ways) * size).reshape(-1, 2)
     boxes = _boxes(centers, 0.5 * size)
-    low, high = boxes[:, :2], boxes[:, 2:]
     panel = ax.get_window_extent().extents
-    free = np.asarray(((low >= panel[:2]) & (high <= panel[2:])).all(axis=1))
-    clash = (low[free][:, None] < taken[:, 2:]) & (high[free][:, None] > taken[:, :2])
-    free[free] = ~np.asarray(clash.all(axis=2)).any(axis=1)
-    return np.asarray(boxes[free.argmax()]) if free.any() else None
+    within = (boxes[:, :2] >= panel[:2]) & (boxes[:, 2:] <= panel[2:])
+    return boxes[within.all(axis=1)]
+
+
+def _nearest(
+    boxes: FloatArray, point: FloatArray, taken: FloatArray, names: FloatArray
+) -> FloatArray | None:
+    """Return the first box that overlaps nothing, if possible one whose line to the point crosses
+    no name."""
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    clash = np.logical_and(low < taken[:, 2:], high > taken[:, :2])
+    free = boxes[~np.any(np.all(clash, axis=2), axis=1)]
+    if not len(free):
+        return None
+    ends = np.clip(point, free[:, :2], free[:, 2:])
+    ways = point + np.linspace(0.0, 1.0, 24)[:, None, None, None] * (ends - point)[:, None]
+    inside = np.logical_and(ways > names[:, :2], ways < names[:, 2:])
+    crosses = np.any(np.all(inside, axis=3), axis=(0, 2))
+    return np.asarray(free[crosses.argmin()])
 
 
 def _pixels_per_point(ax: Axes) -> float:

@@ -9,7 +9,6 @@ candidate and value, and on it a dot per device.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -188,12 +187,12 @@ def _name(r: Result) -> str:
 def _names(results: Sequence[Result], axis: str, removed: bool) -> list[str]:
     """Return the titles of curves, with the sparsity unless it is the axis, names the panel, or
     varies."""
-    names = [_name(r) for r in results]
-    if axis == "sparsity" or removed:
-        return names
-    counts = Counter(name for name, _ in {(name, r.sparsity) for name, r in zip(names, results)})
+    by_name = by_key(results, _name)
+    several = {name for name, some in by_name.items() if len({r.sparsity for r in some}) > 1}
+    plain = by_name if axis == "sparsity" or removed else several
     return [
-        n if counts[n] > 1 else f"{n}, {100 * r.sparsity:.3g} %" for n, r in zip(names, results)
+        name if (name := _name(r)) in plain else f"{name}, {100 * r.sparsity:.3g} %"
+        for r in results
     ]
 
 
@@ -222,10 +221,8 @@ def _of_few_settings(
     note on omitted values."""
     notes = []
     for other in ("batch", "seq", *(["sparsity"] if swept else [])):
-        if other == axis:
-            continue
         values = _values(results, other)
-        if len(values) <= MOST_VALUES:
+        if other == axis or len(values) <= MOST_VALUES:
             continue
         few = {values[round(i * (len(values) - 1) / (MOST_VALUES - 1))] for i in range(MOST_VALUES)}
         results = [r for r in results if getattr(r, other) in few]
