@@ -52,7 +52,7 @@ def _front(front: Front) -> str:
             " the dense model."
         )
     text = (
-        f"{where}, {len(optimal)} of {len(front.points)} pruned {front.model} are on the frontier:"
+        f"{where}, {len(optimal)} of {len(front.points):,} pruned {front.model} are on the frontier:"
         f" {_by_method(optimal)}"
     )
     trade = best_trade(front)
