@@ -18,7 +18,7 @@ from fakes.device import GpuDevice, gpu_device
 from fakes.gpu import GPUS
 
 from calibration.devices.protocol import Operator
-from calibration.devices.replay import roofline_timings
+from calibration.devices.replay import gpu_timings, roofline_timings
 from calibration.devices.telemetry import UNKNOWN
 from calibration.fit.predict import predict
 from calibration.fit.profile import fit_profile
@@ -57,7 +57,7 @@ PLANTED: Mapping[str, tuple[str, float]] = {
 
 def device(name: str, seed: int = 0, truth: HardwareProfile | None = None) -> GpuDevice:
     gpu, (like, limit_w) = GPUS[name], PLANTED[name]
-    roofline = roofline_timings(gpu.flop_per_s, gpu.bytes_per_s, 4e-6)
+    roofline = gpu_timings(roofline_timings(gpu.flop_per_s, gpu.bytes_per_s, 4e-6))
     hw = truth or (load_hardware(like) if like else None)
 
     @cache
