@@ -52,8 +52,8 @@ def _front(front: Front) -> str:
             " the dense model."
         )
     text = (
-        f"{where}, {len(optimal)} of {len(front.points):,} pruned {front.model} are on the frontier:"
-        f" {_by_method(optimal)}"
+        f"{where}, {len(optimal)} of {len(front.points):,} pruned {front.model} are on the"
+        f" frontier: {_by_method(optimal)}"
     )
     trade = best_trade(front)
     if trade is None:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("inside")]
         "serve llama-2-7b --prune 'depth 0.25'",
         "advise llama-2-7b --family depth --target 1.2x",
         "costs llama-2-7b",
-        "search llama-2-7b --target 1.2x",
+        "search smollm2-135m --scores smollm2-135m --metric kl_div --target 1.2x",
         "report llama-2-7b --prune 'depth 0.25' -o report.html",
     ],
 )
