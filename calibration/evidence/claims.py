@@ -19,6 +19,7 @@ from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.hardware.library import load_hardware
 from simulator.prediction.claims import (
+    COLUMNS,
     EAGER,
     GRAPHS,
     PHASES,
@@ -27,8 +28,6 @@ from simulator.prediction.claims import (
     Judgement,
     judge,
 )
-from simulator.prediction.prunings import Pruning
-from simulator.request import Request
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2)
 NOTABLE = 0.1  # relative change of the prediction from which a changed claim should be detected
@@ -67,20 +66,10 @@ class Judged:
 
 def claim_of(row: Mapping[str, str]) -> Claim:
     before, after = float(row["dense"]), float(row["pruned"])
-    request = Request(
-        model=row["model"],
-        engine=row["engine"],
-        phase=row["phase"],
-        batch=int(row["batch"]),
-        seq=int(row["seq"]),
-        new_tokens=int(row["new_tokens"] or Request.new_tokens),
-        devices=int(row["devices"] or 1),
-        dtype="bf16",
-        weight_dtype=row["weight_dtype"] or None,
-    )
     speedup = after / before if row["unit"].startswith("tokens") else before / after
-    hw = load_hardware(row["hardware"])
-    return Claim(speedup, request, Pruning.read(pruning_text(row)), hw)
+    cells = {name: text for name, text in row.items() if name in COLUMNS}
+    own = {"pruning": pruning_text(row), "speedup": str(speedup), "dtype": "bf16"}
+    return Claim.read({**cells, **own})
 
 
 def changed(claim: Claim) -> Iterator[tuple[str, Claim]]:

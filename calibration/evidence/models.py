@@ -94,10 +94,9 @@ class Comparison:
     @property
     def kind(self) -> str:
         """One of :data:`RESULTS`."""
-        if self.known:
-            return RESULTS[1]
         begins = (kind for kind in RESULTS if self.result.startswith(kind))
-        return next(begins, "different")
+        kind = next(begins, "different")
+        return RESULTS[1] if self.known and kind != "exact" else kind
 
 
 def default_cases() -> list[Case]:
