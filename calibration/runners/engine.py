@@ -224,12 +224,15 @@ def _observe_copies(runners: Mapping[int, Runner], plan: _Plan, kept: Store, lat
         # what follows takes as long to start, and gets as much time
         started_s = before_s - plan.left_s
         end_s = plan.left_s - (plan.left_s - later * started_s) / (1 + later)
+        longest_s = 0.0  # of a pass so far
         for number, (layers, key, case) in enumerate(todo):
             _refuse_interrupt(runners[layers])
-            share_s = (plan.left_s - end_s) / (len(todo) - number)
-            if share_s <= 0.0 and number >= least:
+            left_s = plan.left_s - end_s
+            if left_s <= longest_s and number >= least:
                 return
+            share_s = left_s / (len(todo) - number)
             found = runners[layers].observe(case, share_s / (1.0 + PROFILED))
+            longest_s = max(longest_s, left_s + end_s - plan.left_s)
             about = {"type": "engine", "key": key, "model": plan.model.config.name}
             kept.append({**about, **asdict(found)})
     except (Unsupported, OutOfMemory, RuntimeError, MemoryError) as error:

@@ -457,7 +457,6 @@ class AttentionCalls(Calls):
             position=position,
             unlike=1.0 - parts.loadings["launch"] if self.makeshift else None,
             waves=parts.waves,
-            idle=None if parts.waves is None else np.log(np.ceil(parts.waves) / parts.waves),
         )
 
 

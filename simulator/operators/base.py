@@ -273,10 +273,9 @@ class Estimate:
     unlike: Any = None
     # share of the time of products whose last tiles are nearly empty
     edge: Any = None
-    # blocks of an operator over the blocks that the SMs run at once, and the log of the most time
-    # lost by idle SMs in the last wave; GEMMs have both only if `details` are requested
+    # blocks of an operator over the blocks that the SMs run at once; GEMMs have it only if
+    # `details` are requested
     waves: Any = None
-    idle: Any = None
     active: Any = None  # 0 where nothing runs: such a time has no error
     measured: MeasuredOperators | None = None
     unit_s: float = 1.0

@@ -566,12 +566,9 @@ def estimate(
         return out
     waves = a.tiles * a.split * (1.0 / machine.sm_count)
     if quantises(machine):
-        idle, waves = (
-            loadings["compute"] * np.log(quantisation(m, n, model)[1]),
-            wide_waves(m, n, machine),
-        )
+        waves = wide_waves(m, n, machine)
     details = _details(kernel, a, factor, *(given[x] for x in "mnk"))
-    return replace(out, details=details, waves=waves * np.ones(len(m)), idle=idle * np.ones(len(m)))
+    return replace(out, details=details, waves=waves * np.ones(len(m)))
 
 
 EDGE_TILE = 64.0
