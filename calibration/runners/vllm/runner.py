@@ -449,6 +449,7 @@ def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str,
         )
         return env
     own = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    own["THP_MEM_ALLOC_ENABLE"] = "1"
     own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cache_bytes // 2**30))
     if cpus := getattr(device, "cpus", ()):
         own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
