@@ -213,7 +213,7 @@ def test_an_interrupt_ends_with_the_passes_kept(
 
         def __exit__(self, *error: object) -> None: ...
 
-    runner = SimpleNamespace(check=lambda case: None, close=lambda: None)
+    runner = SimpleNamespace(check=lambda case: None, close=lambda: None, least_s=0.0)
     monkeypatch.setattr(measuring, "Interrupt", Asked)
     monkeypatch.setattr(measuring, "runner_of", lambda device, model: runner)
     device = ReplayDevice(description=Description("cpu", "some CPU"))
