@@ -60,10 +60,10 @@ class Work(NamedTuple):
     """What W passes do in both phases (W, 2) on one device, s."""
 
     time: FloatArray
-    busy: FloatArray  # of all kernels
-    bound: FloatArray  # of kernels that wait for arithmetic, which follow the clock
-    memory: FloatArray  # of all bytes at the datasheet bandwidth
-    compute: FloatArray  # of all executed FLOPs at the datasheet rates
+    busy: FloatArray  # time of all kernels
+    bound: FloatArray  # time of kernels that wait for arithmetic, which follow the clock
+    memory: FloatArray  # time of all bytes at the datasheet bandwidth
+    compute: FloatArray  # time of all executed FLOPs at the datasheet rates
 
     @classmethod
     def of(

@@ -96,7 +96,7 @@ class Sizes(NamedTuple):
 
     heads: int = 0
     kv_heads: int = 0
-    inner: int = 0  # of an MLP, or of the shared experts
+    inner: int = 0  # width of an MLP, or of the shared experts
     experts: int = 0
     active: float = 0
     expert_inner: int = 0

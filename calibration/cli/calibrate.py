@@ -83,7 +83,7 @@ class _Stage:
 
     engine: str  # "" or "none": no engine
     model: str
-    python: str  # that has vLLM
+    python: str  # python that has vLLM
 
     @property
     def runs(self) -> bool:

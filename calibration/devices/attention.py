@@ -29,7 +29,7 @@ EDGE = 128  # default edge of the blocks that flex attention skips
 LEAST = 16  # edges are multiples of the smallest tile of a tensor core
 _RECOMPILES = 64  # one compilation per number format, head size, numbers of heads and block
 PAGE = 16  # positions per page of a cache: vLLM's default
-_RELEASES = (3, 4, 2)  # of FlashAttention, in the order in which vLLM prefers them
+_RELEASES = (3, 4, 2)  # releases of FlashAttention, in the order in which vLLM prefers them
 _WORKSPACE_BYTES = 128 * 2**20  # as FlashInfer recommends
 
 

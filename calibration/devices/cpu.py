@@ -46,8 +46,20 @@ _ALLOWED = _affinity()
 _BOUND = "torch" not in sys.modules and os.environ.setdefault(
     "OMP_PROC_BIND", "true"
 ).lower() not in ("false", "0")
-# torch reads it once, before its first large block
-_HUGE = "torch" not in sys.modules and os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
+
+
+def _huge_pages() -> bool:
+    """Return whether the kernel gives huge pages to a process that asks for them."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text("ascii")
+
+
+# torch reads the variable once, before its first large block
+_HUGE = (
+    "torch" not in sys.modules
+    and os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
+    and _huge_pages()
+)
 
 import torch  # noqa: E402
 

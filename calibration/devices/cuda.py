@@ -5,7 +5,7 @@ A graph excludes host time. Rotated weights exceed L2 four times, so each weight
 L2 replaces its lines almost at random, and a fifth of weights of twice its size would still be
 found there. Where a graph cannot hold that many weights, L2 is overwritten before each replay. A
 kind of operator that cannot be captured is unsupported: launches that are timed one by one take 8
-to 12 % longer. The record names the method and the attention backend.
+to 12 % longer. The record names the method and the engine's attention library.
 
 - Before the first measurement, and after a pause, launches run for :data:`PREHEAT_S`, so clocks are
   steady.
@@ -65,7 +65,7 @@ PREHEAT_S = 0.3  # load before the first measurement and after a pause
 _PAUSE_S = 0.5  # a GPU lowers its clocks after a longer pause
 _READ_EVERY_S = 0.05
 _READING_S = 0.01  # work queued for one reading: at least the time of the reading
-_MOST_LAUNCHES = 1 << 13  # of a graph
+_MOST_LAUNCHES = 1 << 13  # most launches of a graph
 _GRAPH_SPAN_S = 2e-3  # least time of a graph: its launches share the gap between replays
 # a longer graph needs no queued replay: the start of its first launch does not count
 _LONGEST_LEAD_S = 0.02

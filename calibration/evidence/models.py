@@ -51,7 +51,7 @@ DEFAULTS = "defaults"
 RESULTS = ("exact", "different for a known reason", "refused", "not built", "different")
 
 Shape = tuple[int, int]  # outputs and inputs of a product
-Products = Sequence[tuple[str, Product]]  # of a layer, with names
+Products = Sequence[tuple[str, Product]]  # products of a layer, with names
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Comparison:
 
     case: Case
     result: str  # "exact", "exact, fused", or the kind of difference
-    parameters: int | None  # that Transformers builds
+    parameters: int | None  # parameters that Transformers builds
     lines: tuple[str, ...] = ()
 
     @property

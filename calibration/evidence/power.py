@@ -30,9 +30,9 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 
 STACK = "vllm"
-DATE = "2026-12-02"  # of the fits
+DATE = "2026-12-02"  # date of the fits
 SAMPLER_S = 0.36e-9  # per entry of the vocabulary and sequence (simulator/engines/vllm.yaml)
-PROMPT_TOKENS = 4096  # of the prefills that join a step
+PROMPT_TOKENS = 4096  # prompt tokens of the prefills that join a step
 HALF = 1.645  # standard deviations of a 90 % interval
 QUANTITIES: Mapping[str, str] = {"W": "power", "J": "energy per token"}
 CAUSES: Mapping[str, str] = {
@@ -49,7 +49,7 @@ class Servers:
     rows: Sequence[Row]
     work: Work  # (runs, 1)
     sampler_s: FloatArray  # time in which the sampler sorts
-    watts: FloatArray  # of one GPU
+    watts: FloatArray  # power of one GPU
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Servers:

@@ -283,6 +283,10 @@ class AccuracyTarget:
     low: float | None = None
     of: str = "mean"  # a key of OF
 
+    def group(self, row: Row) -> str:
+        """Return the name of the group of a row."""
+        return self.name.format(**row)
+
     def criterion(self, name: str, values: Sequence[float]) -> Criterion:
         one, high, several = float(OF[self.of](values)), self.high, len(values) > 1
         last = max(values) if self.of == "ends" else one
@@ -365,7 +369,7 @@ def against_targets(rows: Sequence[Row]) -> list[Criterion]:
     lines, out = means(rows), []
     for t in TARGETS:
         found = [r for r in lines if r["kind"].startswith(t.kind) and t.score in r]
-        for name, group in by_key(found, lambda r: t.name.format(**r)).items():  # noqa: B023
+        for name, group in by_key(found, t.group).items():
             out.append(t.criterion(name, [100.0 * abs(r[t.score]) for r in group]))
     return out
 

@@ -136,8 +136,8 @@ class _Compared:
 
     rows: Records
     part: IndexArray  # number of each row's operator and number format
-    names: list[str]  # of the parts
-    arrays: dict[str, Array]  # of an update
+    names: list[str]  # names of the parts
+    arrays: dict[str, Array]  # arrays of an update
 
     def select(self, rows: IndexArray) -> _Compared:
         arrays = {name: values[rows] for name, values in self.arrays.items()}

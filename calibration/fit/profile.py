@@ -275,7 +275,7 @@ class _Rows:
     """The rows that one kind of fit may use, and the number that it needs."""
 
     operator: str
-    title: str  # of the rows of one format, in notes
+    title: str  # title of the rows of one format, in notes
     mask: BoolArray
     formats: NDArray[np.str_]
     fewest: int

@@ -224,7 +224,7 @@ def _observe_copies(runners: Mapping[int, Runner], plan: _Plan, kept: Store, lat
         # what follows takes as long to start, and gets as much time
         started_s = before_s - plan.left_s
         end_s = plan.left_s - (plan.left_s - later * started_s) / (1 + later)
-        longest_s = 0.0  # of a pass so far
+        longest_s = 0.0  # time of the longest pass so far
         for number, (layers, key, case) in enumerate(todo):
             _refuse_interrupt(runners[layers])
             left_s = plan.left_s - end_s

@@ -440,7 +440,8 @@ def _rewind(cache: Any, length: int) -> None:
     else:
         layers[0].keys[:, :, length:].zero_()
     for layer in layers:
-        for name in ("cumulative_length", "cumulative_length_int"):  # of layers with a window
+        # counters of layers with a window
+        for name in ("cumulative_length", "cumulative_length_int"):
             if isinstance(getattr(layer, name, None), int):
                 setattr(layer, name, length)
 

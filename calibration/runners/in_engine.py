@@ -30,7 +30,8 @@ from simulator.models.write import content_of
 from simulator.units import percent, ratio
 from simulator.workload import WorkloadBatch
 
-MOST_LAYERS = 8  # of the compared models: more take longer to make and show nothing else
+# layers of the compared models: more take longer to make and show nothing else
+MOST_LAYERS = 8
 MODEL_SHARE = 0.6  # share of the memory for the weights of the dense and of the pruned model
 HOST_SHARE = 0.5  # share of the time for the engine's host; the rest is for the two models
 PHASES = ("prefill", "decode")
@@ -79,7 +80,7 @@ def small_model(name: str, engine: str, dtype: str, device: Device) -> ModelRun:
 class EngineCheck:
     """An engine's calibration, and its dense and pruned model next to their predictions."""
 
-    title: str  # of the engine
+    title: str  # title of the engine
     model: str
     found: CalibratedEngine | None  # None: no pass could be taken apart
     rows: tuple[ComparedSpeedup, ...]

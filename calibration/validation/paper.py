@@ -399,7 +399,7 @@ class _Shares:
 
     share: FloatArray
     slope: FloatArray  # derivative of a share by the log of its speedup
-    gain: FloatArray  # of the bound
+    gain: FloatArray  # gain that the bound allows
     down: FloatArray
     up: FloatArray
     own: IndexArray  # index of the family's model at the same sparsity

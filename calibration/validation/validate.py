@@ -309,7 +309,7 @@ class Verdict:
     mean: float
     roofline_median: float
     roofline_mean: float
-    coverage: float  # of the rows that are measured precisely enough to tell
+    coverage: float  # coverage of the rows that are measured precisely enough to tell
     unclear: int = 0  # number of rows whose measured interval is wider than the predicted one
 
     @property

@@ -283,7 +283,7 @@ class _Crossed:
         return [next(filter(None, cells)) for cells in zip(*columns)]
 
 
-MOST_DETAIL = 7  # of a table of speedups; each step down omits or shortens a column
+MOST_DETAIL = 7  # most detail of a table of speedups; each step down omits or shortens a column
 
 
 def speedup_columns(results: Sequence[Result], detail: int) -> list[render.Column]:

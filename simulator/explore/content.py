@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from simulator.hardware.profile import HardwareProfile
 
-WHOLE_WIDTH = PaperSize(7.0)  # of the main figure, inches before the page enlarges it
+WHOLE_WIDTH = PaperSize(7.0)  # whole width of the main figure, inches before the page enlarges it
 MOST_DETAILS = 4  # devices and engines on which one pruning is explained
 
 # columns of the table by attribute of a result, and units of some

@@ -31,7 +31,7 @@ from simulator.prediction.quality import Axis
 # losses up to this value have a linear axis; a perplexity can rise by several times
 LINEAR_UP_TO = 0.6
 BEND = 0.1  # loss at which an axis with larger losses changes from linear to logarithmic
-MOST_POINTS = 500  # of a panel; more cannot be distinguished
+MOST_POINTS = 500  # most points of a panel; more cannot be distinguished
 
 
 def fronts_of(fronts: Sequence[Front]) -> Figure:

@@ -71,7 +71,7 @@ _RING: Look = {
     "markerfacecolor": "none",
     "linestyle": "none",
 }
-ENDS = ("", "_lower", "_upper")  # of the names of a value and the ends of its interval
+ENDS = ("", "_lower", "_upper")  # suffixes of the names of a value and of the ends of its interval
 _LIMIT_RING: Look = {**_RING, "markersize": 8, "markeredgewidth": 0.9}
 
 
@@ -82,7 +82,7 @@ class Speedups:
     data: layout.FigurePoints
     axis: str  # field over which speedups are drawn
     styles: Mapping[str, Style]  # by candidate
-    level: float  # of the intervals
+    level: float  # probability of the intervals
     note: str  # title of the figure
     serves: bool  # whether all results are of serving
 
@@ -498,7 +498,9 @@ def _name_throughputs(
     ax: Axes, service: Service, curves: Mapping[str, tuple[FloatArray, FloatArray]]
 ) -> None:
     """Write how many requests are in flight at the end of each curve."""
-    most = {p.name: f"{p.concurrency:,}" for p in service.curve}  # of the last point
+    most = {
+        p.name: f"{p.concurrency:,}" for p in service.curve
+    }  # numbers of requests at the last point
     ends_x, ends_y = np.array([(x[0, -1], y[0, -1]) for x, y in curves.values()]).T
     clear_of = [(x[0], y[0]) for x, y in curves.values()]
     layout.write_labels(ax, ends_x, ends_y, [most[name] for name in curves], clear_of)

@@ -419,7 +419,7 @@ class _Part:
 
     def read(self) -> None:
         table = LAYER if self.number >= 0 else OUTSIDE
-        bits = 0  # of packed integers, as a weight that reads the residual stream shows
+        bits = 0  # bits of packed integers, as a weight that reads the residual stream shows
         found = {module: axes_of(module, table) for module in self.modules}
         fused = any(axes[0] == "E" for axes in found.values() if len(axes) == 3)
         count = len({m.split(".experts.")[1].split(".")[0] for m in found if re.match(EXPERT, m)})
@@ -617,7 +617,7 @@ def _counted(model: Model, tensors: Mapping[str, Tensor], folder: str) -> Model:
     stored = [0] * len(model.layers)
     for (number, module), parts in modules.items():
         if number >= len(stored) or _is_unused(model.layers[number], module):
-            continue  # of a layer that predicts further tokens, or of no use
+            continue  # a tensor of a layer that predicts further tokens, or of no use
         try:
             stored[number] += _elements(parts)
         except ValueError as error:
@@ -803,7 +803,8 @@ def _delta_net(part: _Part, dense: Sublayer | None, rotates: bool) -> DeltaNet:
     if not isinstance(dense, DeltaNet):
         raise part.unstated("a gated delta net")
     heads = part.divided("values", dense.value, "features of a value head,")
-    keys = part.widths.get("channels", 0) - part.widths["values"]  # of queries and keys together
+    # features of queries and keys together
+    keys = part.widths.get("channels", 0) - part.widths["values"]
     groups = part.divided("channels", 2 * dense.key, "features of two key heads,", keys)
     return replace(dense, heads=heads, kv_heads=groups, rotates=rotates)
 

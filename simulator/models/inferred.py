@@ -42,7 +42,7 @@ _MIXES = re.compile(r"att|mixer|mamba|ssm|conv|linear|recur|temporal|delta", re.
 _RECURS = re.compile(r"mamba|ssm|mixer|linear|recur|temporal|delta", re.I)
 _INSIDE_MLP = re.compile(r"\b(up|down|gate_up|fc\d?)(_proj)?$")
 _QUERY_NORM = re.compile(r"\b(q|k|query|key)_?(layer)?norm")
-_LAYER_KEYS = {"per_layer_config", "block_configs"}  # that the classes of a type ignore
+_LAYER_KEYS = {"per_layer_config", "block_configs"}  # keys that the classes of a type ignore
 _ACTIVE = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -66,7 +66,7 @@ class _Keys:
 
     config: Any = field(hash=False)
     hidden: int
-    kind: str  # of the layer in ``layer_types``
+    kind: str  # kind of the layer in ``layer_types``
 
     def number(self, *names: str, default: int = 0) -> int:
         values = (getattr(self.config, name, None) for name in names)

@@ -159,7 +159,7 @@ class Run:
 
     first: int  # number of the first layer
     layer: Layer  # without a window
-    windows: tuple[int, ...]  # of each layer
+    windows: tuple[int, ...]  # windows of each layer
 
     @property
     def length(self) -> int:

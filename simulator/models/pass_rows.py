@@ -74,7 +74,7 @@ class Lowering:
     cache_dtype: int
     stream_dtype: int
     hidden: int
-    norm_parameters: int  # of a norm over the residual stream
+    norm_parameters: int  # parameters of a norm over the residual stream
     pre_norms: bool
     post_norms: bool
     declared24: bool  # whether dense weights that are declared 2:4 run as 2:4

@@ -45,7 +45,8 @@ class TracedProduct:
 class TracedPart:
     """A decoder layer, or what surrounds the layers."""
 
-    products: tuple[TracedProduct, ...]  # that a pass computes, with shared weights in each layer
+    # products that a pass computes, with shared weights in each layer
+    products: tuple[TracedProduct, ...]
     parameters: int  # shared weights count in the first layer alone
     norms: tuple[tuple[str, int], ...] = ()  # modules and their parameters
 
@@ -66,8 +67,8 @@ class TracedModel:
 
 
 MAX_LAYERS = 1_000  # layers of a model that is built, and entries of its lists
-MAX_SIZE = 10_000_000  # of a width, a number of heads or experts, or a vocabulary
-MAX_SECONDS = 60.0  # of a processor, for building a model
+MAX_SIZE = 10_000_000  # largest width, number of heads or experts, or a vocabulary
+MAX_SECONDS = 60.0  # most processor time for building a model
 
 
 def outputs_by_inputs(products: Iterable[Product]) -> dict[int, int]:
@@ -324,6 +325,6 @@ class _Tracer:
         if (outputs := getattr(module, "output_size", None)) is not None:  # JetMoE's experts
             return bool(outputs != rows)
         if "Expert" not in type(module).__name__:
-            return name == "proj"  # of relative positions (Inkling)
+            return name == "proj"  # products of relative positions (Inkling)
         outer, inner = (columns, rows) if _WRITES.search(name) else (rows, columns)
         return bool(outer == self.hidden != inner)

@@ -373,7 +373,7 @@ class Recurrent(Calls):
     are a prompt."""
 
     machine: Machine  # weight_bytes: of an element of the state
-    tokens: FloatArray  # of all sequences
+    tokens: FloatArray  # tokens of all sequences
     batch: FloatArray  # sequences
 
     @property

@@ -51,7 +51,7 @@ _FP32 = 4.0  # bytes
 # the same of a decay between two tokens of a chunk: 13.5 ns per feature of a key and pair of tokens
 # of `chunk_kimi_delta_attention` on one core of an EPYC
 _PAIRS_MOVED = 27.0
-_DECAY_BYTES = 4.0  # of a decay of KDA: fp32
+_DECAY_BYTES = 4.0  # bytes of a decay of KDA: fp32
 _KDA = ROLES.index("kda")
 
 

@@ -52,11 +52,11 @@ class IndexerSizes(Sizes):
     q_len: FloatArray  # query positions per sequence, the last of its positions
     kv_len: FloatArray  # positions
     heads: FloatArray
-    features: FloatArray  # of a query or key
+    features: FloatArray  # features of a query or key
     topk: FloatArray  # keys that are selected per query
     ratio: FloatArray  # positions per scored key
     stored: FloatArray  # elements per position in the cache
-    key_bytes: Any  # of an element of queries and keys
+    key_bytes: Any  # bytes of an element of queries and keys
 
     @property
     def pairs(self) -> Array:

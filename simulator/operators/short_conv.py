@@ -36,7 +36,7 @@ class Convolutions(Recurrent):
 
     operator = "short_conv"
     channels: FloatArray
-    positions: FloatArray  # that the convolution reads, with the current one
+    positions: FloatArray  # positions that the convolution reads, with the current one
 
     def estimate(self, c: RowValues) -> Estimate:
         """Return the cost: the time of the bytes after the fixed time."""

@@ -30,12 +30,14 @@ from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import prediction_intervals
 from simulator.workload import Workload, WorkloadBatch, sums
 
-HALVINGS = 30  # of the range in which a time is searched: to 1e-9 of the time of the dense pass
+# halvings of the range in which a time is searched: to 1e-9 of the time of the dense pass
+HALVINGS = 30
 # longest time that is tried, over the time of the dense pass; the upper end of a ratio exceeds 1
 LONGEST = 1.5
 SHORTEST, MOST_SEQUENCES = 16, 512  # least length and largest batch that are tried
 SPARSITIES = tuple(round(0.05 * i, 2) for i in range(1, 20))
-STEPS = {"batch": 16, "seq": 16, "sparsity": 5}  # of the fine grid in one step of the coarse grid
+# steps of the fine grid in one step of the coarse grid
+STEPS = {"batch": 16, "seq": 16, "sparsity": 5}
 
 Ranges = tuple[tuple[float, float], ...]  # first and last value of each range
 
@@ -77,9 +79,10 @@ class KernelBudget:
 
     phase: str  # with most of the added work
     layers: int  # with added work in this phase; 0: outside the layers
-    passes: float  # of this phase
+    passes: float  # number of passes of this phase
     added_s: float  # time of the added kernels per layer and pass, s; NaN: none
-    launch_s: float  # of the host to launch them, or of their gaps in a graph; faster ones keep it
+    # time of the host to launch them, or of their gaps in a graph; faster ones keep it
+    launch_s: float
     efficiency: float  # useful rate over that of the dense kernels; NaN: all kernels are equal
     needs: tuple[Need, ...]
     reached: tuple[Reached, ...] = ()

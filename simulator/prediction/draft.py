@@ -80,7 +80,7 @@ class Drafts(Displayed):
     hardware: str
     engine: str
     devices: int
-    power_limit: float | None  # of each device, W
+    power_limit: float | None  # power limit of each device, W
     seq: int
     level: float
     shared: bool  # whether the draft runs layers of the target, so weights and cache are shared

@@ -34,7 +34,7 @@ NORMAL_90 = 1.645  # half-width of a 90 % interval over the standard deviation
 class PassEnergy:
     """Energy of W passes on all devices together."""
 
-    work: Work  # of one device
+    work: Work  # work of one device
     power: Power
     devices: int  # on which each pass does this work
     all_devices: int

@@ -237,7 +237,7 @@ class Explanation(HasResult):
     inferred: Inferred | None = None  # from a measured time of the dense model
     request: Request = field(kw_only=True, repr=False)
     pruning: Pruning = field(kw_only=True, repr=False)
-    target: float = field(default=1.0, repr=False)  # of the kernel budget
+    target: float = field(default=1.0, repr=False)  # target of the kernel budget
 
     def _title(self) -> str:
         return self.result._title()

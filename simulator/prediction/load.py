@@ -99,11 +99,11 @@ class Load:
     requests: int | None = None
     trace: str | Path | None = None  # file of arrivals and lengths
     concurrency: int | None = None  # clients that send a request when the last one ends
-    length_sd: float = 0.0  # of the logs of lengths
-    share: float = 0.99  # of requests that must keep the limits
+    length_sd: float = 0.0  # standard deviation of the logs of lengths
+    share: float = 0.99  # share of requests that must keep the limits
     replicas: int | None = None
     seed: int = 0
-    options: str | Sequence[str] = ()  # of the server, as users type them
+    options: str | Sequence[str] = ()  # options of the server, as users type them
 
     def __post_init__(self) -> None:
         number("goodput", self.share, SHARE)
@@ -162,9 +162,9 @@ class LoadPoint(Displayed):
     model: str
     hardware: str
     engine: str
-    devices: int  # that share the model
-    power_limit: float | None  # of each device, W
-    replicas: int  # that share the requests
+    devices: int  # devices that share the model
+    power_limit: float | None  # power limit of each device, W
+    replicas: int  # replicas that share the requests
     rate: float  # requests/s; infinite at once
     requests: int
     seq: int

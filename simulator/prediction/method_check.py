@@ -37,9 +37,9 @@ from simulator.uncertainty.forward import forward_passes
 from simulator.units import percent, seconds
 from simulator.workload import Workload
 
-SPARSITY = 0.5  # of a method whose paper has none
+SPARSITY = 0.5  # sparsity of a method whose paper has none
 FAST_BYTES = 16  # rows of other multiples use slower kernels
-PHASES = ("prefill", "decode")  # of one pass
+PHASES = ("prefill", "decode")  # phases of one pass
 
 _OPERATOR = {role: operator for operator, roles in PRODUCTS.items() for role in roles}
 _NAMES: Mapping[int, str] = {

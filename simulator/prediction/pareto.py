@@ -7,8 +7,8 @@ drop of one metric under one protocol (:mod:`simulator.prediction.quality`). A *
 of quality budgets in which one family is the fastest.
 
 One of two points is certainly faster if the interval of the ratio of their speedups is on one side
-of 1. Errors that both share, such as those of the dense model, cancel in this ratio. Only points on
-the frontier are compared with all others, so a table may have a million rows.
+of 1. Errors that both points share, such as those of the dense model, cancel in this ratio. Only
+points on the frontier are compared with all others, so a table may have a million rows.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def frontier(loss: ArrayLike, speedup: ArrayLike) -> NDArray[np.bool_]:
         )
     order = np.lexsort((-y, x))
     losses, speeds = x[order], y[order]
-    first = np.searchsorted(losses, losses)  # of the points with the same loss, the fastest
+    first = np.searchsorted(losses, losses)  # the fastest of the points with the same loss
     less = np.concatenate([[-np.inf], np.maximum.accumulate(speeds)])[first]
     optimal = np.zeros(x.size, dtype=bool)
     optimal[order] = (speeds == speeds[first]) & (speeds > less)
@@ -178,7 +178,7 @@ def by_loss(points: Sequence[Point]) -> list[int]:
 def _least_rivals(points: Sequence[Point], some: IndexArray, below: HalfWidths) -> FloatArray:
     """Return the least loss of a point of another family than which a point is not faster with the
     whole interval of the ratio of their speedups, for ``some`` points; infinite if there is none.
-    Errors that both share cancel in this ratio."""
+    Errors that both points share cancel in this ratio."""
     out = np.full(len(points), np.inf)
     loss, log = np.array([(p.loss, math.log(p.speedup)) for p in points]).T
     family = np.unique([p.family for p in points], return_inverse=True)[1]
@@ -200,7 +200,7 @@ def _fastest_others(loss: FloatArray, speedup: FloatArray) -> IndexArray:
     before = np.r_[-np.inf, np.maximum.accumulate(speedup)[:-1]]
     record = np.maximum.accumulate(np.where(speedup > before, every, 0))
     last = np.searchsorted(loss, loss, side="right") - 1
-    # of a point that is itself the fastest, the next with an equal loss
+    # a point that is itself the fastest takes the next with an equal loss
     second = np.where(every < last, every + 1, -1)
     return np.asarray(np.where(record[last] == every, second, record[last]))
 
@@ -385,7 +385,8 @@ class _Rows:
         below it."""
         chosen = [self.prunings[i] for i in some]
         best = batch_of([request], chosen, rejecting).take(1 + np.arange(len(some)))
-        best = replace(best, dense=np.zeros(len(some), dtype=np.intp))  # of each piece
+        # each piece begins with the dense workload
+        best = replace(best, dense=np.zeros(len(some), dtype=np.intp))
         out = np.full((len(some), len(self.prunings)), np.nan)
         for start, _, batch in self.pieces(request):
             runs = np.isin(batch.pruning, able - start) & (batch.pruning >= 0)

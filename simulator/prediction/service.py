@@ -99,7 +99,7 @@ class OperatingPoint(Displayed):
     hardware: str
     engine: str
     devices: int  # devices that share the model
-    power_limit: float | None  # of each device, W
+    power_limit: float | None  # power limit of each device, W
     seq: int  # tokens of a prompt
     cached_prefix: int  # tokens of a prompt in the prefix cache
     new_tokens: int  # tokens that each request decodes
@@ -141,7 +141,7 @@ class OperatingPoint(Displayed):
     energy_saved_upper: float = math.nan
     watts: float = math.nan
     electricity: float = math.nan  # price of the energy of a million tokens
-    carbon_g: float = math.nan  # of a million tokens
+    carbon_g: float = math.nan  # carbon of a million tokens
     largest_concurrency: int  # most requests in flight of this model
     limited_by: str  # "memory" or "engine", which sets the largest concurrency
     weights_bytes: float  # weights on the fullest device
@@ -345,8 +345,8 @@ class _Models:
 
     request: Request  # as the device computes it; its batch is ignored
     hw: HardwareProfile
-    prunings: Sequence[Pruning]  # that run on the device
-    names: Sequence[str]  # of the prunings
+    prunings: Sequence[Pruning]  # prunings that run on the device
+    names: Sequence[str]  # names of the prunings
     limits: Limits
     price: float | None
     tariff: Tariff | None

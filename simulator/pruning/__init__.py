@@ -102,7 +102,7 @@ class _Families(Mapping[str, Family]):
 def _loaded(point: EntryPoint) -> Family:
     try:
         family = point.load()
-    except Exception as error:
+    except Exception as error:  # the code of another package may raise anything
         raise InputError(f"entry point {point.value}: {one_line(repr(error))}") from None
     if not isinstance(family, Family) or family.name != point.name:
         raise InputError(

@@ -45,7 +45,7 @@ PROJECTIONS: tuple[str, ...] = (*GROUPS["attention"], *GROUPS["mlp"])
 WHOLE = frozenset(role for kind in Sublayer.__subclasses__() for role in kind.WHOLE)
 WEIGHTS: tuple[str, ...] = (*PROJECTIONS, *SUBLAYERS)  # parts of families that prune single weights
 
-SUFFIXES = (".yaml", ".yml", ".json")  # of plans and methods
+SUFFIXES = (".yaml", ".yml", ".json")  # suffixes of plans and methods
 SCORE_BYTES = 4.0  # bytes of a score or an index: fp32 or int32
 
 

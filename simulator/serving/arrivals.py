@@ -145,7 +145,8 @@ class Traffic:
     rate: float | None = None
     concurrency: int | None = None
     prefix: int = 0
-    most_total: int = MAX_TOKENS  # of prompt and output together; longer requests are drawn again
+    # most tokens of prompt and output together; longer requests are drawn again
+    most_total: int = MAX_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -102,7 +102,7 @@ class _Replica:
         deviation = server.front.log_sd * times.scale * times.errors.passes
         self.slower = math.exp(deviation)
         self.unsent = iter(range(len(requests)))
-        self.clients = requests.concurrency or 0  # that can send a request
+        self.clients = requests.concurrency or 0  # clients that can send a request
         if not self.clients:
             for time, burst in groupby(self.unsent, lambda i: float(requests.arrival[i])):
                 self._send([*burst], time)

@@ -22,10 +22,10 @@ class Steps:
     """Steps of a replica in order; equal decode steps that follow each other are one entry."""
 
     start: list[float] = field(default_factory=list)  # s
-    seconds: list[float] = field(default_factory=list)  # of one step
+    seconds: list[float] = field(default_factory=list)  # time of one step
     count: list[int] = field(default_factory=list)
-    sequences: list[int] = field(default_factory=list)  # that decode
-    tokens: list[int] = field(default_factory=list)  # of prompts
+    sequences: list[int] = field(default_factory=list)  # sequences that decode
+    tokens: list[int] = field(default_factory=list)  # tokens of prompts
     # mean positions of decoding sequences, and to which prompt tokens attend; prompts that end
     about: list[tuple[float, float, int]] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Served:
     first: FloatArray
     end: FloatArray
     preemptions: int
-    steps: tuple[Steps, ...]  # of each replica
+    steps: tuple[Steps, ...]  # steps of each replica
 
     @classmethod
     def joined(cls, parts: Sequence[Served]) -> Served:

@@ -48,9 +48,9 @@ class Errors(NamedTuple):
     """Errors that all steps of a run share, in half-widths of an interval."""
 
     kernels: float = 0.0  # shared with the dense model
-    own: float = 0.0  # of the pruned model's kernels alone
-    passes: float = 0.0  # of the host per pass, and of the front end
-    work: float = 0.0  # of the host per sequence and launch
+    own: float = 0.0  # error of the pruned model's kernels alone
+    passes: float = 0.0  # error of the host per pass, and of the front end
+    work: float = 0.0  # error of the host per sequence and launch
 
 
 TYPICAL = Errors()
@@ -60,9 +60,9 @@ TYPICAL = Errors()
 class Grid:
     """Passes of the tables of a server."""
 
-    sequences: list[int]  # of decode steps
+    sequences: list[int]  # sequences of decode steps
     contexts: list[int]
-    tokens: list[int]  # of all operators that prompts and decodes share
+    tokens: list[int]  # tokens of all operators that prompts and decodes share
     prompts: list[int]  # prompt tokens
 
     @classmethod
@@ -111,11 +111,11 @@ def _steps(first: int, last: int, each: int) -> list[int]:
 class Cache:
     """Memory of the cache on the fullest device, bytes."""
 
-    memory: float  # of the device
+    memory: float  # memory of the device
     weights: float
     activations: float
     lengths: list[int]
-    each: FloatArray  # of one sequence at each length
+    each: FloatArray  # bytes of one sequence at each length
 
     def tokens(self, server: Server, shortest: float, longest: float) -> tuple[float, float]:
         """Return how many tokens the cache holds, and the tokens that a sequence counts besides its
@@ -139,7 +139,7 @@ class StepTimes:
     # by every number of tokens
     shared: list[float]
     head: list[float]
-    host: list[float]  # of a step without decodes
+    host: list[float]  # host time of a step without decodes
     # on the grid
     prompts: list[list[float]]  # by tokens and context
     decodes: list[list[float]]  # by sequences and context, with the host's time

@@ -65,8 +65,8 @@ class Planted:
 
     gpu: str
     commands: tuple[str, ...]
-    troubles: Troubles = NO_TROUBLES  # of the first command
-    later: Troubles | None = None  # of the others, if they differ
+    troubles: Troubles = NO_TROUBLES  # troubles of the first command
+    later: Troubles | None = None  # troubles of the other commands, if they differ
 
 
 BOUND = (f"upper-bound {MODEL} -o RUN --family width,depth --budget 60s",)

@@ -149,7 +149,7 @@ def test_a_plan_that_prunings_cannot_state_is_no_file(cli: Any, tmp_path: Path) 
     file, folder = tmp_path / "linear.csv", tmp_path / "plan"
     file.write_text("layer,mlp,kl_div\nall,dense,0\nall,linear,0.1\n")
     folder.mkdir()
-    (folder / "plan.yaml").write_text("prune: depth 0.5\n")  # of another search
+    (folder / "plan.yaml").write_text("prune: depth 0.5\n")  # the plan of another search
     _, err = cli(
         f"search {MODEL} --hardware h100 --scores {file} --target 1.2 --batch 8 --write {folder}"
     )

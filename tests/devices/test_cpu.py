@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tables import tables_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 F = torch.nn.functional
 from every_kind import every_kind  # noqa: E402
-from tables import tables_of  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from calibration.cli.calibrate import REQUESTS, in_format  # noqa: E402

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from tables import tables_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -24,7 +25,6 @@ from fakes.gpu import (  # noqa: E402
     Troubles,
     planted_nvml,
 )
-from tables import tables_of  # noqa: E402
 
 from calibration.cli.calibrate import REQUESTS, in_format  # noqa: E402
 from calibration.devices import DeviceLost, Operator, OutOfMemory, Unsupported, open_device  # noqa: E402

@@ -51,7 +51,7 @@ def explore(*options: str) -> subprocess.Popen[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a served page; the server ends with status 0 when it is interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STREAMLIT_SERVER_ADDRESS", "0.0.0.0")  # which the command overrides
+        patch.setenv("STREAMLIT_SERVER_ADDRESS", "0.0.0.0")  # the command overrides it
         patch.setenv(
             "PYTHONPATH",
             os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),

@@ -53,7 +53,7 @@ class PoweredDevice(ReplayDevice):
     peaks: tuple[float, float] = field(default=(3.35e12, 989.4e12), kw_only=True)
     limit_w: float = field(default=math.inf, kw_only=True)
     update_s: float = field(default=0.1, kw_only=True)
-    scatter: float = field(default=0.0, kw_only=True)  # of the power of an operator, log
+    scatter: float = field(default=0.0, kw_only=True)  # scatter of the power of an operator, log
     counts: bool = field(default=True, kw_only=True)  # else it reports only its present power
     _now_w: float = field(default=math.nan, kw_only=True)
     _work_j: float = field(default=0.0, kw_only=True)
@@ -92,7 +92,7 @@ class PoweredDevice(ReplayDevice):
 @dataclass(eq=False)
 class FaultyDevice(ReplayDevice):
     faults: Faults = field(default_factory=Faults, kw_only=True)
-    samples: int = field(default=0, kw_only=True)  # of the last preparation
+    samples: int = field(default=0, kw_only=True)  # samples of the last preparation
     lost: bool = field(default=False, kw_only=True)
     waited_s: float = field(default=0.0, kw_only=True)
     read_at_s: float = field(default=0.0, kw_only=True)

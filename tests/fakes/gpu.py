@@ -113,7 +113,7 @@ class Troubles:
     capture_fails_at_s: float = math.inf  # captures fail from then on
     stuck: bool = True  # a failed capture leaves the allocator in capture, as before torch 2.12
     memory_bytes: float = math.inf  # the largest allocation
-    error: Exception | None = None  # of every launch, which does not lose the device
+    error: Exception | None = None  # error of every launch, which does not lose the device
     nvml: bool = True
     launch_s: float | None = None  # host time of a launch, if it is not that of the GPU
 
@@ -135,7 +135,7 @@ class Kernel:
     name: str
     arithmetic_s: float
     memory_s: float
-    rate: float = 1.0  # of its arithmetic, relative to GEMMs: its power follows its FLOPs
+    rate: float = 1.0  # arithmetic rate, relative to GEMMs: its power follows its FLOPs
 
     def seconds(self, clock: float) -> float:
         """Return the time above the floor at a share of the highest clock."""

@@ -202,8 +202,10 @@ def test_the_shipped_fit_makes_any_calibration_better(tmp_path: Path) -> None:
 def test_three_minutes_on_four_gpus(name: str, tmp_path: Path) -> None:
     found, done = calibrate(tmp_path / "run", device(name), 180.0)
     verdict = judged(tmp_path / "run", done)
-    text = trust(tmp_path / "run" / PROFILE, verdict, done.fit.parts, device(name).formats[0], None)  # type: ignore[union-attr]
+    assert done.fit is not None
     assert done.held_out is not None
+    dtype = device(name).formats[0]
+    text = trust(tmp_path / "run" / PROFILE, verdict, done.fit.parts, dtype, None)
     gemm = next(part for part in done.held_out.parts if part.operator == "gemm")
     error, roofline = (
         100.0 * float(np.abs(seconds / gemm.measured_s - 1.0).mean())

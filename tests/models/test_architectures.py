@@ -44,7 +44,7 @@ def test_halved_mlps_are_counted() -> None:
         ("pruned_heads", {"1": [0, 2]}),
         ("layers_to_skip", [1]),
         ("mlp_width", 88),
-        ("num_experts", 8),  # of an architecture without experts
+        ("num_experts", 8),  # its architecture has no experts
     ],
 )
 def test_keys_that_could_change_layers_are_refused(key: str, value: Any) -> None:

@@ -35,7 +35,7 @@ MANY = int(os.environ.get("PRUNESIM_LAWS", "8"))
 law = settings(
     max_examples=MANY, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-LAYERS = 4  # of a shipped model: more of them repeat the same arithmetic
+LAYERS = 4  # layers of a shipped model: more of them repeat the same arithmetic
 
 STEPS = {"attention": 0.5, "mlp": 0.05, "experts": 0.25}
 """Share by which a narrower variant may cost more: another kernel (grouped queries in Transformers,

@@ -38,7 +38,8 @@ def test_the_probability_is_one_at_the_prediction_a_tenth_at_the_ends_and_falls_
     phase: str, batch: int
 ) -> None:
     r = judged(1.0, phase=phase, batch=batch, engine="vllm").result
-    shares = (-3.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 3.0)  # of the interval on each side
+    # shares of the half-width on each side
+    shares = (-3.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 3.0)
     ends = [math.log((r.upper if x > 0 else r.lower) / r.speedup) * abs(x) for x in shares]
     found = [
         judged(r.speedup * math.exp(log), phase=phase, batch=batch, engine="vllm").probability

@@ -14,10 +14,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tables
 
 torch = pytest.importorskip("torch")
 
-import tables  # noqa: E402
 from decoder_reference import CONFIG  # noqa: E402
 
 from calibration.devices.protocol import Description  # noqa: E402

@@ -89,11 +89,11 @@ def test_skipped_tokens_miss_the_mlp(dense: Decoder, chosen: list[Any], s: float
     prompts, steps = chosen[:LAYERS], chosen[LAYERS:]
     masks: Masks = {}
     for number, rows in enumerate(prompts):
-        assert len(rows) == {0.25: 158, 0.6: 84}[s]  # of 210
+        assert len(rows) == {0.25: 158, 0.6: 84}[s]  # 210 rows in all
         ran = torch.zeros(BATCH, PROMPT + STEPS, dtype=torch.bool)
         ran[rows // PROMPT, rows % PROMPT] = True
         for step, active in enumerate(steps[number::LAYERS]):
-            assert len(active) == {0.25: 3, 0.6: 2}[s]  # of 3, rounded up
+            assert len(active) == {0.25: 3, 0.6: 2}[s]  # 3 sequences in all, rounded up
             ran[active, PROMPT + step] = True
         masks["mlp", number] = ran
     check(logits, reference(dense, TOKENS, masks))
@@ -107,7 +107,7 @@ def test_all_tokens_of_a_pass_share_channels(dense: Decoder, chosen: list[Any], 
         used = torch.zeros(BATCH, PROMPT + STEPS, GROUPS, dtype=torch.bool)
         spans = [slice(0, PROMPT), *(slice(PROMPT + i, PROMPT + i + 1) for i in range(STEPS))]
         for span, groups in zip(spans, chosen[number::LAYERS], strict=True):
-            assert len(groups) == {0.25: 8, 0.6: 4}[s]  # of 10
+            assert len(groups) == {0.25: 8, 0.6: 4}[s]  # 10 groups in all
             used[:, span, groups] = True
         masks["channels", number] = used.repeat_interleave(16, 2)
     check(logits, reference(dense, TOKENS, masks))

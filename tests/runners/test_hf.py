@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 torch = pytest.importorskip("torch")
 if find_spec("transformers") is None:  # not imported, which takes time
@@ -18,7 +19,6 @@ if find_spec("transformers") is None:  # not imported, which takes time
         allow_module_level=True,
     )
 
-from tables import rows_of  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.autograd.profiler_util import EventList, FunctionEvent  # noqa: E402
 

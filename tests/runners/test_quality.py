@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tables import rows_of
 
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
 import decoder_reference  # noqa: E402
 import shaped  # noqa: E402
 from shaped import model_of, resized  # noqa: E402
-from tables import rows_of  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402

@@ -48,7 +48,7 @@ def test_a_mixed_step_takes_the_energy_of_the_weights_once() -> None:
     watts = tables().power.watts
     work = tables().work(watts).at()
     apart = work.step(256, 128, 1) + work.decode(64, 1000)
-    weights_s = 15.0e9 / H100.bandwidth_bytes_per_s  # of 7.5 billion parameters
+    weights_s = 15.0e9 / H100.bandwidth_bytes_per_s  # time to read 7.5 billion parameters
     saved = apart - work.step(256, 128, 1, 64, 1000)
     assert saved == pytest.approx(watts[PARTS.index("memory")] * weights_s, rel=0.15)
 

@@ -28,7 +28,7 @@ class GroupError(NamedTuple):
     independent: float
     coordinates: FloatArray
     kind: int
-    seconds: float  # of one operator
+    seconds: float  # time of one operator
 
 
 Errors = tuple[FloatArray, dict[int, GroupError]]  # systematic ones, and those of groups

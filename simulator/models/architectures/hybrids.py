@@ -576,7 +576,8 @@ def _inkling2_loop(read: Reader) -> ConfigFields:
         for layer, inside in enumerate(sliding)
     ]
     again = [tuple(replace(s, reused=True) for s in sublayers) for sublayers in made[start:end]]
-    weights = 1 + 4 * (end - start)  # of the last sum of blocks, and of messages between passes
+    # weights of the last sum of blocks, and of messages between passes
+    weights = 1 + 4 * (end - start)
     return {
         "sublayers": [*made[:end], *again * (loop["num_passes"] - 1), *made[end:]],
         "head_vocab": read.integer("unpadded_vocab_size", 200058),

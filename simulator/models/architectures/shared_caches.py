@@ -67,7 +67,7 @@ def _gemma4(read: Reader) -> ConfigFields:
     sharing = _sharing(read, windows, 0)
     equal = read.flag("attention_k_eq_v")
     full: ConfigFields = {"keys_are_values": equal}
-    if read.raw("per_layer_config") is None:  # which states these sizes otherwise
+    if read.raw("per_layer_config") is None:  # the key states these sizes otherwise
         full["head_dim"] = read.integer("global_head_dim", 512)
         groups = read.or_none("num_global_key_value_heads", 0)
         full["kv_heads"] = (equal and groups) or read["kv_heads"]

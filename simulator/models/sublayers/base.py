@@ -83,7 +83,7 @@ class Sublayer:
     SIZES: ClassVar[tuple[str, ...]] = ()
     # sizes that devices divide among them, each with the texts of its SharedSize
     DIVIDED: ClassVar[tuple[tuple[str, str, str], ...]] = ()
-    COPIED: ClassVar[tuple[str, ...]] = ()  # those of which further devices hold copies
+    COPIED: ClassVar[tuple[str, ...]] = ()  # weights of which further devices hold copies
     # sizes that pruning changes: name, such as "KV heads", and field or property
     NAMED: ClassVar[tuple[tuple[str, str], ...]] = ()
     # whether its weights have kernels for zeros and factors, see `simulator.pruning.Family.whole`

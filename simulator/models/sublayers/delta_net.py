@@ -36,7 +36,7 @@ class DeltaNet(Sublayer):
     # strength and decay), "qkv" (queries, keys and values), or "none"
     joint: str = "all"
     channel_decay: bool = False  # a decay per feature of a key
-    rank: int = 0  # of the projections that make gate and decays; 0: one projection each
+    rank: int = 0  # rank of the projections that make gate and decays; 0: one projection each
 
     @property
     def label(self) -> str:

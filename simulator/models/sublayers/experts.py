@@ -61,9 +61,9 @@ class Experts(Sublayer):
     router_inner: int = 0
     router_carry: bool = False  # such a router adds the scaled inner features of the layer before
     zero_experts: int = 0  # experts without work that the router can choose too
-    bias: bool = False  # of the experts
-    output_bias: bool = False  # of the sum of the experts
-    outputs_of_router: int = 0  # of a router whose choices a table maps to merged experts
+    bias: bool = False  # bias of the experts
+    output_bias: bool = False  # bias of the sum of the experts
+    outputs_of_router: int = 0  # outputs of a router whose choices a table maps to merged experts
     trained: float = 0  # experts of the model before pruning, which determine the skew; 0: the same
     # choices of the router per token that a kernel maps to experts (merging, a number per token);
     # 0: a token uses its choices

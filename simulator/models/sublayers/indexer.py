@@ -16,7 +16,7 @@ class Compressor:
     """Entries of a compressed cache (DeepSeek-V4): weighted means of the keys of some positions."""
 
     ratio: int  # positions per entry
-    features: int  # of an entry
+    features: int  # features of an entry
     series: int = 1  # 2: an entry also covers the positions of the entry before it
 
     def products(self, hidden: int) -> Products:
@@ -45,8 +45,8 @@ class Indexer:
     computes all heads (vLLM: ReplicatedLinear)."""
 
     heads: int
-    features: int  # of a query or key
-    rank: int = 0  # of the queries that it reads; 0: it reads the residual stream
+    features: int  # features of a query or key
+    rank: int = 0  # rank of the queries that it reads; 0: it reads the residual stream
     weighs: bool = True  # a further product makes the weights of the heads
     joint: bool = False  # one product makes queries and key
     ratio: int = 1  # positions per scored key

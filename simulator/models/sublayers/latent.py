@@ -30,7 +30,7 @@ class LatentAttention(Sublayer):
     window: int = 0  # positions that a query sees; 0: all
     topk: int = 0  # positions that a query attends to, as an indexer selects them; 0: all
     indexer: Indexer | None = None  # None: the selection is that of an earlier layer
-    bias: bool = False  # of the projections to the ranks and of the output
+    bias: bool = False  # bias of the projections to the ranks and of the output
     sinks: bool = False  # each head has a learned logit in addition to its keys
     key_norm: bool = False  # the key that all heads share has a norm
     second: bool = False  # another attention precedes it in its layer

@@ -25,10 +25,10 @@ class Mamba(Sublayer):
 
     channels: int
     state: int  # state features of a channel
-    rank: int  # of the step sizes
+    rank: int  # rank of the step sizes
     conv: int  # positions of the causal convolution of the channels
     conv_bias: bool = True
-    bias: bool = False  # of the input and output projections
+    bias: bool = False  # bias of the input and output projections
     # norms of step sizes, B and C: with weights ("rms"), without ("unit"), or none
     norm: str = ""
     heads: int = 1  # groups of channels with their own step sizes, B and C (Zamba)

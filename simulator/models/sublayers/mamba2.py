@@ -26,13 +26,13 @@ class Mamba2(Sublayer):
     WHOLE = ("mamba_in",)
 
     heads: int
-    channels: int  # of a head
+    channels: int  # channels of a head
     state: int  # state features of a channel
     groups: int
     conv: int  # positions of the causal convolution of x, B and C
     chunk: int  # tokens of a chunk of the kernels
     conv_bias: bool = True
-    bias: bool = False  # of the input and output projections
+    bias: bool = False  # bias of the input and output projections
     norm: bool = True  # a gated norm precedes the output projection; else only the gate
 
     @property

@@ -22,8 +22,8 @@ class Mlp(Sublayer):
 
     inner: int
     gated: bool = True
-    bias: bool = False  # of all projections
-    down_bias: bool = False  # of an MLP without other biases
+    bias: bool = False  # bias of all projections
+    down_bias: bool = False  # bias of the down projection alone
     inner_norm: bool = False  # a norm precedes the down projection
     # learned vectors scale the gate and up projections, and norms have no weights (nGPT)
     channel_scales: bool = False

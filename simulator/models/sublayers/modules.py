@@ -25,7 +25,7 @@ class Modules(Sublayer):
     matrices: tuple[tuple[int, int, int], ...]  # outputs, inputs, number of blocks or experts
     width: int  # hidden size, for which inputs and outputs of this size stand
     active: float = 0.0  # experts that a token uses; 0: a token uses all blocks
-    heads: int = 0  # of attention or of a recurrence; 0: nothing mixes positions
+    heads: int = 0  # heads of attention or of a recurrence; 0: nothing mixes positions
     kv_heads: int = 0
     head_dim: int = 0  # features of a query or key head, or of a value head of a recurrence
     state: int = 0  # state features per feature of a head; 0: attention

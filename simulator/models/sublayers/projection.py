@@ -17,7 +17,7 @@ class Projection(Sublayer):
     adapts: Part
     reads: int = 1  # hidden sizes that it reads
     features: int = 0  # outputs; 0: the hidden size
-    rank: int = 0  # of the factors; 0: one product
+    rank: int = 0  # rank of the factors; 0: one product
 
     @property
     def part(self) -> Part:

@@ -72,7 +72,7 @@ class Blocks(Entry):
     vectors: int = 0  # weights of the sums, and further norms, over the hidden size
     scalars: int = 0  # factors, and biases of a router
     gates: int = 0
-    rank: int = 0  # of the gates
+    rank: int = 0  # rank of the gates
 
     def products(self, hidden: int) -> Products:
         if not self.gates:

@@ -12,7 +12,7 @@ from simulator.models.sublayers.attention import Attention
 class SharedCacheAttention(Attention):
     """Attention whose last layers read the keys and values of an earlier layer."""
 
-    reads_cache: bool = False  # of an earlier layer: it makes no keys and values
+    reads_cache: bool = False  # reads the cache of an earlier layer, makes no keys and values
     keys_are_values: bool = False  # one projection makes both
     # Transformers computes layers that read a cache for the last token of a prompt alone
     # (modeling_gemma4.py, _maybe_slice_kv_shared_inputs)

@@ -42,7 +42,7 @@ class ShortConv(Sublayer):
     WHOLE = ("conv_in",)
 
     conv: int  # positions of the convolution
-    bias: bool = False  # of the convolution and of both projections
+    bias: bool = False  # bias of the convolution and of both projections
     parts: int = 1  # devices that divide the channels, which are as many as the hidden size
 
     def weights(self, hidden: int) -> Shapes:

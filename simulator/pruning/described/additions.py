@@ -26,7 +26,7 @@ class Additions:
 
     method: str
     additions: Sequence[Addition]
-    s: float | FloatArray  # of all layers, or (L,)
+    s: float | FloatArray  # sparsity of all layers, or (L,)
     kept: Kept | None = None
 
     def insert(self, w: Workload) -> Workload:

@@ -66,7 +66,7 @@ class Changes:
 
     method: str
     changes: Sequence[Change]
-    s: float | FloatArray  # of all layers, or (L,)
+    s: float | FloatArray  # sparsity of all layers, or (L,)
     ideal: bool  # without added work, with dense kernels
 
     def apply(self, w: Workload) -> tuple[Workload, float | None]:

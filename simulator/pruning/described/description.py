@@ -32,7 +32,7 @@ from simulator.pruning._family import one_of
 from simulator.pruning.described.expressions import Condition, Expression
 from simulator.units import parse_quantity
 
-MOST_CHARACTERS = 8000  # of a file, which usually has 10 to 30 lines
+MOST_CHARACTERS = 8000  # most characters of a file, which usually has 10 to 30 lines
 
 # kernels that compute fewer tokens of a sublayer or of one product, and fewer channels; the first
 # is the default
