@@ -57,7 +57,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[ReplayDevice]:
     monkeypatch.setattr(
         "calibration.devices.open_device", lambda name, **_: queue.pop(0) if queue else device()
     )
-    monkeypatch.setattr("calibration.runners.in_engine.installed_engine", lambda python="": "")
+    monkeypatch.setattr("calibration.runners.in_engine.installed_engine", lambda *_: "")
     return queue
 
 
@@ -226,6 +226,7 @@ calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
 calibrate engine -o run                              | run/profile.yaml does not exist; expected --hardware, or
 calibrate engine -o run --hardware cpu --measure-only | --measure-only, --quick: expected none of them
+calibrate cpu -o run --engine vllm --dtype fp32               | expected at least 480s with --engine vllm, which starts four models
 calibrate engine -o run --hardware cpu --engine trt  | --engine 'trt' is unknown
 calibrate cpu -o a/b                                 | does not exist
 """

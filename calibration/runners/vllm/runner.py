@@ -32,7 +32,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -343,6 +343,7 @@ class VllmRunner(Runner):
             file.with_name("output.txt"),
             python=self.model.python,
             env=environment(self.device, self._cache_bytes(one)),
+            start_cpus=getattr(self.device, "allowed", ()),
             patience_s=self.patience_s,
             interrupted=self.interrupted,
         )
@@ -478,9 +479,10 @@ class EngineProcess:
     """One model in vLLM in a child process, whose crash does not end a comparison; it starts when
     made.
 
-    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not
-    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or
-    gives no answer in ``patience_s``.
+    ``settings`` are keyword arguments of ``vllm.LLM``. The start may use ``start_cpus``; what
+    follows uses the CPUs of this process, and those to which vLLM binds its threads. OutOfMemory:
+    the model or its cache does not fit. Unsupported: this release does not accept an argument.
+    EngineFailed: the child fails or gives no answer in ``patience_s``.
     """
 
     def __init__(
@@ -492,8 +494,10 @@ class EngineProcess:
         env: Mapping[str, str],
         patience_s: float,
         interrupted: Callable[[], bool] = lambda: False,
+        start_cpus: Collection[int] = (),
     ) -> None:
         self.log = log
+        self.start_cpus = set(start_cpus)
         self.patience_s = patience_s
         self.interrupted = interrupted
         self.launched = time.monotonic()
@@ -513,11 +517,24 @@ class EngineProcess:
                 )
         finally:
             os.close(theirs)
+        if self.start_cpus:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, self.start_cpus)
 
     def wait_ready(self) -> None:
         """Wait until the model is loaded; it is then stopped until its first request."""
         self.versions = self._answer()["versions"]
         self._signal(signal.SIGSTOP)
+        self._leave_start_cpus()
+
+    def _leave_start_cpus(self) -> None:
+        """Move the threads that vLLM has not bound to the CPUs of this process."""
+        for thread in Path("/proc").glob("[0-9]*/task/[0-9]*") if self.start_cpus else ():
+            number = int(thread.name)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                own = os.getsid(number) == self.process.pid
+                if own and os.sched_getaffinity(number) == self.start_cpus:
+                    os.sched_setaffinity(number, os.sched_getaffinity(0))
 
     def ask(self, what: str, **request: Any) -> dict[str, Any]:
         """Send a request of the worker's table ``TIMED`` and return its answer."""
