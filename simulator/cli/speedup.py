@@ -551,9 +551,10 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
     lines += dict.fromkeys(filter(None, assumed))
     for e in found:
         lines += overridden(e.dense.meta.asked, map(source_of, (e.dense, e.pruned)))
-    return lines + [
-        line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)
-    ]
+    for e in found:  # the line of removed parts has the difference of other prunings
+        dense = e.dense.meta.config
+        lines += difference_lines(dense, e.pruned.meta.config if e.result.pruned else dense)
+    return lines
 
 
 def _print_waterfalls(together: Sequence[Explanation]) -> None:

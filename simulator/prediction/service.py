@@ -57,7 +57,14 @@ from simulator.prediction.notes import (
     overridden,
     uncalibrated,
 )
-from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
+from simulator.prediction.prunings import (
+    Excluded,
+    Pruning,
+    asked,
+    exclude,
+    excluded_lines,
+    in_formats,
+)
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.tariff import ENDS, Tariff, energy_of
@@ -619,12 +626,14 @@ def serve(
     limits, dense = Limits(ttft_s, tpot_s, probability), load_model(model)
     devices = profiles(hardware)
     settings |= {"phase": "serve", "batch": max(equal, default=1)}
-    prunings, every, skipped = asked([dense], settings)
+    chosen, every, skipped = asked([dense], settings)
     if load.given and not any(settings.get(name) for name in _PRUNINGS):
-        prunings = ()
+        chosen = ()
+    # of several number formats, the first is that of the dense model
+    prunings, kept = in_formats(chosen, every)
     notes = dict.fromkeys((*skipped, *differences([dense], prunings)))
     servers = _Servers(prunings, equal, limits, price, tariff, notes, load)
-    for request, hw in itertools.product(every, devices):
+    for request, hw in itertools.product(kept, devices):
         servers.add(request, hw)
     return servers.served()
 
@@ -657,7 +666,7 @@ class _Servers:
             if not len(results) and self.prunings:
                 return
             notes = [*uncalibrated(results)]
-            prunings = [self.prunings[i] for i in results.pruning.tolist()]
+            prunings = [self.prunings[i].computed(request, hw) for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
             if self.load.given:
                 simulation = Simulation.of(
@@ -677,7 +686,9 @@ class _Servers:
             self.without[f"{place} is excluded: {error}"] = error
             return
         every = (request.model, *(pruning.model for pruning in self.prunings))
-        notes = [*overridden(request, every), *computed_wide(request, [hw], every), *notes]
+        asked_for = [request, *(pruning.request(request) for pruning in self.prunings)]
+        wide = [note for one in asked_for for note in computed_wide(one, [hw], every)]
+        notes = [*overridden(request, every), *wide, *notes]
         self.notes.update(dict.fromkeys(notes))
 
     def served(self) -> Served:

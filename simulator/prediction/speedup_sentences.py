@@ -69,7 +69,7 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     """Return which models do not fit, and how much faster each pruning is. Few results get a
     sentence each. For many, sentences name the fastest of each setting, or of all settings, and the
     number of gains and losses. Each result's clause ends its sentence."""
-    return [*too_large(results), *_speedups(results, clauses)]
+    return [*too_large(results), *_speedups(results, clauses), *_in_formats(results)]
 
 
 def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
@@ -95,7 +95,7 @@ def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
 def _fastest(
     some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = ""
 ) -> str:
-    best = max(some, key=lambda r: r.speedup)
+    best = max([r for r in some if not if_fitted(r)] or some, key=lambda r: r.speedup)
     gains, losses = sum(r.speedup_lower > 1 for r in some), sum(r.speedup_upper < 1 for r in some)
     counts = f"{gains} of {len(some)} are faster with their whole interval" + (
         f", {losses} slower" if losses else ""
@@ -104,6 +104,20 @@ def _fastest(
         f"{start}, the fastest is {realised_name(best)}{where}: {speedup_text(best)}"
         f"{formats_clause(best)}{ends.get(best, '')}; {counts}."
     )
+
+
+def _in_formats(results: Sequence[Result]) -> list[str]:
+    """Return how much faster prunings in other number formats are than the dense model in the same
+    formats, in one setting."""
+    dense = {r.formats: r.pruned_s for r in results if r.family == "none" and r.in_formats}
+    gains = [
+        f"{r.pruning} {ratio(dense[r.formats] / r.pruned_s)}x"
+        for r in results
+        if r.formats in dense and r.family != "none"
+    ]
+    if not gains or len(by_key(results, setting)) > 1:
+        return []
+    return [f"Over the dense model in the same formats: {few(gains, NAMED)}."]
 
 
 def formats_clause(r: Result) -> str:
