@@ -48,6 +48,7 @@ MOMENTS = (
     "cli.render.conclude",
 )
 
+
 def test_an_interrupt_while_an_extension_module_is_imported_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
