@@ -188,6 +188,12 @@ def test_requests_that_never_fit_are_refused() -> None:
         run(Traffic(Lengths(1000), Lengths(1000), 1), memory=0.2)
     with pytest.raises(InputError, match="a prompt of 9,000 tokens: expected at most the 8,192"):
         run(Traffic(Lengths(9000), Lengths(10), 1), "trtllm")
+    # the shared prefix stays in the cache beside a request that is too short to share it
+    times, server = times_of("vllm"), replace(Server.of("vllm", H100), memory=1.0)
+    tight = replace(times.cache, memory=held(times) + 1650 * 131072)
+    requests = Requests(np.array([0.0, 9.0]), np.array([1610, 10]), np.array([1, 100]), 1600)
+    with pytest.raises(InputError, match="a request of 1,710 tokens: expected at most the 1,6"):
+        simulate(requests, replace(times, cache=tight), server)
 
 
 def test_a_queue_that_grows_does_not_drain() -> None:
