@@ -374,9 +374,7 @@ class _Models:
             passes = self.passes({*itertools.chain(*finer), *equal, *largest, 1})
             kinds.append((LIMITS, passes.all_within(finer, last)))
         compared = (point for kind in kinds for point in self.of_kind(passes, *kind))
-        columns = self.columns(curve, None)
-        curves = (self.one(curve, CURVE, m, c, columns) for m in models for c in grids[m] if c)
-        return tuple(compared), tuple(curves)
+        return tuple(compared), self.curves(curve, grids)
 
     def batch(self, concurrencies: Iterable[int]) -> WorkloadBatch:
         requests = [replace(self.request, batch=c) for c in sorted({*concurrencies} - {0})]
@@ -423,6 +421,14 @@ class _Models:
                 ratios[f"ratio{end}"] = getattr(times, f"ratio{end}") * many
         columns = {**self.columns(passes, other), **ratios}
         return [self.one(passes, kind, m, c, columns) for m, c in enumerate(each)]
+
+    def curves(
+        self, passes: ServePasses, grids: Sequence[Sequence[int]]
+    ) -> tuple[OperatingPoint, ...]:
+        """Return the points of all models, each at the concurrencies of its grid."""
+        columns = self.columns(passes, None)
+        each = ((model, c) for model, grid in enumerate(grids) for c in grid if c)
+        return tuple(self.one(passes, CURVE, model, c, columns) for model, c in each)
 
     def columns(self, passes: ServePasses, other: IndexArray | None) -> dict[str, FloatArray]:
         """Return the fields of operating points (W,) that are NaN where no request fits."""
