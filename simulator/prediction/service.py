@@ -95,6 +95,11 @@ def probability_of(
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
 
 
+def probability_within(limit: float, s: float, lower: float, upper: float, level: float) -> float:
+    """Return the probability that a time is at most a limit, as :func:`probability_of`."""
+    return probability_of(1.0 / limit, 1.0 / s, 1.0 / upper, 1.0 / lower, level)
+
+
 @dataclass(frozen=True, repr=False, kw_only=True)
 class OperatingPoint(Displayed):
     """One model in a service at one number of requests in flight. Its fields are the keys of
@@ -265,8 +270,8 @@ class ServePasses:
         for name, limit in self.limits.named.items():
             ends = (self.columns[f"{name}_{end}"].tolist() for end in ("s", "lower", "upper"))
             chances = [
-                probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level)
-                for t, low, high in zip(*ends)
+                probability_within(limit, time, lower, upper, self.level)
+                for time, lower, upper in zip(*ends)
             ]
             out[name] = np.array(chances)
         return out
@@ -376,8 +381,7 @@ class _Models:
             passes = self.passes({*itertools.chain(*finer), *equal, *largest, 1})
             kinds.append((LIMITS, passes.all_within(finer, last)))
         compared = (point for kind in kinds for point in self.of_kind(passes, *kind))
-        curves = (point for m in models for point in self.of_curve(curve, m, grids[m]))
-        return tuple(compared), tuple(curves)
+        return tuple(compared), self.curves(curve, grids)
 
     def batch(self, concurrencies: Iterable[int]) -> WorkloadBatch:
         requests = [replace(self.request, batch=c) for c in sorted({*concurrencies} - {0})]
@@ -425,11 +429,13 @@ class _Models:
         columns = {**self.columns(passes, other), **ratios}
         return [self.one(passes, kind, m, c, columns) for m, c in enumerate(each)]
 
-    def of_curve(
-        self, passes: ServePasses, model: int, grid: Sequence[int]
-    ) -> list[OperatingPoint]:
+    def curves(
+        self, passes: ServePasses, grids: Sequence[Sequence[int]]
+    ) -> tuple[OperatingPoint, ...]:
+        """Return the points of all models, each at the concurrencies of its grid."""
         columns = self.columns(passes, None)
-        return [self.one(passes, CURVE, model, c, columns) for c in grid if c]
+        each = ((model, c) for model, grid in enumerate(grids) for c in grid if c)
+        return tuple(self.one(passes, CURVE, model, c, columns) for model, c in each)
 
     def columns(self, passes: ServePasses, other: IndexArray | None) -> dict[str, FloatArray]:
         """Return the fields of operating points (W,) that are NaN where no request fits."""
@@ -672,7 +678,7 @@ class _Servers:
                 simulation = Simulation.of(
                     self.load, self.limits, request, hw, prunings, tariff=self.tariff
                 )
-                self.loads.append(load_service(simulation, hw, prunings, names, self.price))
+                self.loads.append(load_service(simulation, names, self.price))
             else:
                 priced = self.limits, self.price, self.tariff
                 models = _Models(on([request], hw)[0], hw, prunings, names, *priced)

@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from simulator.display import few, with_and
 from simulator.prediction.requests import batch_name, by_key, device_text, setting
-from simulator.prediction.result import Result
+from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import Runnable, runs_clause, unaligned
+from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import (
     GAIN,
     MOST_SENTENCES,
@@ -58,6 +60,22 @@ def answer_of(
     ends = map(_runs, runs)
     clauses = ["".join(parts) for parts in itertools.zip_longest(ends, more, fillvalue="")]
     return of_speedups(results, clauses)
+
+
+def records(
+    results: Results, runs: Sequence[Runnable], tariff: Tariff | None
+) -> list[dict[str, Any]]:
+    """Return the rows of ``--json`` and ``--csv``: each result, whether the stock engine runs it,
+    its energy if a tariff is given, and its answer."""
+    return [
+        {
+            **r.to_dict(),
+            **answer.to_dict(),
+            **energy_fields(r, tariff),
+            "answer": " ".join(answer_of([r], [answer])),
+        }
+        for r, answer in zip(results, runs)
+    ]
 
 
 def _runs(answer: Runnable) -> str:
