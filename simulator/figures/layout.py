@@ -276,18 +276,6 @@ def title_in(titles: Iterable[str]) -> float:
     return 0.13 * lines_of(titles)
 
 
-def as_table(panels: Panels, across: Sequence[str], down: Mapping[str, Sequence[str]]) -> None:
-    """Make tables of panels, with the names of cells below the last row and left of the first
-    column."""
-    (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
-    for (r, c), ax in panels.items():
-        ax.set_yticks(range(len(down[r])), down[r] if c == first else [])
-        ax.set_xticks(range(len(across)), across if r == last else [])
-        ax.grid(visible=False)
-        ax.tick_params(length=0)
-        ax.spines[["left", "bottom"]].set_visible(False)
-
-
 def entry(label: str, **look: Any) -> Line2D:
     """Return a line or a mark for a legend."""
     return Line2D([], [], **look, label=label)
