@@ -138,11 +138,11 @@ def most_height() -> float:
     return MOST_HEIGHT_IN / paper_size().scale
 
 
-def fitted(data: FigurePoints, least_in: float = LEAST_PANEL_IN) -> FigurePoints:
+def fitted(data: FigurePoints) -> FigurePoints:
     """Return points whose panels have room: a column for each device if there is room for it, else
     one column."""
     columns = set(data["column"])
-    if len(columns) * least_in <= width_of(max(2, len(columns))):
+    if len(columns) * LEAST_PANEL_IN <= width_of(max(2, len(columns))):
         return data
     rows = [f"{column}, {row}" for column, row in zip(data["column"], data["row"])]
     return {**data, **arrays({"row": rows, "column": [""] * len(rows)})}

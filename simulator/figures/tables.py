@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from simulator.arrays import Array
 from simulator.codes import Kernel
 from simulator.figures import layout
 from simulator.figures.style import BLACK, GREY, Look, label, paper_style, style_of
@@ -95,12 +97,18 @@ def taxonomy_figure(
             ax.text(len(operators), i, added, color=BLACK if adds[i] else GREY, **_CENTRED)
             ax.plot(-0.4, i, **style_of(name).marks(markersize=4.0, clip_on=False))
         names = [f"{label(name)}\n{change}" for name, change in zip(family, axis)]
-        ax.set_xticks(range(len(operators) + 1), [*operators, "adds"])
-        ax.set_yticks(range(len(family)), names)
-        ax.grid(visible=False)
-        ax.tick_params(length=0)
-        ax.spines[["left", "bottom"]].set_visible(False)
-        x, y = (np.arange(count + 1) - 0.5 for count in (len(operators) + 1, len(family)))
-        ax.pcolormesh(x, y, colors, edgecolors="white", linewidth=0.5, zorder=0.5)
-        ax.set(xlim=(x[0], x[-1]), ylim=(y[-1], y[0]))  # the first family is the top row
+        _draw_cells(ax, colors, [*operators, "adds"], names)
         return layout.laid_out(figure)
+
+
+def _draw_cells(ax: Axes, colors: Array, across: Sequence[str], down: Sequence[str]) -> None:
+    """Draw the cells of a table (rows, columns, colour), the first row at the top, with the names
+    of columns and rows."""
+    x, y = (np.arange(len(names) + 1) - 0.5 for names in (across, down))
+    ax.pcolormesh(x, y, colors, edgecolors="white", linewidth=0.5, zorder=0.5)
+    ax.set_xticks(range(len(across)), across)
+    ax.set_yticks(range(len(down)), down)
+    ax.set(xlim=(x[0], x[-1]), ylim=(y[-1], y[0]))
+    ax.grid(visible=False)
+    ax.tick_params(length=0)
+    ax.spines[["left", "bottom"]].set_visible(False)
