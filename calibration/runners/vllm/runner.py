@@ -37,6 +37,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
 from calibration.measure.timing import OK
@@ -623,36 +625,10 @@ def cause(output: str) -> str:
     return one_line(lines[-1], 300) if lines else ""
 
 
-# Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)
-CLASSES: Mapping[str, str] = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "falcon_h1": "FalconH1ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "lfm2": "Lfm2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "nemotron": "NemotronForCausalLM",
-    "nemotron_h": "NemotronHForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "opt": "OPTForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-}
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Supported ``model_type`` -> class in vLLM's registry
+CLASSES: Mapping[str, str] = yaml.safe_load(
+    Path(__file__).parents[1].joinpath("vllm_classes.yaml").read_text("utf-8")
+)
 # Keys of code, of stored formats and of parts that are not timed
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
 
