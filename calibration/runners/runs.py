@@ -182,17 +182,6 @@ def is_new(file: Path) -> bool:
         return parse(stream.readline(MOST_HEADER_BYTES), str(file)) is None
 
 
-def _begun(
-    folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]
-) -> tuple[Path, Header]:
-    description = device.describe()
-    begun = begin(
-        folder, device, options.dtype, options.budget_s, memory_bytes=description.memory_bytes
-    )
-    note(f"{description.device}; {description.software}; {options.dtype}")
-    return begun
-
-
 def measure_plan(
     file: Path,
     header: Header,
@@ -262,7 +251,10 @@ def measure_into(
     GEMMs of ``run_models`` at the ends of waves. With ``draft``, a profile of the shipped fit, or
     of the datasheet, exists from the beginning. ``progress`` gets seconds: passed, and in total.
     """
-    file, header = _begun(folder, device, options, note)
+    description = device.describe()
+    memory_bytes = description.memory_bytes
+    file, header = begin(folder, device, options.dtype, options.budget_s, memory_bytes=memory_bytes)
+    note(f"{description.device}; {description.software}; {options.dtype}")
     datasheet = file.with_name(DATASHEET)
     for line in warnings_of(device):
         note(f"warning: {line}")
@@ -281,7 +273,7 @@ def measure_into(
             header = replace(header, extra={**header.extra, **idle_power(device)})
         if is_new(file) or not datasheet.exists():
             base = replace(base_profile(device, options.dtype, options.hardware), path=None)
-            for line in thread_notes(base, device.describe().device):
+            for line in thread_notes(base, description.device):
                 note(line)
             datasheet.parent.mkdir(exist_ok=True)
             save_hardware(base, datasheet)
