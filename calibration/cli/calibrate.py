@@ -95,7 +95,6 @@ class _Calibration:
     device: str
     output: str
     how: RunOptions
-    quick: bool
     threads: int | None
 
 
@@ -144,9 +143,6 @@ def command(
     target: Target = Target(),
     runner: EngineRun = EngineRun(),
     run: options.Run = REQUESTS,
-    quick: bool = option(
-        None, "Re-anchor --hardware with a few measured rows instead of a fit.", False
-    ),
     measure_only: bool = option(
         None, "Write RUN/records.jsonl only: no fit, no validation.", False
     ),
@@ -178,16 +174,12 @@ def command(
         seconds("--budget", measuring.budget), run.text("dtype"), measuring.hardware, measuring.seed
     )
     if device == "engine":
-        if measure_only or quick:
-            raise InputError(
-                "--measure-only, --quick: expected none of them to calibrate an engine"
-            )
+        if measure_only:
+            raise InputError("--measure-only: cannot be used to calibrate an engine")
         _engine(output, how, target.model or "", runner, measuring.threads, run, out)
         return
-    if measure_only and quick:
-        raise InputError("--measure-only: expected no --quick with it")
     cpu = device == "cpu"
-    stage = _stage_of(runner, device, target.model or default_model(cpu), measure_only or quick)
+    stage = _stage_of(runner, device, target.model or default_model(cpu), measure_only)
     check_engine_budget(stage.engine, device, how.budget_s)
     # no engine fuses projections on a CPU
     settings = {**run.asked().settings, "engine": "" if cpu else DEFAULT_ENGINE}
@@ -203,8 +195,7 @@ def command(
         measure_into,
         targets=targets,
         run_models=[dense for dense, *_ in models],
-        quick=quick,
-        draft=not (measure_only or quick),
+        draft=not measure_only,
     )
     operators = replace(how, budget_s=how.budget_s * (OPERATORS if stage.runs else 1.0))
     found = measured(device, output, measure, operators, measuring.threads)
@@ -213,7 +204,7 @@ def command(
             print(f"{Path(output) / 'records.jsonl'}: {describe(found.outcome)}")
         finish(found.outcome, verbose=out.verbose)
         return
-    calibration = _Calibration(device, output, how, quick, measuring.threads)
+    calibration = _Calibration(device, output, how, measuring.threads)
     _conclude(stage, calibration, found, out)
 
 
@@ -311,7 +302,7 @@ def _conclude(
     remedy = IDLE if noisy else LONGER
     try:
         with render.progress("fitting") as report:
-            done = fit_run(folder, anchor=calibration.quick, progress=report)
+            done = fit_run(folder, progress=report)
     except InputError as error:  # too few or useless rows
         text = f"There is no fit to use in {folder}: {error}. {remedy[:1].upper()}{remedy[1:]}."
         judged = Judgement(DO_NOT_USE, (text,), (str(error),))
@@ -332,27 +323,22 @@ def _conclude_fit(
     remedy: str,
     out: options.Output,
 ) -> None:
-    from calibration.fit.local_update import Updated, as_row
     from calibration.runners.in_engine import trust
     from calibration.runners.runs import PROFILE
     from calibration.validation.validate import of_calibration, summary
 
     folder = Path(calibration.output)
     notes, status = ended(found.outcome)
-    update, parts = (done.fit, ()) if isinstance(done.fit, Updated) else (None, done.fit.parts)
-    judged = of_calibration(
-        done.held_out, update, folder, done.fit.profile.name, done.disturbed, remedy
-    )
+    judged = of_calibration(done.held_out, folder, done.disturbed, remedy)
     record_verdict(judged, folder / PROFILE)
     check = None
     if stage.runs and found.outcome.complete:
         check, more, status = _in_engine(stage, calibration, folder / PROFILE)
         notes += more
-    last = trust(folder / PROFILE, judged, parts, calibration.how.dtype, check)
+    last = trust(folder / PROFILE, judged, done.fit.parts, calibration.how.dtype, check)
     row = {
         "measured": outcome_row(found),
-        "fitted": [part_row(p) for p in parts],
-        "anchored": as_row(update) if update else None,
+        "fitted": [part_row(p) for p in done.fit.parts],
         "held_out": summary(done.held_out) if done.held_out else None,
         "exact": summary(done.exact) if done.exact else None,
         "engine": asdict(check.found.times) if check and check.found else None,

@@ -1,5 +1,4 @@
-"""``prunesim fit``: fit a profile to records and a datasheet, or update one with local rows; read
-records."""
+"""``prunesim fit``: fit a profile to records and a datasheet; read records."""
 
 from __future__ import annotations
 
@@ -15,7 +14,6 @@ from simulator.cli.options import arg, opt, option
 from simulator.errors import InputError
 
 if TYPE_CHECKING:
-    from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
     from calibration.fit.solver import FittedPart
     from calibration.records.timing_table import Records
@@ -55,25 +53,20 @@ def command(
     prior: str | None = option(
         "NAME", "Calibrated profile of a related GPU or other stack, used as prior."
     ),
-    anchor: bool = option(
-        None, "Re-anchor --hardware with 20 to 400 rows measured on this machine.", False
-    ),
     out: options.Output = options.OUTPUT,
 ) -> None:
     """Calibrate a profile on records.
 
-    Begins with whether to use the profile: the errors on held-out shapes, or with --anchor before
-    and after the update. The exit status is 1 if its errors are larger than a datasheet roofline's,
-    if there are too few rows, or if the machine was busy. Each operator and number format is fitted
-    separately; operators without records keep their section of --hardware. RECORDS are run folders
-    and tables: .parquet of aiconfigurator or of this program, .jsonl, .csv. Rows without a time, or
-    faster than the datasheet allows, are refused and counted by reason. With --anchor nothing is
-    fitted: the rows, of any operators, shift all predictions together and narrow their intervals.
+    Begins with whether to use the profile: the errors on held-out shapes. The exit status is 1 if
+    its errors are larger than a datasheet roofline's, if there are too few rows, or if the machine
+    was busy. Each operator and number format is fitted separately; operators without records keep
+    their section of --hardware. RECORDS are run folders and tables: .parquet of aiconfigurator or
+    of this program, .jsonl, .csv. Rows without a time, or faster than the datasheet allows, are
+    refused and counted by reason.
     """
-    from calibration.fit.local_update import Updated, as_row, update_profile
     from calibration.fit.profile import fit_profile
     from calibration.records.screening import without_exact
-    from calibration.validation.validate import disturbed_share, of_fit, of_update, validate
+    from calibration.validation.validate import disturbed_share, of_fit, validate
     from simulator.files.write import check_target
     from simulator.hardware.library import load_hardware
     from simulator.hardware.save import save_hardware
@@ -81,32 +74,20 @@ def command(
     if not output.endswith((".yaml", ".yml")):
         raise InputError(f"{output}: expected a file name that ends in .yaml")
     check_target(output)
-    if anchor and prior:
-        raise InputError(
-            "--anchor and --prior: expected one of the two; name the profile to update by"
-            " --hardware"
-        )
     base = load_hardware(hardware)
-    rows, notes = load_rows(records, base, **vars(table), screened=not anchor)
+    rows, notes = load_rows(records, base, **vars(table))
+    prior_profile = load_hardware(prior) if prior else None
     try:
-        if anchor:
-            fit: Updated | ProfileFit = update_profile(base, rows, dtype=dtype)
-        else:
-            prior_profile = load_hardware(prior) if prior else None
-            with render.progress("fitting") as report:
-                fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
+        with render.progress("fitting") as report:
+            fit = fit_profile(base, rows, dtype=dtype, prior=prior_profile, progress=report)
     except InputError:
         render.notes(notes, out.verbose)  # refused rows may be the reason
         raise
     save_hardware(fit.profile, output)
-    if isinstance(fit, Updated):
-        judged, found = of_update(fit, output, base.name), [as_row(fit)]
-    else:
-        judged = of_fit(
-            fit, validate(without_exact(fit.profile), rows), output, disturbed_share(rows)
-        )
-        found = [part_row(part) for part in fit.parts]
+    held_out = validate(without_exact(fit.profile), rows)
+    judged = of_fit(fit, held_out, output, disturbed_share(rows))
     record_verdict(judged, output)
+    found = [part_row(part) for part in fit.parts]
     conclude(judged, found, lambda: show_fitted(fit), notes + fit.notes, out)
 
 
@@ -193,14 +174,8 @@ def part_row(part: FittedPart) -> dict[str, Any]:
     }
 
 
-def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
-    """Print a fit or an update; return a note on the constants of each section that were not
-    fitted."""
-    from calibration.fit.local_update import Updated
-
-    if isinstance(fit, Updated):
-        _show_update(fit)
-        return ()
+def show_fitted(fit: ProfileFit) -> tuple[str, ...]:
+    """Print a fit; return a note on the constants of each section that were not fitted."""
 
     def accuracy(name: str) -> Callable[[FittedPart], str]:
         return lambda p: (
@@ -224,47 +199,4 @@ def show_fitted(fit: ProfileFit | Updated) -> tuple[str, ...]:
     kept = ((f"{p.operator} {p.dtype}", ", ".join(names)) for p, names in fixed if names)
     return tuple(
         f"{part}: constants kept, not fitted: {names}; measure more shapes" for part, names in kept
-    )
-
-
-def _show_update(done: Updated) -> None:
-    def percent(value: float, sign: str = "") -> str:
-        return f"{100 * value:{sign}.1f} %"
-
-    def ends(half: float) -> str:
-        return f"{1.0 / (1.0 + half):.2f}-{1.0 + half:.2f}x"
-
-    effects = render.columns(
-        done.effects,
-        ("<error factor", "name"),
-        ("before", lambda e: f"{percent(-e.prior_sd, '+')} to {percent(e.prior_sd, '+')}"),
-        (
-            "after",
-            lambda e: (
-                f"{percent(e.mean, '+')} ({percent(e.mean - e.sd, '+')} to"
-                f" {percent(e.mean + e.sd, '+')})"
-            ),
-        ),
-        ("<meaning", "meaning"),
-    )
-    render.show(
-        effects,
-        f"Effects of {done.rows} rows from this machine and its software, one standard deviation",
-    )
-    print()
-    fits = render.columns(
-        done.fits,
-        ("<operator", "name"),
-        ("rows", lambda f: f"{f.rows:,}"),
-        ("error\nbefore", "error_before", percent),
-        ("\nafter", "error_after", percent),
-        ("90 % interval\nover time before", "half_before", ends),
-        ("\nafter", "half_after", ends),
-        ("coverage\nbefore", "inside_before", percent),
-        ("\nafter", "inside_after", percent),
-        ("\nz", lambda f: f"{f.z:.2f}"),
-    )
-    render.show(
-        fits,
-        "Mean error of the rows, before the update and after it (each predicted from the others)",
     )

@@ -98,18 +98,12 @@ def accuracy_text(rows: Sequence[Row]) -> str:
 
 def columns_of_table(rows: Sequence[Row], title: str) -> list[tuple[str, list[str]]]:
     """Return one table as (title, cells) of each column, %. A table of held-out stacks has a line
-    per stack and number of its rows (0: as shipped), and their means at the end."""
+    per stack, and their means at the end."""
     lines = means(rows, title)
     held_out = list(dict.fromkeys(r["held_out"] for r in lines if r["held_out"]))
     if held_out:
-        sizes = sorted({r["rows"] for r in lines})
-        at = {(r["held_out"], r["rows"]): r for r in lines}
-        places = [*((name, [name]) for name in held_out), ("mean", held_out)]
-        groups = [
-            [at.get((name, size), {}) for name in names] for _, names in places for size in sizes
-        ]
-        columns = [("held out", [name for name, _ in places for _ in sizes])]
-        columns.append(("rows", [str(size) for _ in places for size in sizes]))
+        groups = [*([r] for r in lines), lines]
+        columns = [("held out", [*held_out, "mean"])]
     else:
         groups = [[r] for r in lines]
         columns = [("method", [r["method"] for r in lines])]

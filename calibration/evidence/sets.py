@@ -21,7 +21,6 @@ from calibration.evidence.measurements import published
 from calibration.evidence.measurements.wheel import SOURCES, datasheet, open_wheel, read_source
 from calibration.fit.attention import SHAPE, AttentionFit, calls_of, fit_attention
 from calibration.fit.gemm import GemmFit, fit_gemm, products_of
-from calibration.fit.local_update import update_profile
 from calibration.fit.operators import PART_ROLES, layers_of
 from calibration.fit.predict import predict
 from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_along
@@ -31,7 +30,7 @@ from calibration.records.timing_table import Records, Source
 from calibration.validation.scoring import ScoredRows, score
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
-from simulator.errors import InputError, unknown
+from simulator.errors import unknown
 from simulator.hardware.library import inheriting, load_hardware
 from simulator.hardware.profile import Fitted, HardwareProfile, Section
 from simulator.operators.attention import AttentionCalls
@@ -40,7 +39,6 @@ from simulator.operators.collective import COLLECTIVE_CONSTANTS
 from simulator.operators.experts import Layers
 from simulator.operators.gemm import Products
 from simulator.prediction.requests import by_key
-from simulator.uncertainty.factors import posterior_of
 from simulator.uncertainty.forward import ratio_half
 
 Row = dict[str, Any]
@@ -51,7 +49,7 @@ DATA: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").rea
 GROUPINGS = ("heads", "lengths")
 TEST_SHARE = 0.3
 SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
-# most held-out rows of an update, and most pairs of rows: random samples
+# most held-out rows of a profile, and most pairs of rows: random samples
 MOST_ROWS, MOST_PAIRS = 3000, 4000
 
 
@@ -157,7 +155,7 @@ class MeasuredRows:
         found, half = predict(self.records(), hw), None
         if ratios and len(pairs) and found.uncertainty is not None:
             smaller, larger = (found.uncertainty.take(side) for side in pairs.T)
-            half = ratio_half(smaller, larger, LEVEL, posterior_of(hw))
+            half = ratio_half(smaller, larger, LEVEL)
         time = found.time
         return replace(
             self.timed(time.seconds, pairs), lower=time.lower, upper=time.upper, half_width=half
@@ -186,25 +184,13 @@ def evaluate_table(
     return row("prunesim + prior" if prior else "prunesim", seed, evaluate(section, test, by))
 
 
-def evaluate_updates(
-    hw: HardwareProfile, table: MeasuredRows, sizes: Sequence[int], seed: int
-) -> list[Row]:
-    """Evaluate a profile on the test groups of a table: as shipped, and updated with some of its
-    training rows."""
+def evaluate_profile(hw: HardwareProfile, table: MeasuredRows, seed: int) -> Row:
+    """Evaluate a profile of another stack or GPU on the test groups of a table."""
     rng, unseen = np.random.default_rng(seed + 50), table.train_test(None, seed)[1]
     test = unseen.take(np.sort(rng.permutation(len(unseen.data))[:MOST_ROWS]))
     pairs = test.pairs()
     pairs = pairs[np.sort(rng.permutation(len(pairs))[:MOST_PAIRS])]
-    out = [row("as shipped", seed, score(test.predictions(hw, pairs, ratios=True)))]
-    for size in sizes:
-        try:
-            updated = update_profile(hw, table.train_test(size, seed)[0].records()).profile
-        except InputError:  # the defaults are off by more than an update accepts
-            continue
-        out.append(
-            row("posterior", seed, score(test.predictions(updated, pairs, ratios=True)), rows=size)
-        )
-    return out
+    return row("as shipped", seed, score(test.predictions(hw, pairs, ratios=True)))
 
 
 @dataclass(frozen=True)
@@ -360,8 +346,7 @@ def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iter
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
         names = {"table": f"{operator}, held-out stack", "held_out": held_out}
         hw = table.load().profile(source.fitted(), same_stack=False)
-        for r in evaluate_updates(hw, table.load(), (20, 100, 400), seed):
-            yield {**r, **names}
+        yield {**evaluate_profile(hw, table.load(), seed), **names}
 
 
 def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Iterator[Row]:
@@ -420,8 +405,8 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
             hw = inheriting(table.hw, origin) if origin else table.hw
             held_out = f"{device} {stack} {dtype}: {origin.name if origin else 'defaults'}"
             title = f"{operator}, GPU without a calibration"
-            for r in evaluate_updates(hw.serving((stack, *STACKS)), table, (), seed):
-                yield {**r, "table": title, "held_out": held_out}
+            names = {"table": title, "held_out": held_out}
+            yield {**evaluate_profile(hw.serving((stack, *STACKS)), table, seed), **names}
 
 
 # collectives

@@ -283,9 +283,7 @@ def fit_gemm(
     for few rows."""
     if len(data) < (FIT_ROWS if prior is None else PRIOR_ROWS):
         few = f"a GEMM fit needs at least {FIT_ROWS} shapes, got {len(data)}"
-        raise ValueError(
-            f"{few}; to adapt a shipped profile to this stack, use a local update (fit --anchor)"
-        )
+        raise ValueError(f"{few}; with a shipped profile as prior (--prior), {PRIOR_ROWS} do")
     return replace(
         data, start=starting_constants(hw, dtype, prior), prior=prior, seed=seed
     ).section()

@@ -17,7 +17,7 @@ from calibration.fit.operators import experts_part, index_sizes
 from calibration.fit.recurrent import STATE, recurrent_calls
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import LAUNCHES, NEEDED, OPERATORS, Records
-from simulator.arrays import BoolArray, IndexArray
+from simulator.arrays import IndexArray
 from simulator.codes import DTYPE_BYTES, DTYPES, ROLES, Kernel
 from simulator.hardware.profile import HardwareProfile
 from simulator.operators import attention
@@ -31,12 +31,9 @@ from simulator.operators.indexer import indexer
 from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
-    HOST_KIND,
     Uncertainty,
     in_order,
-    posterior_of,
 )
-from simulator.uncertainty.forward import host_launch
 from simulator.uncertainty.operators import (
     TIMES,
     OperatorTimes,
@@ -47,18 +44,11 @@ from simulator.uncertainty.operators import (
 
 UNTIMED = "the time is not positive and finite"
 
-# errors of an eager layer's time, log units
-LAYER_OWN = 0.03  # independent error
-# common error, assumed: a model's layer differs from the measured one; a pass has more than layers
-LAYER_COMMON = 0.10
-# common error without the GPU, assumed: its driver may take as long as the framework
-LAYER_WITHOUT_GPU = 0.50
-
 
 @dataclass(frozen=True)
 class Predicted:
     time: OperatorTimes
-    uncertainty: Uncertainty | None = None  # None: the time is a sum of operators
+    uncertainty: Uncertainty | None = None  # None: of the host, or a sum of operators
     sizes: Mapping[str, Any] = field(default_factory=dict)  # for errors by size
 
 
@@ -263,48 +253,13 @@ def _recurrent(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     return Predicted(*predicted(known.cost(recurrent_calls(operator, r, known.machine)), hw))
 
 
-@dataclass(frozen=True)
-class LaunchTime:
-    """Host time of an eager launch in a pass."""
-
-    launch_s: float
-    half: float  # half-width of its 90 % interval, log
-
-    @classmethod
-    def of(cls, hw: HardwareProfile) -> LaunchTime:
-        launch_s, log_sd = host_launch(hw)
-        posterior = posterior_of(hw)
-        return cls(
-            launch_s, log_sd * (COVERAGE_FACTOR if posterior is None else posterior.coverage_factor)
-        )
-
-    @property
-    def layer_s(self) -> float:
-        return LAYER_LAUNCHES * self.launch_s
-
-
-def without_gpu(r: Records, hw: HardwareProfile) -> BoolArray:
-    """Return a mask of the rows that were measured on a CPU (their sources name threads) for a
-    GPU's profile."""
-    on_cpu = np.array(["threads" in source.stack for source in r.sources], dtype=bool)
-    return np.asarray(on_cpu[r.source] & (hw.architecture != "cpu"))
-
-
 def _layer(r: Records, hw: HardwareProfile, options: Options) -> Predicted:
     """Predict eager layers: the host's launches take the same time for any length of the cache."""
-    rows, host = len(r), LaunchTime.of(hw)
-    nothing, seconds = np.zeros(rows), np.full(rows, host.layer_s)
-    uncertainty = Uncertainty(
-        factors=("host",),
-        systematic=np.full((1, rows), ERROR_FACTORS["host"]),
-        correlated=np.where(without_gpu(r, hw), LAYER_WITHOUT_GPU, LAYER_COMMON),
-        independent=np.full(rows, LAYER_OWN**2),
-        coordinates=np.zeros((rows, 3)),
-        kind=HOST_KIND,
-    )
-    width, codes = math.exp(host.half), np.full(rows, BOTTLENECKS.index("host"), dtype=np.int8)
-    time = OperatorTimes(seconds, seconds / width, seconds * width, nothing, codes)
-    return Predicted(time, uncertainty)
+    seconds = np.full(len(r), LAYER_LAUNCHES * hw.section("runtime", "*")["host_op_s"])
+    width = math.exp(COVERAGE_FACTOR * ERROR_FACTORS["host"])
+    codes = np.full(len(r), BOTTLENECKS.index("host"), dtype=np.int8)
+    roofline_s = np.zeros(len(r))
+    return Predicted(OperatorTimes(seconds, seconds / width, seconds * width, roofline_s, codes))
 
 
 # operator of a record -> section of a profile that predicts it, and the function that does

@@ -273,12 +273,11 @@ def base_plan(
     refuses: Callable[[Operator], str] = lambda op: "",
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
-    kernels_apart: bool = True,
     earlier: Sequence[Item] = (),
 ) -> MeasurementPlan:
     """Plan measurements of an unknown device; ``shares`` are shares of the budget. The order begins
-    with one operator per kind, so a run that ends early has a time of each. With ``kernels_apart``,
-    enough attention calls of one head width for a fit come before the next width. The plan has none
+    with one operator per kind, so a run that ends early has a time of each. Enough attention calls
+    of one head width for a fit come before the next width. The plan has none
     of the ``earlier`` items, and holds out further rows of their held-out groups."""
     protocol = protocol or Protocol()
     rng = np.random.default_rng((seed, len(earlier)) if earlier else seed)
@@ -294,7 +293,7 @@ def base_plan(
     shares = {**shares, "gemm": shares["gemm"] + freed}
     left = shares["gemm"] * budget_s
     spare = SPARE * left
-    for name, stream in other_streams(dtype, rng, refuses, kernels_apart).items():
+    for name, stream in other_streams(dtype, rng, refuses).items():
         if name in omitted:
             continue
         operators, share = [*stream], shares.get(name, 0.0) * budget_s
@@ -496,7 +495,6 @@ def other_streams(
     dtype: str,
     rng: np.random.Generator,
     refuses: Callable[[Operator], str],
-    kernels_apart: bool = True,
 ) -> dict[str, Iterable[Operator]]:
     aligned = [
         (m, n, k)
@@ -508,12 +506,9 @@ def other_streams(
     sparse = (Operator("gemm_2to4", dtype, m=m, n=n, k=k) for m, n, k in _spread(aligned, rng))
     prefill = (
         Operator("attention_prefill", dtype, q_len=call["kv_len"], cold=False, **call)
-        for call in _calls(BATCHES[:4], rng, kernels_apart)
+        for call in _calls(BATCHES[:4], rng)
     )
-    decode = (
-        Operator("attention_decode", dtype, q_len=1, **call)
-        for call in _calls(BATCHES, rng, kernels_apart)
-    )
+    decode = (Operator("attention_decode", dtype, q_len=1, **call) for call in _calls(BATCHES, rng))
     spots = [
         _spread(
             [
@@ -573,15 +568,14 @@ def _indexers(dtype: str, rng: np.random.Generator) -> Iterator[Operator]:
         )
 
 
-def _calls(batches: Sequence[int], rng: np.random.Generator, apart: bool) -> list[Row]:
-    """Return shapes of attention calls. With ``apart``, head widths take turns that have enough
-    calls for a fit."""
+def _calls(batches: Sequence[int], rng: np.random.Generator) -> list[Row]:
+    """Return shapes of attention calls; head widths take turns that have enough calls for a fit."""
     every = [(b, s, *heads) for b in batches for s in LENGTHS for heads in HEADS]
     pools = [
         [call for call in every if call[-1] == width]
         for width in sorted({heads[-1] for heads in HEADS})
     ]
-    orders = [_spread(pool, rng) for pool in (pools if apart else [every])]
+    orders = [_spread(pool, rng) for pool in pools]
     turns = range(0, max(map(len, orders)), _WIDTH_ROWS)
     calls = (
         call for start in turns for order in orders for call in order[start : start + _WIDTH_ROWS]

@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from calibration.devices.protocol import ELEMENTWISE_ROLES, Device, Operator
+from calibration.devices.protocol import Device, Operator
 from calibration.devices.telemetry import THROTTLING, UNKNOWN
 from calibration.fit.base_profile import base_profile, raised, thread_notes
-from calibration.fit.local_update import Updated, update_profile
 from calibration.fit.profile import ProfileFit, fit_profile, provenance_of
 from calibration.measure.plan import (
     FIT,
-    SHARES,
     Item,
     MeasurementPlan,
     Rates,
@@ -48,7 +46,7 @@ from calibration.records.store import Content, Header, Store, content_records, p
 from calibration.records.timing_table import PURPOSES, Records
 from calibration.validation.validate import Report, disturbed_share, validate
 from simulator.arguments import AMOUNT, SIZE, number
-from simulator.codes import DTYPES, ROLES, Kernel, Kind
+from simulator.codes import DTYPES, Kernel, Kind
 from simulator.errors import InputError
 from simulator.files.write import refuse_links
 from simulator.hardware.library import load_hardware
@@ -68,17 +66,10 @@ DATASHEET = "datasheet.yaml"
 PROFILE = "profile.yaml"
 REPORT = "report.md"
 
-# Shares of the time of a quick run, for the operators that re-anchoring uses
-QUICK_SHARES = {
-    "gemm": 0.6,
-    "attention_prefill": 0.15,
-    "attention_decode": 0.15,
-    "elementwise": 0.1,
-}
 UNFINISHED = "its calibration did not end"
 TURNS = 0.1  # largest share of the time for GEMMs at the ends of waves
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
-MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
+MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the intervals
 # Purpose of records -> file and subject of their report
 REPORTS = {
     "holdout": (REPORT, "shapes held out before the fit"),
@@ -239,17 +230,16 @@ def measure_into(
     *,
     targets: TargetModels = (),
     run_models: Sequence[Workload] = (),
-    quick: bool = False,
     draft: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> MeasuredRun:
     """Plan and measure, into a new folder or the folder of an earlier run of the same device.
 
-    The GEMMs of ``targets`` (``quick``, for re-anchoring instead of a fit: all operators) are
-    measured exactly and first, in the order of how much they narrow the speedups. Then come the
-    GEMMs of ``run_models`` at the ends of waves. With ``draft``, a profile of the shipped fit, or
-    of the datasheet, exists from the beginning. ``progress`` gets seconds: passed, and in total.
+    The GEMMs of ``targets`` are measured exactly and first, in the order of how much they narrow
+    the speedups. Then come the GEMMs of ``run_models`` at the ends of waves. With ``draft``, a
+    profile of the shipped fit, or of the datasheet, exists from the beginning. ``progress`` gets
+    seconds: passed, and in total.
     """
     description = device.describe()
     memory_bytes = description.memory_bytes
@@ -261,15 +251,15 @@ def measure_into(
 
     def planned(rates: Rates, protocol: Protocol, seed: int) -> tuple[MeasurementPlan, Protocol]:
         hw = load_hardware(datasheet)
-        wanted = target_operators(targets, hw, every=quick) if targets else []
+        wanted = target_operators(targets, hw) if targets else []
         turns = _turns_of(run_models, hw, options.dtype)
-        plan = _plan(wanted, turns, rates, device, options, quick, protocol=protocol, seed=seed)
+        plan = _plan(wanted, turns, rates, device, options, protocol=protocol, seed=seed)
         counts = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
         note(f"{len(plan.items) - plan.spare} operators planned, more if time is left: {counts}")
         return plan, protocol
 
     with Interrupt() as interrupt:
-        if is_new(file) and not quick:  # before anything runs
+        if is_new(file):  # before anything runs
             header = replace(header, extra={**header.extra, **idle_power(device)})
         if is_new(file) or not datasheet.exists():
             base = replace(base_profile(device, options.dtype, options.hardware), path=None)
@@ -288,7 +278,6 @@ def _plan(
     rates: Rates,
     device: Device,
     options: RunOptions,
-    quick: bool,
     **how: Any,
 ) -> MeasurementPlan:
     """Plan the wanted operators, then a base plan with the ``turns`` of waves in the time that is
@@ -307,8 +296,6 @@ def _plan(
             rates=rates,
             dtype=options.dtype,
             refuses=device.refuses,
-            shares=QUICK_SHARES if quick else SHARES,
-            kernels_apart=not quick,
             **how,
         )
     return replace(plan, budget_s=options.budget_s, visits=visits)
@@ -328,7 +315,7 @@ def _turns_of(models: Sequence[Workload], hw: HardwareProfile, dtype: str) -> li
     """Return the GEMMs of models at the ends of waves; none for a CPU, which has no waves."""
     if hw.architecture == "cpu":
         return []
-    gemms = [op for w in models for op in _operators(w, every=False)]
+    gemms = [op for w in models for op in _operators(w)]
     return wave_gemms([(op.n, op.k) for op in gemms], hw.sm_count, dtype)
 
 
@@ -347,25 +334,23 @@ def keep_apart(records: Records) -> Records:
 
 @dataclass(frozen=True)
 class Calibrated:
-    fit: ProfileFit | Updated
+    fit: ProfileFit
     held_out: Report | None  # on held-out shapes
     exact: Report | None  # on shapes that were measured exactly
     disturbed: float  # share of disturbed times
 
 
 def fit_run(
-    folder: str | Path, *, anchor: bool = False, progress: Callable[[int, int], None] | None = None
+    folder: str | Path, *, progress: Callable[[int, int], None] | None = None
 ) -> Calibrated:
-    """Fit (``anchor``: re-anchor) the records of a run folder, validate on held-out rows, write
-    profile and report."""
+    """Fit the records of a run folder, validate on held-out rows, write profile and report."""
     from calibration.validation.validate import write_markdown
 
     path = Path(folder)
     content = read_store(path / RECORDS)
     records = keep_apart(content_records(content))
     base = _with_sustained(raised(load_hardware(path / DATASHEET), records), content, records)
-    fit: ProfileFit | Updated
-    fit = update_profile(base, records) if anchor else _fitted(base, records, progress)
+    fit = _fitted(base, records, progress)
     profile = replace(fit.profile, title=base.title)
     save_hardware(profile, path / PROFILE)
     model = without_exact(profile)
@@ -429,17 +414,14 @@ def target_workloads(
     return out
 
 
-def target_operators(
-    targets: TargetModels, hw: HardwareProfile, every: bool = True
-) -> list[Operator]:
-    """Return the dense GEMMs (``every``: all measurable operators) of workloads, each once, best
-    first."""
+def target_operators(targets: TargetModels, hw: HardwareProfile) -> list[Operator]:
+    """Return the dense GEMMs of workloads, each once, best first."""
     batch = WorkloadBatch.of([w for workloads in targets for w in workloads])
     lengths = np.array([len(workloads) for workloads in targets])
     dense = np.repeat(np.cumsum(lengths) - lengths, lengths)
     p = forward_passes(batch, hw)
     shapes = batch.shapes[0]
-    places = _operators(shapes, every)
+    places = _operators(shapes)
     chosen = np.array(list(places.values()), dtype=np.intp)
     rows = factors.in_order(p.errors, len(shapes)).take(chosen)
     kind = shapes.kind[chosen]
@@ -450,40 +432,12 @@ def target_operators(
     return [operators[i] for i in dict.fromkeys((*order, *range(len(operators))))]
 
 
-def _operators(shapes: Workload, every: bool) -> dict[Operator, int]:
-    """Return the first row of each operator."""
+def _operators(w: Workload) -> dict[Operator, int]:
+    """Return the dense GEMMs of a workload in one number format, each with its first row."""
+    plain = (w.kind == Kind.GEMM) & (w.kernel == Kernel.DENSE) & (w.dtype == w.weight_dtype)
+    plain &= (w.window == 0) & (w.block == 0)
     places: dict[Operator, int] = {}
-    for row in range(len(shapes)):
-        op = operator_of(shapes, row)
-        if op is not None and (every or op.kind == "gemm"):
-            places.setdefault(op, row)
+    for row in np.flatnonzero(plain).tolist():
+        m, n, k = max(round(float(w.m[row])), 1), int(w.n[row]), int(w.k[row])
+        places.setdefault(Operator("gemm", DTYPES[int(w.dtype[row])], m=m, n=n, k=k), row)
     return places
-
-
-def operator_of(w: Workload, row: int) -> Operator | None:
-    kind = int(w.kind[row])
-    dtype = DTYPES[int(w.dtype[row])]
-    role = ROLES[int(w.role[row])]
-    plain = w.dtype[row] == w.weight_dtype[row] and not w.window[row] and not w.block[row]
-    if kind == Kind.GEMM and plain and w.kernel[row] == Kernel.DENSE:
-        return Operator(
-            "gemm", dtype, m=max(round(float(w.m[row])), 1), n=int(w.n[row]), k=int(w.k[row])
-        )
-    if kind == Kind.ELEMENTWISE and role in ELEMENTWISE_ROLES:
-        return Operator(
-            "elementwise", dtype, m=max(int(w.m[row]), 1), n=int(w.n[row]), role=role, cold=False
-        )
-    if kind in (Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION) and plain and w.density[row] == 1.0:
-        decode = kind == Kind.DECODE_ATTENTION
-        return Operator(
-            "attention_decode" if decode else "attention_prefill",
-            dtype,
-            batch=int(w.batch[row]),
-            q_len=int(w.q_len[row]),
-            kv_len=int(w.kv_len[row]),
-            heads=int(w.heads[row]),
-            kv_heads=int(w.kv_heads[row]),
-            head_dim=int(w.head_dim[row]),
-            cold=decode,
-        )
-    return None

@@ -26,7 +26,6 @@ from simulator.hardware.profile import HardwareProfile
 from simulator.units import percent
 
 if TYPE_CHECKING:
-    from calibration.fit.local_update import Updated
     from calibration.fit.profile import ProfileFit
 
 # rule of thumb: max(FLOP / peak, bytes / (0.8 bandwidth)) + 3 us
@@ -476,19 +475,12 @@ def _judged(
 
 def of_calibration(
     report: Report | None,
-    fit: Updated | None,
     folder: Path,
-    hardware: str,
     disturbed: float = 0.0,
     remedy: str = LONGER,
 ) -> Judgement:
-    """Judge a new profile by its errors on held-out shapes, or a local update (``fit``) by the
-    profile before it."""
+    """Judge a new profile by its errors on held-out shapes."""
     profile = folder / "profile.yaml"
-    if fit is not None and fit.fits:
-        update = of_update(fit, profile, hardware, remedy)
-        if update.status or report is None:
-            return with_disturbed(update, profile, disturbed)
     if report is None:
         text = f"Do not rely on {profile} yet: no shapes were held out to validate it; {remedy}."
         return Judgement(DO_NOT_USE, (text,), ("no held-out shapes",))
@@ -518,24 +510,6 @@ def with_disturbed(judged: Judgement, profile: str | Path, share: float) -> Judg
     if share > DISTURBED_MOST:
         return Judgement(DO_NOT_USE, (f"Do not use {profile}: {fact}; {IDLE}.",), reasons)
     return Judgement(PARTLY, (*judged.sentences, f"Use it with care: {fact}; {IDLE}."), reasons)
-
-
-def of_update(
-    fit: Updated, profile: str | Path, hardware: str, remedy: str = "measure more rows"
-) -> Judgement:
-    """Judge a local update by the errors of its rows, each predicted from the other rows, before
-    and after it."""
-    whole = fit.fits[-1]  # all rows, or the only operator
-    errors = f"mean error {percent(whole.error_after)}, before {percent(whole.error_before)}"
-    based = f"of {whole.rows} rows, each predicted from the others"
-    if whole.error_after >= whole.error_before:
-        text = (
-            f"Do not use {profile}: the rows do not improve {hardware} ({errors} {based});"
-            f" {remedy}."
-        )
-        return Judgement(DO_NOT_USE, (text,), ("the rows do not improve the profile",))
-    inside = f"{percent(whole.inside_after)} in their 90 % interval"
-    return Judgement(USE, (f"Use {profile} as --hardware: {errors} {based}; {inside}.",))
 
 
 def _ends(errors: Mapping[str, float]) -> str:

@@ -90,9 +90,6 @@ def _show_devices(
     if hw.link is not None:
         print(f"other links (--link): {', '.join(link_choices(hw.link, hw.bridge)[1:])}")
     print()
-    if hw.local_update is not None:
-        about = hw.local_update.provenance
-        print(f"re-anchored: {about.rows} rows measured on {about.device} with {about.software}\n")
     for engine, times in hw.engines.items():
         _show_engine_times(engine, times)
     if rows := _served(hw):

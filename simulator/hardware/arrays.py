@@ -24,7 +24,6 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from simulator.files.read import read_bounded
-from simulator.operators import MOST_CODES
 from simulator.operators.elementwise import CLASSES
 from simulator.operators.gemm import EXACT_BITS
 
@@ -32,8 +31,6 @@ Arrays = Mapping[str, NDArray[Any]]
 
 MAX_BYTES = 64_000_000  # limit of a file, and of its arrays together
 MOST_LOG = 5.0  # log ratio of a measurement to a model: a factor of 148
-# most rows of a local update: time and memory of the posterior grow with their square
-MOST_ROWS = 2000
 # log ratio of the constants of two kernels, one of which may be at the lower end of its range
 MOST_FACTOR = 30.0
 
@@ -41,14 +38,6 @@ _LOGS = (-MOST_LOG, MOST_LOG)
 _PLACE = (-1e6, 1e6)  # coordinates are logarithms, indices and shares
 _GROUPS: Mapping[str, Mapping[str, tuple[str, float, float]]] = MappingProxyType(
     {
-        "update": {
-            "log_ratio": ("rows", *_LOGS),
-            "systematic": ("rows factors", -100.0, 100.0),
-            "independent": ("rows", 0.0, MOST_LOG**2),
-            "correlated": ("rows", 0.0, MOST_LOG),
-            "coordinates": ("rows 3", -100.0, 100.0),
-            "kind": ("rows", 0.0, MOST_CODES - 1.0),
-        },
         "exact": {
             **{name: ("shapes", 1.0, 2.0**bits - 2.0) for name, bits in EXACT_BITS.items()},
             "exact_s": ("shapes", 1e-12, 1e9),
@@ -74,17 +63,16 @@ _GROUPS: Mapping[str, Mapping[str, tuple[str, float, float]]] = MappingProxyType
 """Arrays that belong together: sizes of the axes (equal names have equal sizes), lowest and highest
 value. The first array needs the others."""
 
-_OF = {"local_update": ("update",), "elementwise": ("classes",)}
+_OF = {"elementwise": ("classes",)}
 _OF_OTHERS = ("exact", "measured", "by_rows", "grid", "kernels")
-_MOST_SIZE = {"rows": MOST_ROWS, "classes": len(CLASSES)}
-_MAY_BE_NONE = ("factors", "constants", "shapes")
-_WHOLE = (*EXACT_BITS, "kind")
+_MOST_SIZE = {"classes": len(CLASSES)}
+_MAY_BE_NONE = ("constants", "shapes")
 
 _FITTED = {
     name: rule[1:]
     for group in _GROUPS.values()
     for name, rule in group.items()
-    if name in ("values", "row_values", "log_ratio", "factors", "exact_log_half")
+    if name in ("values", "row_values", "factors", "exact_log_half")
 }
 """Array that a fit computes from times -> lowest and highest value."""
 
@@ -153,7 +141,7 @@ def read_archive(path: Path, sha256: str) -> Mapping[str, bytes]:
 
 def read_arrays(items: Mapping[str, bytes], prefix: str, names: tuple[str, ...]) -> Arrays:
     """Return the read-only arrays ``prefix.name`` of an archive by name; ValueError for invalid
-    arrays. The prefix is ``operator.dtype`` or ``local_update``."""
+    arrays. The prefix is ``operator.dtype``."""
     arrays = MappingProxyType(
         {name: _array(f"{prefix}.{name}", items.get(f"{prefix}.{name}.npy")) for name in names}
     )
@@ -201,7 +189,7 @@ def check_arrays(operator: str, arrays: Arrays) -> None:
     """Raise ValueError, one line, for arrays that the cost model of an operator cannot use; ignore
     unknown names."""
     for group in (_GROUPS[name] for name in _OF.get(operator, _OF_OTHERS)):
-        if next(iter(group)) in arrays or operator == "local_update":
+        if next(iter(group)) in arrays:
             _check_group(group, arrays)
     if "row_m" in arrays and (np.diff(arrays["row_m"]) <= 0).any():
         raise ValueError("array row_m: expected ascending numbers")
@@ -225,7 +213,7 @@ def _check_group(group: Mapping[str, tuple[str, float, float]], arrays: Arrays) 
         if array.size and not (low <= array.min() and array.max() <= high):
             found = f"{array.min():g} to {array.max():g}"
             raise ValueError(f"array {name}: expected values from {low:g} to {high:g}, got {found}")
-        if name in _WHOLE and (array != np.floor(array)).any():
+        if name in EXACT_BITS and (array != np.floor(array)).any():
             raise ValueError(f"array {name}: expected whole numbers")
     for axis, size in sizes.items():
         least, most = int(axis not in _MAY_BE_NONE), _MOST_SIZE.get(axis, MAX_BYTES)

@@ -171,7 +171,7 @@ class ArraysEntry:
 
 
 class StoredArrays(Object):
-    """Arrays of a section or of the local update, which are fetched from their file."""
+    """Arrays of a section, which are fetched from their file."""
 
     def read(self, node: Node, path: Keyed, reader: TreeReader) -> Any:
         entry = super().read(node, path, reader)
@@ -183,31 +183,6 @@ class StoredArrays(Object):
             return fetch(folder / entry.file, entry.sha256, prefix, entry.names)
         except ValueError as error:
             return reader.wrong(node.at("file"), (*path, "file"), str(error))
-
-
-_FACTOR = Text(
-    (), "[a-z0-9_]+( [a-z0-9_]+){0,5}", "words of lower-case letters, digits and _", quote=True
-)
-
-
-@dataclass(frozen=True, eq=False)
-class LocalUpdate:
-    """Rows measured on the user's machine that update the predictions of a whole profile."""
-
-    provenance: Provenance
-    # names of the error factors, the columns of ``systematic``
-    factors: tuple[Annotated[str, _FACTOR], ...]
-    # log_ratio, correlated (standard deviation), independent (variance) and kind have the shape
-    # (rows,), systematic has (rows, factors), coordinates has (rows, 3)
-    arrays: Annotated[Any, StoredArrays(ArraysEntry)] = field(repr=False)
-
-    def __post_init__(self) -> None:
-        systematic = self.arrays.get("systematic") if isinstance(self.arrays, Mapping) else None
-        if systematic is not None and systematic.shape[1] != len(self.factors):
-            expected = (
-                f"expected {systematic.shape[1]} names, one per column of the array systematic"
-            )
-            raise InputError(f"factors: {expected}, got {len(self.factors)}")
 
 
 _LogSd = Annotated[float, Number(0.0, 3.0, "0.2")]
@@ -391,8 +366,6 @@ class HardwareProfile(Displayed):
         of the device.
     same_stack : bool
         Whether the preferred stack is the user's own, which narrows the intervals.
-    local_update : LocalUpdate, optional
-        Rows measured on the user's machine.
     engines : mapping of str to EngineTimes
         Engines measured on the user's machine.
     verdict : str
@@ -441,7 +414,6 @@ class HardwareProfile(Displayed):
     stacks_of: str = ""
     sibling: bool = False
     same_stack: bool = False
-    local_update: LocalUpdate | None = None
     engines: Mapping[str, EngineTimes] = field(default_factory=dict)
     verdict: str = ""
     path: Path | None = None
@@ -456,12 +428,8 @@ class HardwareProfile(Displayed):
     @property
     def label(self) -> str:
         """Name, with "@stack" if the stack was selected by name; :func:`simulator.load_hardware`
-        accepts that.
-
-        A profile with a local update is marked "(anchored)".
-        """
-        name = f"{self.name}@{self.stack}" if self.pinned else self.name
-        return f"{name} (anchored)" if self.local_update is not None else name
+        accepts that."""
+        return f"{self.name}@{self.stack}" if self.pinned else self.name
 
     def _title(self) -> str:
         rates = (
@@ -497,7 +465,6 @@ class HardwareProfile(Displayed):
             "stacks_of": self.stacks_of,
             "verdict": self.verdict,
             "engines": self.engines,
-            "local_update": None if self.local_update is None else self.local_update.provenance,
             "sources": self.sources,
             "sections": [
                 section_row(self.name, *key, section) for key, section in self.sections.items()
@@ -554,7 +521,7 @@ class HardwareProfile(Displayed):
         # the user's own calibration of a stack is valid for engines that run the kernels of this
         # stack
         own = bool(self.own_stack) and not self.stack and self.engine_stack in ("", self.own_stack)
-        if fitted and (self.same_stack or own) and self.local_update is None:
+        if fitted and (self.same_stack or own):
             return SAME_STACK, section.section_scale
         # without an engine, every section counts as one of the engine's stack
         known = ("calibrated", "inherited") if self.sibling else ("calibrated",)
@@ -742,7 +709,7 @@ def _serving(
     tall: tuple[float, ...],
     marlin: bool,
 ) -> HardwareProfile:
-    if not (profile.pinned or profile.local_update or "" in profile.stacks):
+    if not (profile.pinned or "" in profile.stacks):
         profile = preferring(profile, profile.stacks, *stacks)
         having = [name for name in stacks if _INT4_EXPERTS in profile.stacks.get(name, {})]
         if marlin and having:

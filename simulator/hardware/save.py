@@ -54,17 +54,10 @@ def save_hardware(profile: HardwareProfile, path: str | os.PathLike[str]) -> Non
     50.0
     """
     path = _target(path)
-    update = profile.local_update
-    file, packed, calibrated = _calibrated(
-        path, profile.sections, update.arrays if update else None
-    )
-    if update:
-        update = replace(update, arrays=_entry(update.arrays, file, packed))
+    file, packed, calibrated = _calibrated(path, profile.sections)
     more = " under datasheet, fitted values under calibrated" if profile.sections else ""
     head = f"# {' '.join(profile.title.split())}: facts with their sources{more}."
-    whole = replace(
-        facts_of(profile), calibrated=calibrated, local_update=update, engines=profile.engines
-    )
+    whole = replace(facts_of(profile), calibrated=calibrated, engines=profile.engines)
     text, problems = _text(head, whole), Problems(str(path))
     schema.profile_from_text(text, path, problems, _no_arrays, library.taken(path))
     _write(path, text, problems, file, packed)
@@ -117,22 +110,20 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _calibrated(
-    path: Path, sections: Sections, update: Arrays | None = None
+    path: Path, sections: Sections
 ) -> tuple[str, bytes, dict[str, dict[str, schema.SectionEntry]]]:
     """Return the name and the bytes of the array file, and the sections as the YAML names them. The
     name contains the digest, so the old pair of files stays readable until the new YAML is in
     place."""
     arrays = {}
-    held = {
-        f"{operator}.{dtype}": section.arrays for (operator, dtype), section in sections.items()
-    }
-    for prefix, own in (held if update is None else {**held, "local_update": update}).items():
+    for (operator, dtype), section in sections.items():
         try:
-            check_arrays(prefix.split(".")[0], own)
+            check_arrays(operator, section.arrays)
         except ValueError as error:
-            key = prefix if prefix == "local_update" else f"calibrated.{prefix}"
+            key = f"calibrated.{operator}.{dtype}"
             raise InputError(f"{path}: {key}.arrays: {error}") from None
-        arrays.update({f"{prefix}.{name}": array for name, array in own.items()})
+        own = section.arrays.items()
+        arrays.update({f"{operator}.{dtype}.{name}": array for name, array in own})
     packed = pack_arrays(arrays) if arrays else b""
     file = f"{_stem(path)}.{hashlib.sha256(packed).hexdigest()[:12]}.npz"
     tree: dict[str, dict[str, schema.SectionEntry]] = {operator: {} for operator in CONSTANTS}

@@ -34,7 +34,6 @@ from simulator.hardware.profile import (
     EngineTimes,
     Fitted,
     HardwareProfile,
-    LocalUpdate,
     Provenance,
     Section,
     Sections,
@@ -210,7 +209,6 @@ class ProfileFile:
     sources: Map[Quoted]
     datasheet: Datasheet
     calibrated: Calibrated = field(default_factory=dict)
-    local_update: LocalUpdate | None = None
     engines: Map[EngineTimes] = field(default_factory=dict)
 
 
@@ -355,7 +353,6 @@ def _profile(top: ProfileFile, path: Path) -> HardwareProfile:
         sources=MappingProxyType({key: top.sources[fact.source] for key, fact in facts.items()}),
         notes=MappingProxyType({key: fact.note for key, fact in facts.items() if fact.note}),
         references=top.sources,
-        local_update=top.local_update,
         engines=top.engines,
         path=path,
     )

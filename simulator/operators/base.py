@@ -4,8 +4,8 @@ file of its own.
 An operator is a subclass of :class:`Operator` and an entry of
 :data:`simulator.operators.OPERATORS`. Its cost model is a subclass of :class:`Calls`: equal-length
 arrays of sizes with the datasheet facts they need. Its method :meth:`Calls.estimate` turns
-constants into an :class:`Estimate`, from which prediction intervals, fits, held-out errors and
-local updates follow. docs/adding.md adds an operator as an example.
+constants into an :class:`Estimate`, from which prediction intervals, fits and held-out errors
+follow. docs/adding.md adds an operator as an example.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from simulator.power import Power, datasheet_times
 from simulator.request import Request
 from simulator.serving.served import Steps
 from simulator.serving.server import Server
-from simulator.uncertainty.factors import level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.intervals import device_errors
 from simulator.workload import WorkloadBatch
@@ -351,7 +351,7 @@ class StepTables:
 
     @cached_property
     def _scale(self) -> float:
-        return self.decodes.p.uncertainty.coverage_factor * level_scale(self.level)
+        return COVERAGE_FACTOR * level_scale(self.level)
 
     @cached_property
     def _inside(self) -> BoolArray:

@@ -5,8 +5,7 @@ log(true / predicted) is a sum of three errors. A *systematic* error belongs to 
 such as the launch time of GEMMs. It is one number per software stack and laboratory, multiplied by
 the loading of each time. A *correlated* error is similar for operators of similar sizes. An
 *independent* error belongs to one shape. Times, ratios of times and forward passes are rows of one
-linear model, so common errors cancel in a ratio, and measured times (:class:`Posterior`) correct
-all others.
+linear model, so common errors cancel in a ratio.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simulator.arguments import LEVEL, number
-from simulator.arrays import Array, IndexArray
-from simulator.codes import Kind
+from simulator.arrays import Array
 from simulator.hardware.profile import HardwareProfile
-from simulator.operators import MOST_CODES, OPERATORS
+from simulator.operators import OPERATORS
 from simulator.operators.base import (
     ENGINE_STACK,
     SAME_STACK,
@@ -240,168 +238,3 @@ def correlation(a: Array, b: Array) -> Array:
         distance += np.abs(apart, out=apart)
     distance *= -1.0 / LENGTH_SCALE_OCTAVES
     return np.asarray(np.exp(distance, out=distance))
-
-
-MOST_LOG = 1.5
-"""Largest log of measured over predicted that counts; attention of two stacks differs by up to a
-factor of 3."""
-
-HOST_KIND = int(Kind.HOST)
-"""Kind of rows that time the host; their scatter does not inform about kernels."""
-
-PRIOR_FACTORS = 4.0
-PRIOR_NOISE = 20.0
-PRIOR_ROWS = 30
-"""Weight of the prior: number of error factors for s, number of rows for g, number of rows for the
-coverage factor."""
-
-_ROUNDS = 9
-
-
-def _coverage_factor(z: Array) -> float:
-    """Return the coverage factor of z-scores; the prior counts as :data:`PRIOR_ROWS` rows."""
-    count = len(z)
-    if not count:
-        return COVERAGE_FACTOR
-    place = min(count - 1, int(np.ceil(0.9 * (count + 1))) - 1)
-    return float((count * np.sort(z)[place] + PRIOR_ROWS * COVERAGE_FACTOR) / (count + PRIOR_ROWS))
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """The error model given y = log(measured / predicted) of n measured times: the local update of
-    a profile. It estimates factors s on the variance of each error factor, and g on the other
-    variances by kind of operator."""
-
-    scale: Array  # (c,) variance of the error of each of ERROR_FACTORS; the prior is 1
-    noise: Array  # factor on correlated and independent variance, by kind of operator
-    # half-width of a 90 % interval over the standard deviation, by kind; the last: all
-    coverage_factors: Array
-    systematic: Array  # (n, c) of the measured times
-    correlated: Array  # (n,)
-    coordinates: Array  # (n, 3)
-    kind: IndexArray  # (n,)
-    weights: Array  # (n,) inverse covariance times log(measured / predicted)
-    inverse: Array  # (n, n) inverse covariance
-    # (2, n) log error of each measured time predicted from the others, and standard deviation
-    left_out: Array
-
-    @classmethod
-    def of(
-        cls,
-        systematic: Array,
-        correlated: Array,
-        independent: Array,
-        coordinates: Array,
-        kind: IndexArray,
-        log_ratio: Array,
-    ) -> Posterior:
-        """Return the posterior given the errors and log(measured / predicted) of n measured times;
-        ``systematic`` is (n, c). Outliers count less (Student's t of 4 degrees).
-        Expectation-maximisation estimates the variance of each error factor (the prior counts as
-        :data:`PRIOR_FACTORS` factors) and the noise of each kind of operator (the prior counts as
-        :data:`PRIOR_NOISE` rows). Z-scores of rows predicted from all others give the coverage
-        factor of their kind."""
-        y = np.clip(log_ratio, -MOST_LOG, MOST_LOG)
-        n = len(log_ratio)
-        factors = systematic.shape[1]
-        s = np.ones(factors)
-        w = np.ones(n)
-        g = np.ones(MOST_CODES)
-        similar = (
-            correlation(coordinates, coordinates)
-            * np.outer(correlated, correlated)
-            * (kind[:, None] == kind)
-        )
-        e = np.maximum(independent, 1e-6)
-        # factors of one cause share a variance
-        causes = [" ".join(name.split()[:2]) for name in ERROR_FACTORS]
-        cause = np.array([causes.index(name) for name in causes])
-        for i in range(_ROUNDS + 1):
-            of_row = g[kind]
-            noise = of_row * e / w
-            inverse = np.linalg.inv(
-                (systematic * s) @ systematic.T + of_row * similar + np.diag(noise)
-            )
-            a = inverse @ y
-            if i == _ROUNDS:
-                break
-            rest = noise * a  # remaining error of each row
-            w = np.clip(5.0 / (4.0 + rest * rest / (of_row * e)), 1e-3, 1.0)
-            if 2 <= i < _ROUNDS - 3:
-                explained = np.einsum("ij,ij->j", systematic, inverse @ systematic)
-                square = (s * (systematic.T @ a)) ** 2 + s - s * s * explained
-                total = np.bincount(cause, square)
-                members = np.bincount(cause)
-                s = ((PRIOR_FACTORS + total) / (PRIOR_FACTORS + members))[cause]
-                left = np.bincount(
-                    kind, w * (rest * rest + noise - noise * noise * np.diag(inverse)) / e, len(g)
-                )
-                g = (PRIOR_NOISE + left) / (PRIOR_NOISE + np.bincount(kind, minlength=len(g)))
-        precision = np.diag(inverse)
-        left_out = np.stack(
-            [a / precision, np.sqrt(np.maximum(1.0 / precision - noise + noise * w, 1e-12))]
-        )
-        z = np.abs(left_out[0]) / left_out[1]
-        chosen = [kind == k for k in range(len(g))] + [kind != HOST_KIND]
-        coverage = np.array([_coverage_factor(z[rows]) for rows in chosen])
-        return cls(s, g, coverage, systematic, correlated, coordinates, kind, a, inverse, left_out)
-
-    @property
-    def coverage_factor(self) -> float:
-        """Half-width of a 90 % interval over the standard deviation, of all operators."""
-        return float(self.coverage_factors[-1])
-
-    def covariance(
-        self, systematic: Array, correlated: Array, coordinates: Array, kind: int
-    ) -> Array:
-        """Return the covariance (m, n) of m times of one kind with the measured times."""
-        near = correlation(coordinates, self.coordinates)
-        similar = near * correlated[:, None] * (self.correlated * (self.kind == kind))
-        return np.asarray(
-            (systematic * self.scale) @ self.systematic.T + self.noise[kind] * similar
-        )
-
-    def at(self, uncertainty: Uncertainty) -> tuple[Array, Array]:
-        """Return the mean and variance (m,) of the log errors of times."""
-        systematic = uncertainty.wide()
-        u = uncertainty
-        c = self.covariance(systematic, u.correlated, u.coordinates, u.kind)
-        prior = (systematic * systematic) @ self.scale + self.noise[u.kind] * (
-            u.correlated**2 + u.independent
-        )
-        return c @ self.weights, np.maximum(
-            prior - np.einsum("ij,ij->i", c @ self.inverse, c), 1e-8
-        )
-
-    @property
-    def factors(self) -> tuple[Array, Array]:
-        """Mean (c,) and standard deviation of each error factor, log units."""
-        c = self.scale[:, None] * self.systematic.T
-        variance = self.scale - np.einsum("ij,ij->i", c @ self.inverse, c)
-        sd = np.array(list(ERROR_FACTORS.values()))
-        return sd * (c @ self.weights), sd * np.sqrt(np.maximum(variance, 0.0))
-
-    def factor(self, name: str) -> tuple[float, float]:
-        mean, sd = self.factors
-        return float(mean[FACTOR_INDEX[name]]), float(sd[FACTOR_INDEX[name]])
-
-
-@lru_cache(maxsize=16)
-def posterior_of(hw: HardwareProfile) -> Posterior | None:
-    if hw.local_update is None:
-        return None
-    arrays = {name: np.asarray(values) for name, values in hw.local_update.arrays.items()}
-    systematic = np.zeros((len(arrays["log_ratio"]), len(ERROR_FACTORS)))
-    for name, column in zip(
-        hw.local_update.factors, arrays["systematic"].astype(np.float64).T, strict=True
-    ):
-        if name in FACTOR_INDEX:  # a later version may know more factors
-            systematic[:, FACTOR_INDEX[name]] = column
-    correlated, independent, coordinates, log_ratio = (
-        arrays[name].astype(np.float64)
-        for name in ("correlated", "independent", "coordinates", "log_ratio")
-    )
-    return Posterior.of(
-        systematic, correlated, independent, coordinates, arrays["kind"].astype(np.intp), log_ratio
-    )

@@ -37,12 +37,10 @@ from simulator.uncertainty.factors import (
     COVERAGE_FACTOR,
     ERROR_FACTORS,
     FACTOR_INDEX,
-    Posterior,
     Uncertainty,
     correlation,
     in_order,
     level_scale,
-    posterior_of,
 )
 from simulator.uncertainty.operators import (
     TIMES,
@@ -213,18 +211,15 @@ class PredictedPass:
         share = self.share
         each = in_order(self.errors, len(shapes))
         independent, whole = self._independent(each)
-        posterior = posterior_of(self.hw)
-        noise = 1.0 if posterior is None else np.sqrt(posterior.noise[groups.kind])
         time = np.maximum(groups.sums(share), 1e-300)
         centre = np.array([groups.sums(share * axis[which]) / time for axis in each.coordinates.T])
         return PassUncertainty(
             systematic=self._systematic(each),
-            correlated=groups.sums(share * each.correlated[which]) * noise,
-            independent=independent * noise,
+            correlated=groups.sums(share * each.correlated[which]),
+            independent=independent,
             whole=whole,
             coordinates=centre.transpose(1, 2, 0),
             kind=groups.kind,
-            posterior=posterior,
         )
 
     def _systematic(self, each: Uncertainty) -> Array:
@@ -290,7 +285,14 @@ def forward_passes(
         row_s=row_s,
         group_s=workloads.groups.sums(row_s) + gap,
         group_gap_s=gap,
-        host=Host.of(workloads, engine, hw, launched, *host_launch(hw)),
+        host=Host.of(
+            workloads,
+            engine,
+            hw,
+            launched,
+            hw.section("runtime", "*")["host_op_s"],
+            ERROR_FACTORS["host"],
+        ),
         errors=errors,
         level=level,
     )
@@ -333,22 +335,10 @@ def _shape_times(
     return each, errors
 
 
-def host_launch(hw: HardwareProfile) -> tuple[float, float]:
-    """Return the time of an eager launch on a profile's host, s, and the standard deviation of its
-    log."""
-    launch_s = hw.section("runtime", "*")["host_op_s"]
-    posterior = posterior_of(hw)
-    if posterior is None:
-        return launch_s, ERROR_FACTORS["host"]
-    mean, sd = posterior.factor("host")
-    return launch_s * float(np.exp(mean)), sd
-
-
 @dataclass(frozen=True)
 class PassUncertainty:
     """Errors of the logs of W total times, sums over G groups of operators. All fields but ``kind``
-    are weighted by share of the time; ``correlated`` and ``independent`` include the factors of the
-    posterior."""
+    are weighted by share of the time."""
 
     systematic: Array  # (W, c) of ERROR_FACTORS
     correlated: Array  # (W, G)
@@ -356,16 +346,6 @@ class PassUncertainty:
     whole: Array  # (W, G) standard deviations of a group's total error
     coordinates: Array  # (W, G, 3)
     kind: IndexArray  # (G,)
-    posterior: Posterior | None = None
-
-    @cached_property
-    def _scale(self) -> Any:
-        return 1.0 if self.posterior is None else self.posterior.scale
-
-    @property
-    def coverage_factor(self) -> float:
-        """Half-width of a 90 % interval over the standard deviation."""
-        return COVERAGE_FACTOR if self.posterior is None else self.posterior.coverage_factor
 
     def _correlated(self, a: Any, b: Any) -> Array:
         """Covariance (n,) of the correlated errors of passes ``a`` and ``b``, n indices each."""
@@ -393,31 +373,15 @@ class PassUncertainty:
                 out += near * self.correlated[:, group, None] * same_kind
         return np.asarray(out)
 
-    @cached_property
-    def _measured(self) -> Array:
-        """Covariance (W, n) with the measured times."""
-        if (p := self.posterior) is None:
-            return np.zeros((len(self.systematic), 0))
-        return self.covariance(
-            p.systematic * p.scale, p.correlated * np.sqrt(p.noise[p.kind]), p.coordinates, p.kind
-        )
-
-    def _less_measured(self, variance: Array, c: Array) -> Array:
-        if self.posterior is None:
-            return variance
-        return np.asarray(
-            np.maximum(variance - np.einsum("ij,ij->i", c @ self.posterior.inverse, c), 0.0)
-        )
-
     def variance(self) -> Array:
         """Return the variances (W,) of the logs of the times."""
         every = np.arange(len(self.correlated))
         return self._variance(self._correlated(every, every))
 
     def _variance(self, correlated: Array) -> Array:
-        prior = (self.systematic * self.systematic * self._scale).sum(axis=1) + correlated
-        return self._less_measured(
-            prior + (self.independent * self.independent).sum(axis=1), self._measured
+        systematic = (self.systematic * self.systematic).sum(axis=1)
+        return np.asarray(
+            systematic + correlated + (self.independent * self.independent).sum(axis=1)
         )
 
     def variances(self, other: IndexArray, same: Array) -> tuple[Array, Array]:
@@ -443,22 +407,17 @@ class PassUncertainty:
         )
         apart = 2.0 * np.where(covered, 1.0 - same, 0.0) * self.whole[other] * self.whole
         variance = (
-            (systematic * systematic * self._scale).sum(axis=1)
+            (systematic * systematic).sum(axis=1)
             + correlated
             + np.maximum(independent, 0.0).sum(axis=1)
         )
-        ratio = variance + apart.sum(axis=1)
-        if self.posterior is not None:
-            ratio = self._less_measured(ratio, self._measured[other] - self._measured)
-        return self._variance(alone), ratio
+        return self._variance(alone), variance + apart.sum(axis=1)
 
     def half(self, variance: Array, level: float) -> Array:
-        return self.coverage_factor * level_scale(level) * np.sqrt(variance)
+        return COVERAGE_FACTOR * level_scale(level) * np.sqrt(variance)
 
 
-def ratio_half(
-    a: Uncertainty, b: Uncertainty, level: float = 0.9, posterior: Posterior | None = None
-) -> Array:
+def ratio_half(a: Uncertainty, b: Uncertainty, level: float = 0.9) -> Array:
     """Return the log half-width (n,) of ratios of times of one kind of operator at two shapes."""
     both = Uncertainty.joined([a, b])
     passes = PassUncertainty(
@@ -468,7 +427,6 @@ def ratio_half(
         whole=np.sqrt(np.concatenate([a.variance, b.variance]))[:, None],
         coordinates=both.coordinates[:, None],
         kind=np.array([a.kind]),
-        posterior=posterior,
     )
     size = len(a.independent)
     other = np.roll(np.arange(2 * size), size)

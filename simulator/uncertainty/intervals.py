@@ -27,7 +27,7 @@ from simulator.arrays import BoolArray, FloatArray, IndexArray
 from simulator.codes import ROLES
 from simulator.hardware.library import load_hardware
 from simulator.passes import measured_engine
-from simulator.uncertainty.factors import level_scale
+from simulator.uncertainty.factors import COVERAGE_FACTOR, level_scale
 from simulator.uncertainty.forward import PredictedPass, forward_passes
 from simulator.uncertainty.operators import TIMES, OperatorTimes
 from simulator.units import seconds, seconds_between
@@ -214,7 +214,7 @@ def prediction_intervals(
     """Return passes with intervals at a level, and their ratios to pass ``other`` (W,); ``dense_s``
     is a measured time of the first pass, s. The groups ``relative`` (W, G) take a given share of
     their time in the other pass."""
-    pairs, scale = _Pairs.of(p, other, relative), p.uncertainty.coverage_factor * level_scale(level)
+    pairs, scale = _Pairs.of(p, other, relative), COVERAGE_FACTOR * level_scale(level)
     hosts = _Hosts.at(p, *(scale * np.array(_ENDS[p.host.unknowns], dtype=np.float64).T))
     of_time, between = pairs.variances(hosts)
     inferred = None

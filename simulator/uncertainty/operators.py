@@ -22,7 +22,6 @@ from simulator.uncertainty.factors import (
     Uncertainty,
     error_scales,
     level_scale,
-    posterior_of,
     uncertainty_of,
 )
 from simulator.units import seconds, seconds_between
@@ -82,14 +81,10 @@ def predicted(
     """Return times with prediction intervals, at least the floor, from an estimate, and the errors
     of the times."""
     scale = level_scale(level)
-    posterior = posterior_of(hw)
-    time, uncertainty, variance = _updated(e, hw)
-    if posterior is None:
-        variance = uncertainty.variance
-        coverage = COVERAGE_FACTOR
-    else:
-        coverage = posterior.coverage_factors[uncertainty.kind]
-    width = np.exp(coverage * scale * np.sqrt(variance)).astype(time.dtype).reshape(time.shape)
+    time = np.maximum(e.time, e.floor)
+    uncertainty = uncertainty_of(e, error_scales(e, hw))
+    width = np.exp(COVERAGE_FACTOR * scale * np.sqrt(uncertainty.variance))
+    width = width.astype(time.dtype).reshape(time.shape)
     times = OperatorTimes(
         _in_seconds(e, time),
         _in_seconds(e, np.maximum(time / width, e.floor)),
@@ -109,26 +104,10 @@ def predicted(
 
 def most_likely(e: Estimate, hw: HardwareProfile) -> tuple[FloatArray, Uncertainty]:
     """Return the times of :func:`predicted` without intervals, s, and their errors."""
-    time, uncertainty, _ = _updated(e, hw)
-    seconds = _in_seconds(e, time)
+    seconds = _in_seconds(e, np.maximum(e.time, e.floor))
     if e.measured is not None:
         seconds[e.measured.rows] = e.measured.seconds
-    return seconds, uncertainty
-
-
-def _updated(e: Estimate, hw: HardwareProfile) -> tuple[Array, Uncertainty, Any]:
-    """Return times in the unit of an estimate after the profile's local update, at least the floor;
-    their errors; and the variance of the errors, None without a local update."""
-    uncertainty = uncertainty_of(e, error_scales(e, hw))
-    posterior = posterior_of(hw)
-    if posterior is None:
-        return np.maximum(e.time, e.floor), uncertainty, None
-    shift, variance = posterior.at(uncertainty)
-    return (
-        np.maximum(e.time * np.exp(shift).reshape(np.shape(e.time)), e.floor),
-        uncertainty,
-        variance,
-    )
+    return seconds, uncertainty_of(e, error_scales(e, hw))
 
 
 def _in_seconds(e: Estimate, values: Array) -> FloatArray:

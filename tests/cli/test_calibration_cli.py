@@ -23,7 +23,7 @@ from calibration.measure.run import Interrupted
 from calibration.records.screening import work
 from calibration.records.store import decode_line, encode_line, read_store
 from calibration.records.timing_table import Records, Source, read_records, write_records
-from calibration.runners.runs import DATASHEET, keep_apart, target_operators, target_workloads
+from calibration.runners.runs import keep_apart, target_operators, target_workloads
 from simulator.codes import ROLES
 from simulator.errors import InputError
 from simulator.figures.paper import FIGURES
@@ -99,12 +99,12 @@ def test_fit_maps_the_columns_of_a_csv_and_counts_refused_rows(cli: Any) -> None
     )
     Path("t.csv").write_text(text)
     out, err = cli(
-        "fit t.csv --map m=M --map latency_us=time --device 'an H100' --anchor --hardware h100 -o"
-        " p.yaml"
+        "fit t.csv --map m=M --map latency_us=time --device 'an H100' --prior h100 --hardware h100"
+        " -o p.yaml"
     )
-    assert "Effects of 42 rows from this machine" in out
+    assert "1 section of h100_sxm fitted on 42 rows" in " ".join(out.split())
     assert "note: t.csv: 42 rows kept, 1 refused: 1 row: time is negative (row 1)" in err
-    assert load_hardware("p.yaml").local_update.provenance.device == "an H100"
+    assert load_hardware("p.yaml").section("gemm", "bf16").provenance.device == "an H100"
     assert "expected NAME=COLUMN" in cli.refused("fit t.csv --map M --hardware h100 -o q.yaml")
     assert "column 'L' is unknown" in cli.refused("fit t.csv --map m=L --hardware h100 -o q.yaml")
     Path("t.csv").write_text(CSV.format(-3))
@@ -179,38 +179,6 @@ def test_where_pyarrow_is_missing_that_is_what_is_said(
     assert "drawn/taxonomy.png" in out
 
 
-def test_anchor_moves_a_shipped_profile_and_says_what_the_rows_mean(cli: Any) -> None:
-    table("r.parquet", 60, 1.15, load_hardware("h100"))
-    out = cli.out("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert "Effects of 42 rows from this machine" in out  # the others repeat one of them
-    assert "GEMM arithmetic is" in out
-    assert max(map(len, out.splitlines())) <= 120
-    judged = r"Use p.yaml as --hardware: mean error [\d.]+ %, before [\d.]+ % of \d+ rows, each predicted"
-    assert re.match(judged, " ".join(out.split()))
-    assert re.search(r"\+\d+\.\d % \(\+\d+\.\d % to \+\d+\.\d %\)", out), "an effect has two ends"
-    assert re.search(r"\d\.\d\d-\d\.\d\dx", out), "and an interval"
-    assert "+-" not in out
-    update = load_hardware("p.yaml").local_update
-    assert (update.provenance.rows, update.provenance.device) == (42, "planted H100")
-    assert "anchored: 42 rows measured on planted H100 with planted 1" in cli.out(
-        "hardware show p.yaml"
-    )
-    parts = [
-        cli.json(f"validate {profile} r.parquet")[0]["parts"][0] for profile in ("h100", "p.yaml")
-    ]
-    before, after = (part["errors"]["mape"] for part in parts)
-    assert before == pytest.approx(0.13, abs=0.01)
-    assert after < 0.5 * before
-    (row,) = cli.json("fit --anchor r.parquet -o p.yaml --hardware h100")
-    assert row["rows"] == 42
-    assert row["operators"][0]["error_after"] < 0.5 * row["operators"][0]["error_before"]
-    kept = Path("p.yaml").read_bytes()
-    assert "check that they are from this GPU" in cli.refused(
-        "fit --anchor r.parquet -o p.yaml --hardware a100"
-    )
-    assert Path("p.yaml").read_bytes() == kept
-
-
 BAD = """
 fit r.parquet -o p.txt --hardware h100               | ends in .yaml
 fit r.parquet -o no/p.yaml --hardware h100           | does not exist
@@ -228,8 +196,8 @@ calibrate gpu -o run                                 | device 'gpu' is unknown
 calibrate cpu -o r.parquet                           | is a file
 calibrate cpu cuda -o run                            | unexpected extra argument
 calibrate engine -o run                              | run/profile.yaml does not exist; expected --hardware, or
-calibrate engine -o run --hardware cpu --measure-only | --measure-only, --quick: expected none of them
-calibrate cpu -o run --engine vllm --dtype fp32               | expected at least 480s with --engine vllm, which starts four models
+calibrate engine -o run --hardware cpu --measure-only | --measure-only: cannot be used to calibrate an engine
+calibrate cpu -o run --engine vllm --dtype fp32       | expected at least 480s with --engine vllm, which starts
 calibrate engine -o run --hardware cpu --engine trt  | --engine 'trt' is unknown
 calibrate cpu -o a/b                                 | does not exist
 """
@@ -390,9 +358,7 @@ def test_exact_shapes_of_a_model_are_measured_first(planted: list[Any], cli: Any
     targets = target_workloads(
         "qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128}
     )
-    wanted = {
-        (op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"), every=False)
-    }
+    wanted = {(op.m, op.n, op.k) for op in target_operators(targets, load_hardware("h100"))}
     assert set(zip(*(arrays[f"exact_{x}"].tolist() for x in "mnk"), strict=True)) == wanted
 
 
@@ -410,28 +376,6 @@ def test_a_cpu_measures_the_projections_of_its_own_decoder(
         cli(f"calibrate {name} -o run --for qwen2.5-0.5b --seq 128", 2)
     assert {"q", "gate"} < asked[0]
     assert {"qkv", "gate_up"} < asked[1]  # a serving engine fuses projections
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_quick_anchors_on_rows_of_all_operators(planted: list[Any], cli: Any) -> None:
-    known = replace(H100, gpu=Gpu(132, (9, 0), 85e9))  # as a driver describes it
-    timings = roofline_timings(4e14, 2.2e12, 4e-6)
-    planted += [ReplayDevice(timings, noise=0.004, description=known) for _ in range(2)]
-    options = "--for qwen2.5-0.5b --batch 1 --seq 128 --family width --sparsity 0.5"
-    out = cli.out(f"calibrate cuda -o run --quick --budget 60s {options}")
-    assert "rows from this machine and its software" in out
-    profile, shipped = load_hardware("run/profile.yaml"), load_hardware("h100")
-    assert profile.section("runtime", "*").provenance.device == H100.device
-    assert set(profile.local_update.arrays["kind"].tolist()) == {0, 1, 2, 3}
-    assert profile.section("gemm", "bf16")["t0"] == shipped.section("gemm", "bf16")["t0"]
-    targets = target_workloads(
-        "qwen2.5-0.5b", ("width",), (0.5,), {"phase": ("prefill", "decode"), "seq": 128}
-    )
-    first = [op.key for op in target_operators(targets, load_hardware(Path("run", DATASHEET)))][:10]
-    rows = read_store(Path("run/records.jsonl")).rows
-    keys = [row["key"] for row in rows if row["purpose"] not in ("drift_check", "sustained")]
-    assert keys[:10] == first
-    assert cli.json("calibrate cuda -o again --quick --budget 15s")[0]["anchored"]["rows"] >= 20
 
 
 def test_host_time_is_fitted_to_layers_where_they_were_measured() -> None:

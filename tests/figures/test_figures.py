@@ -360,5 +360,5 @@ def test_a_device_has_the_words_that_people_say() -> None:
         "rtx_4090": "RTX 4090",
         "rtx_4090@vllm": "RTX 4090 (vLLM kernels)",
     }
-    titles |= {"rtx_4090 (anchored)": "RTX 4090 (anchored)", "gpu of mine": "gpu of mine"}
+    titles |= {"gpu of mine": "gpu of mine"}
     assert {name: style.device_title(name) for name in titles} == titles

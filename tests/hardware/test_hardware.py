@@ -23,7 +23,7 @@ from operator_times import decode, prefill
 from simulator import lower, workload_time
 from simulator.errors import InputError
 from simulator.hardware import library, save
-from simulator.hardware.arrays import MOST_ROWS, check_arrays, read_archive, read_arrays
+from simulator.hardware.arrays import read_archive, read_arrays
 from simulator.hardware.library import (
     check_hardware,
     files_of,
@@ -40,7 +40,6 @@ from simulator.hardware.profile import (
     STACKS,
     Fitted,
     HardwareProfile,
-    LocalUpdate,
     Provenance,
     Section,
 )
@@ -733,57 +732,6 @@ def test_arrays_of_other_stacks_stay(tmp_path: Path) -> None:
     assert held in tmp_path.iterdir()
     assert len(list(tmp_path.glob("*.npz"))) == 2
     assert load_hardware(path).sections["gemm", "int4_wo"].arrays["x"].shape == (3,)
-
-
-def updated(rows: int = 5) -> LocalUpdate:
-    rng = np.random.default_rng(1)
-    arrays = {
-        name: rng.uniform(0.0, 1.0, rows) for name in ("independent", "correlated", "log_ratio")
-    }
-    arrays |= {
-        "systematic": rng.normal(size=(rows, 2)),
-        "coordinates": rng.uniform(0, 12, (rows, 3)),
-    }
-    arrays |= {"kind": np.arange(rows) % 5}
-    provenance = Provenance(
-        "local rows", "0" * 64, "2026-11-25", "mine", "my GPU", "CUDA graph", rows
-    )
-    return LocalUpdate(provenance, ("machine launch", "gemm compute"), arrays)
-
-
-def test_a_local_update_is_kept(tmp_path: Path) -> None:
-    update = updated()
-    save_hardware(replace(load_hardware("h100"), local_update=update), tmp_path / "mine.yaml")
-    loaded = load_hardware(tmp_path / "mine.yaml").local_update
-    assert (loaded.provenance, loaded.factors) == (update.provenance, update.factors)
-    for name, array in update.arrays.items():
-        np.testing.assert_array_equal(loaded.arrays[name], array, strict=True)
-    text = (tmp_path / "mine.yaml").read_text()
-    (tmp_path / "mine.yaml").write_text(
-        text.replace('["machine launch", "gemm compute"]', "[machine launch]")
-    )
-    wrong = "local_update: factors: expected 2 names, one per column of the array systematic, got 1"
-    assert wrong in check_hardware(tmp_path / "mine.yaml")[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"kind": None}, "needs array kind, which is missing"),
-        ({"kind": np.full(5, 0.5)}, "whole numbers"),
-        ({"independent": np.zeros(4)}, "array independent: expected the shape"),
-        ({"independent": -np.ones(5)}, "array independent: expected values from 0"),
-        ({"log_ratio": np.full(5, 7.0)}, "array log_ratio: expected values from -5 to 5"),
-        ({"coordinates": np.zeros((5, 2))}, "array coordinates: expected the shape"),
-        ({"systematic": np.zeros(5)}, "array systematic: expected the shape"),
-        ({name: a[:0] for name, a in updated().arrays.items()}, "rows from 1"),
-        (dict(updated(MOST_ROWS + 1).arrays), "rows from 1"),
-    ],
-)
-def test_bad_local_update(changes: dict[str, Any], says: str) -> None:
-    arrays = {name: a for name, a in {**updated().arrays, **changes}.items() if a is not None}
-    with pytest.raises(ValueError, match=says):
-        check_arrays("local_update", arrays)
 
 
 def test_a_new_profile_names_what_is_to_fill_in_and_works_once_it_is(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def calibrate(folder: Path, gpu: GpuDevice, budget_s: float) -> tuple[MeasuredRu
 
 
 def judged(folder: Path, done: Calibrated) -> Judgement:
-    return of_calibration(done.held_out, None, folder, "x", done.disturbed)
+    return of_calibration(done.held_out, folder, done.disturbed)
 
 
 @pytest.mark.quick
