@@ -370,7 +370,7 @@ def refusal(workloads: WorkloadBatch, architecture: str = "") -> str:
         dtype, weight = (DTYPES[code] for code in codes)
         if engine.sparse24_kernels(dtype, weight, architecture) is None:
             have = ", ".join(sparse24_engines(dtype, weight, architecture))
-            formats = f"{weight} " if engine.sparse24 else ""
+            formats = f"{weight} " if engine.sparse24 or DTYPE_BYTES[codes[1]] < 2.0 else ""
             place = f" on {architecture}" if engine.sparse24_kernels(dtype, weight) else ""
             return (
                 f"{engine.name} has no {formats}2:4 kernels{place}; these engines have:"

@@ -315,7 +315,8 @@ class Request:
         Setting(
             _FORMAT,
             "LIST",
-            "Formats of activations and arithmetic. Default: the checkpoint's, else bf16.",
+            "Formats of weights, activations and arithmetic: bf16,fp8 (W8A8); of a list, the first"
+            " is the dense model's. Default: the checkpoint's, else bf16.",
             several=True,
             label="Arithmetic",
         ),
@@ -325,8 +326,8 @@ class Request:
         Setting(
             _FORMAT,
             "LIST",
-            "Formats of stored weights: int8, int4, fp8; of a list (bf16,fp8,int4), the first is"
-            " the dense model's. Default: the checkpoint's, else --dtype.",
+            "Formats of stored weights alone, with arithmetic in --dtype: bf16,int8,int4 (W8A16,"
+            " W4A16). Default: the checkpoint's, else --dtype.",
             several=True,
             label="Weights",
         ),

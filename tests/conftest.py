@@ -16,6 +16,25 @@ from program import cli
 __all__ = ["cli"]
 
 ROOT = Path(__file__).resolve().parent.parent
+# Packages whose tests run the same code with and without extras, because import-linter keeps torch
+# out of them. A module of tests that is an exception marks itself with "extras".
+WITHOUT_EXTRAS = {
+    "engines",
+    "evidence",
+    "figures",
+    "files",
+    "fit",
+    "hardware",
+    "measure",
+    "operators",
+    "plans",
+    "prediction",
+    "pruning",
+    "records",
+    "serving",
+    "uncertainty",
+    "validation",
+}
 # a job of a shell without job control: programs inherit it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +110,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Examples in docstrings are quick; which tests are, their modules say."""
+    """Mark the examples in docstrings as quick, and the tests that extras may change."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.quick)
+        if not WITHOUT_EXTRAS & {*item.path.relative_to(ROOT).parts[:-1]}:
+            item.add_marker(pytest.mark.extras)

@@ -58,7 +58,7 @@ class Measuring:
 class EngineRun:
     engine: str = option(
         "NAME",
-        "vllm, hf (Transformers) or none. Default: vLLM if installed, else Transformers.",
+        "vllm, hf (Transformers) or none. Default: vLLM if installed, on a CPU Transformers.",
         "",
     )
     vllm_python: str = option(
@@ -166,7 +166,7 @@ def command(
 
     The default of --dtype is bf16, or fp32 on a CPU and fp16 on a GPU without bf16 arithmetic.
     """
-    from calibration.runners.in_engine import default_model
+    from calibration.runners.in_engine import check_engine_budget, default_model
     from calibration.runners.runs import RunOptions, measure_into, target_workloads
 
     run = in_format(run, "cpu" if device == "engine" and on_cpu(output, measuring) else device)
@@ -180,6 +180,7 @@ def command(
         return
     cpu = device == "cpu"
     stage = _stage_of(runner, device, target.model or default_model(cpu), measure_only)
+    check_engine_budget(stage.engine, device, how.budget_s)
     # no engine fuses projections on a CPU
     settings = {**run.asked().settings, "engine": "" if cpu else DEFAULT_ENGINE}
     targets: TargetModels = ()
@@ -216,7 +217,7 @@ def _stage_of(runner: EngineRun, device: str, model: str, operators_only: bool) 
     if engine:
         Name((*MEASURED, "none")).check("--engine", engine)
     elif not operators_only and device.startswith(("cpu", "cuda")):
-        engine = installed_engine(runner.vllm_python)
+        engine = installed_engine(runner.vllm_python, device == "cpu")
     return _Stage(engine, model, runner.vllm_python)
 
 
@@ -239,13 +240,11 @@ def _engine(
     from simulator.models.library import load_model
     from simulator.models.write import content_of
 
-    engine = runner.engine or installed_engine(runner.vllm_python) or measuring.MEASURED[0]
-    file, name = (
-        check_folder(output) / PROFILE,
-        Name(measuring.MEASURED).check("--engine", engine),
-    )
+    file = check_folder(output) / PROFILE
     hw = load_hardware(how.hardware or file)
     cpu = hw.architecture == "cpu"
+    engine = runner.engine or installed_engine(runner.vllm_python, cpu) or measuring.MEASURED[0]
+    name = Name(measuring.MEASURED).check("--engine", engine)
     chosen = model or default_model(cpu)
     python = runner.vllm_python or sys.executable
     run = ModelRun(load_model(chosen), how.dtype, name, content_of(chosen), python, how.seed)

@@ -57,7 +57,7 @@ def command(
     """
     from simulator.display import markdown_text
     from simulator.explore.content import command as line
-    from simulator.figures.paper import FIGURES, MEASURED, NothingToDraw, draw, paper
+    from simulator.figures.paper import FIGURES, NothingToDraw, draw, paper
     from simulator.figures.style import SUFFIXES, PaperSize, save_figure
     from simulator.files.write import refuse_links, write_whole
 
@@ -70,9 +70,8 @@ def command(
     asked = options.single(run.asked().settings)
     about = paper(model, parsing.names("--hardware", hardware), **asked)
     missing: list[str] = []
-    if set(chosen) & set(MEASURED):
-        needed = bool(only) and "scatter" in chosen
-        about = _with_measured(about, measured or [], about.dtype, missing, needed)
+    if "scatter" in chosen:  # the figure of measured GEMMs
+        about = _with_measured(about, measured or [], about.dtype, missing, bool(only))
     folder, size = Path(output), PaperSize.read(width, font)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder to write to")

@@ -178,7 +178,8 @@ class CpuDevice(TorchDevice):
             raise InputError(
                 f"threads: expected 1 to {len(allowed)} (CPUs of this process), got {threads}"
             )
-        self._restore = (torch.get_num_threads(), allowed)
+        self.allowed = tuple(allowed)  # CPUs of this process before it is pinned
+        self._threads_before = torch.get_num_threads()
         self.cpus: tuple[int, ...] = tuple(allowed[: self.threads])
         # OpenMP binds its workers, but not the calling thread, which takes the first CPU; else all
         # share one mask
@@ -246,10 +247,9 @@ class CpuDevice(TorchDevice):
 
     def close(self) -> None:
         super().close()
-        threads, cpus = self._restore
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self._threads_before)
         if self._pinned:
-            _set_affinity(cpus)
+            _set_affinity(self.allowed)
 
 
 def open_named(rest: str, **options: Any) -> CpuDevice:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import chain
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -157,10 +155,6 @@ def make(name: str, folder: Path, wheel: Path | None = None) -> list[str]:
     return lines
 
 
-def _make_all(names: Sequence[str], folder: Path, wheel: Path | None) -> list[str]:
-    return [line for name in names for line in make(name, folder, wheel)]
-
-
 def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] = print) -> int:
     about = "Build the fitted part of the shipped profiles from the measurements."
     program = "python -m calibration.evidence.build_profiles"
@@ -171,22 +165,16 @@ def main(arguments: Sequence[str] | None = None, report: Callable[[str], None] =
     parser.add_argument("--wheel", type=Path, help=wheel)
     parser.add_argument("-o", "--output", type=Path, default=profiles_folder(), help="folder")
     given = parser.parse_args(arguments)
-    available = [name for name, recipe in RECIPES.items() if recipe.available(given.wheel)]
-    names = given.names or available
-    left = [] if given.names else [name for name in RECIPES if name not in available]
     try:
-        for name in names:
+        for name in given.names:
             if name not in RECIPES:
                 raise unknown("stack file", name, RECIPES)
-        for name in left:
-            report(f"{name}: kept; its tables do not ship")
-        # a stack and its prior are fitted in the same process, which keeps the prior's fit
-        roots = dict.fromkeys(RECIPES[name].prior or name for name in names)
-        groups = [[n for n in names if root in (n, RECIPES[n].prior)] for root in roots]
-        make_all = partial(_make_all, folder=given.output, wheel=given.wheel)
-        with ProcessPoolExecutor(2) as pool:
-            for line in chain.from_iterable(pool.map(make_all, groups)):
-                report(line)
+        for name in given.names or RECIPES:
+            if given.names or RECIPES[name].available(given.wheel):
+                for line in make(name, given.output, given.wheel):
+                    report(line)
+            else:
+                report(f"{name}: kept; its tables do not ship")
     except InputError as error:
         print(f"calibration.evidence.build_profiles: {error}", file=sys.stderr)
         return 2

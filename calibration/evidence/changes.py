@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from calibration.evidence.pages import DOCS
 from calibration.validation.scoring import table
@@ -16,24 +15,13 @@ PAGES = ("accuracy", "engines", "serving", "energy")
 COUNTS = ("rows", "runs", "cases")  # columns that say how many rows a set has
 # "tokens/s: error" and "error" are both errors
 ERROR = re.compile(r"(.+: )?(MAPE|error|median error)")
-INSIDE = re.compile(r"(.+: )?(coverage|in|inside)")
-WIDTH = re.compile(r"width|half-width")
 SHIPPED = re.compile(r"([\d.]+) \([\d,]+\)")  # error and rows of a shipped fit
 TENTH = 1.1  # ratio of errors above which a set is worse, and below whose inverse it is better
 
 
-@dataclass(frozen=True)
-class Score:
-    """Error of a set, %, with the share inside its intervals and their half-width as printed."""
-
-    error: float
-    inside: str = ""
-    width: str = ""
-
-
-def page_scores(text: str) -> dict[str, Score]:
-    """Return the scores of a page by section, set and what is predicted."""
-    scores: dict[str, Score] = {}
+def page_errors(text: str) -> dict[str, float]:
+    """Return the errors of a page, %, by section, set and what is predicted."""
+    errors: dict[str, float] = {}
     section, titles = "", list[str]()
     for line in text.splitlines():
         if line.startswith("## "):
@@ -44,11 +32,11 @@ def page_scores(text: str) -> dict[str, Score]:
         elif not titles:
             titles = cells
         else:
-            scores |= {f"{section}: {name}": score for name, score in _row_scores(titles, cells)}
-    return scores
+            errors |= {f"{section}: {name}": e for name, e in _row_errors(titles, cells)}
+    return errors
 
 
-def _row_scores(titles: Sequence[str], cells: Sequence[str]) -> Iterator[tuple[str, Score]]:
+def _row_errors(titles: Sequence[str], cells: Sequence[str]) -> Iterator[tuple[str, float]]:
     errors = [i for i, title in enumerate(titles) if ERROR.fullmatch(title)]
     shipped = [i for i, cell in enumerate(cells) if SHIPPED.fullmatch(cell)]
     first = min(errors or shipped or [0])
@@ -60,18 +48,11 @@ def _row_scores(titles: Sequence[str], cells: Sequence[str]) -> Iterator[tuple[s
         if cell and (named or title not in COUNTS or not _count(cell))
     )
     for i in shipped:
-        yield f"{name}, {titles[i]}", Score(float(cells[i].split()[0]))
-    if not set(titles) & set(COUNTS):
-        return
-    inside = [cell for title, cell in zip(titles, cells, strict=True) if INSIDE.fullmatch(title)]
-    widths = [cell for title, cell in zip(titles, cells, strict=True) if WIDTH.fullmatch(title)]
-    for order, i in enumerate(errors):
+        yield f"{name}, {titles[i]}", float(cells[i].split()[0])
+    for i in errors if set(titles) & set(COUNTS) else ():
         if (error := cells[i].removesuffix(" %")).replace(".", "").isdigit():
             what = titles[i].rpartition(":")[0]
-            yield (
-                f"{name}, {what}" if what else name,
-                Score(float(error), "".join(inside[order : order + 1]), "".join(widths[:1])),
-            )
+            yield f"{name}, {what}" if what else name, float(error)
 
 
 def _count(cell: str) -> bool:
@@ -84,29 +65,18 @@ def evidence_changes(commit: str) -> tuple[str, int]:
     rows, counts = [], {"worse": 0, "better": 0, "the same within a tenth": 0, "new": 0}
     for page in PAGES:
         path = DOCS / f"{page}.md"
-        before = page_scores(_at(commit, path.relative_to(DOCS.parents[1]).as_posix()))
-        for name, now in page_scores(path.read_text("utf-8")).items():
+        before = page_errors(_at(commit, path.relative_to(DOCS.parents[1]).as_posix()))
+        for name, now in page_errors(path.read_text("utf-8")).items():
             old = before.get(name)
-            verdict = "new" if old is None else _verdict(old.error, now.error)
+            verdict = "new" if old is None else _verdict(old, now)
             counts[verdict] += 1
-            if old and verdict in ("worse", "better"):
-                cells = [
-                    f"{getattr(one, field)}"
-                    for field in Score.__annotations__
-                    for one in (old, now)
-                ]
-                rows.append([page, name, verdict, *cells])
+            if verdict in ("worse", "better"):
+                rows.append([page, name, verdict, f"{old}", f"{now}"])
     rows.sort(key=lambda row: (row[2] == "better", PAGES.index(row[0])))
-    titles = ["page", "set", "error is"]
-    titles += [
-        f"{what} {when}" for what in ("error", "inside", "width") for when in ("before", "now")
-    ]
-    sets = sum(counts.values())
+    changes = table(["page", "set", "error is", "error before", "error now"], rows, left=(0, 1, 2))
     sentence = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return (
-        f"{table(titles, rows, left=(0, 1, 2))}\n\n{sets} sets since {commit}: {sentence}.",
-        counts["worse"],
-    )
+    sets = f"{sum(counts.values())} sets since {commit}: {sentence}."
+    return f"{changes}\n\n{sets}", counts["worse"]
 
 
 def _verdict(before: float, now: float) -> str:

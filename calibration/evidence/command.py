@@ -1,10 +1,10 @@
 """Evaluate on data that no fit saw: ``python -m calibration.evidence SET ...``, and make generated
 pages again: ``python -m calibration.evidence pages [PAGE ...]``.
 
-Prints the tables of sets and their targets (*list* prints the names of sets), or the fitted host
-times of engines (*hosts*). *pages* writes generated pages of docs (default: all) in their folders;
-the accuracy page takes ten minutes on two cores. *models* compares what prunesim reads of model
-types, released models and files (default: all) with what the installed Transformers builds.
+Prints the tables of sets (*list* prints their names), or the fitted host times of engines
+(*hosts*). *pages* writes generated pages of docs (default: all) in their folders; the accuracy page
+takes ten minutes on two cores. *models* compares what prunesim reads of model types, released
+models and files (default: all) with what the installed Transformers builds.
 *changes* compares the scores on generated pages with those at another commit; its status is 1 if a
 set is worse by more than a tenth.
 """
@@ -31,9 +31,9 @@ from calibration.evidence.pages import (
     engine_tables,
     filled,
 )
-from calibration.evidence.power import power_tables, write_sections
+from calibration.evidence.power import power_tables
 from calibration.evidence.published import host_lines
-from calibration.evidence.schedules import sampler_line, schedule_tables
+from calibration.evidence.schedules import schedule_tables
 from calibration.evidence.sets import SETS, Row, evaluate_sets
 from calibration.validation.scoring import table
 from simulator.cli import parsing
@@ -49,11 +49,9 @@ def printed(options: argparse.Namespace) -> str:
         sets = [[name, one.held_out] for name, one in SETS.items()]
         return table(["set", "held out"], sets, left=(0, 1))
     if options.names == ["hosts"]:
-        return "\n".join([*host_lines(), sampler_line()])
-    if options.names == ["power"]:
-        return "\n".join(write_sections())
+        return "\n".join(host_lines())
     rows = scored(options, options.names)
-    return accuracy_text(rows, rows).rstrip()
+    return accuracy_text(rows).rstrip()
 
 
 def scored(options: argparse.Namespace, names: Sequence[str]) -> list[Row]:
@@ -65,35 +63,32 @@ def scored(options: argparse.Namespace, names: Sequence[str]) -> list[Row]:
 def write_pages(options: argparse.Namespace, names: Sequence[str]) -> None:
     from calibration.evidence import recorded  # it needs torch
 
-    def write(page: str, text: str) -> None:
-        write_whole(DOCS / f"{page}.md", text.encode())
-
-    def write_models() -> None:
-        built = [models.build(case) for case in models.selected(())]
-        models.write_record(built)
-        tables = models.page_tables([*map(models.compare, built)])
-        write("models", filled("models", [*tables, models.inferred_table(built)]))
-
-    def write_recorded(page: str) -> None:
-        write(page, filled(page, recorded.tables(recorded.recorded_rows(page))))
-
-    makers: Mapping[str, Callable[[], None]] = {
-        "commands": lambda: write("commands", commands_page()),
-        "claims": lambda: write("claims", filled("claims", claim_tables())),
-        "engines": lambda: write("engines", filled("engines", engine_tables())),
-        "energy": lambda: write("energy", filled("energy", power_tables())),
-        "serving": lambda: write("serving", filled("serving", schedule_tables())),
-        **{page: partial(write_recorded, page) for page in recorded.FOLDERS},
-        "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),
-        "models": write_models,
-        "validation": run_validation_commands,
-        "accuracy": lambda: write("accuracy", accuracy_page(scored(options, ()))),
+    tables: Mapping[str, Callable[[], Sequence[str]]] = {
+        "claims": claim_tables,
+        "engines": engine_tables,
+        "energy": power_tables,
+        "serving": schedule_tables,
+        **{page: partial(recorded.page_tables, page) for page in recorded.FOLDERS},
+        "models": models.record_tables,
     }
+    texts: Mapping[str, Callable[[], str]] = {
+        "commands": commands_page,
+        "accuracy": lambda: accuracy_page(scored(options, ())),
+    }
+    others: Mapping[str, Callable[[], None]] = {
+        "measured": lambda: save_figure(recorded.overview(), DOCS.parent / "measured.png"),
+        "validation": run_validation_commands,
+    }
+    known = [*tables, *others, *texts]
     for name in names:
-        if name not in makers:
-            raise unknown("page", name, makers)
-    for name in names or makers:
-        makers[name]()
+        if name not in known:
+            raise unknown("page", name, known)
+    for name in names or known:
+        if name in others:
+            others[name]()
+        else:
+            text = filled(name, tables[name]()) if name in tables else texts[name]()
+            write_whole(DOCS / f"{name}.md", text.encode())
 
 
 def run_validation_commands() -> None:
@@ -110,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names",
         nargs="*",
-        help="sets (default: all), list, hosts, power, pages PAGE, models NAME or changes COMMIT",
+        help="sets (default: all), list, hosts, pages PAGE, models NAME or changes COMMIT",
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of the splits; means are printed")
     parser.add_argument("--wheel", type=Path, help="the wheel of the tables, for mla and experts")

@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from calibration.validation.scoring import table
 from simulator.errors import InputError, unknown
 from simulator.files.write import write_whole
 from simulator.models.architectures import REFUSED, Reader
-from simulator.models.inferred import model_of
 from simulator.models.library import decoder_of, from_hf_config, list_models, published_keys
-from simulator.models.lower import lower
 from simulator.models.model import Model
 from simulator.models.traced import (
     Product,
@@ -74,7 +72,6 @@ class Built:
     case: Case
     error: str
     traced: TracedModel | None
-    config: Any = field(default=None, compare=False)  # object of Transformers, if built here
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ def build(case: Case) -> Built:
     if case.source == DEFAULTS:
         content = json.loads(config.to_json_string(use_diff=False))
         case = Case(case.name, case.source, content)
-    return Built(case, "", traced, config)
+    return Built(case, "", traced)
 
 
 def selected(names: Sequence[str]) -> list[Case]:
@@ -269,51 +266,17 @@ def page_tables(found: Sequence[Comparison]) -> list[str]:
     ]
 
 
-QUANTITIES = (
-    ("FLOPs of a prefill of 2,048 tokens", "flops", {"phase": "prefill", "seq": 2048}),
-    ("bytes of it", "bytes", {"phase": "prefill", "seq": 2048}),
-    ("FLOPs of a decode step of 8 sequences", "flops", {"phase": "decode", "batch": 8}),
-    ("bytes of it", "bytes", {"phase": "decode", "batch": 8}),
-)
-WITHIN = (1e-9, 0.01, 0.05, 0.2)  # relative differences
-
-
-def inferred_table(models: Sequence[Built]) -> str:
-    """Return how far the models of types whose table is ignored are from those of the tables."""
-    differences: dict[str, list[float]] = {}
-    for b in models:
-        if b.traced is None or b.case.source != DEFAULTS or compare(b).kind != "exact":
-            continue
-        inferred = model_of(b.config.get_text_config(), b.traced, b.case.name)
-        known = from_hf_config(b.case.content, b.case.name)
-        differences[b.case.name] = [
-            float(_total(inferred, quantity, request) / _total(known, quantity, request)) - 1.0
-            for _, quantity, request in QUANTITIES
-        ]
-    columns = zip(*differences.values())
-    rows = [
-        [title, str(len(differences)), *_spread(dict(zip(differences, column)))]
-        for (title, *_), column in zip(QUANTITIES, columns)
-    ]
-    within = [f"within {100 * most:.0f} %" for most in WITHIN[1:]]
-    return table(["quantity", "types", "equal", *within, "others"], rows, left=(0, 6))
-
-
-def _spread(differences: Mapping[str, float]) -> list[str]:
-    """Return how many differences are small, and the large ones."""
-    counts = [str(sum(abs(d) <= most for d in differences.values())) for most in WITHIN]
-    large = sorted(differences.items(), key=lambda pair: -abs(pair[1]))
-    return [*counts, ", ".join(f"{n} {100 * d:+.0f} %" for n, d in large if abs(d) > WITHIN[-1])]
-
-
-def _total(model: Model, quantity: str, request: Mapping[str, Any]) -> float:
-    return float(getattr(lower(model, engine="vllm", **request), quantity).sum())
-
-
 def _short(c: Comparison) -> str:
     """Return the result in a cell: an error without the name and without known types."""
     error = re.split("; expected one of|; the nearest", c.result.replace(f"{c.case.name}: ", ""))[0]
     return error + (f" ({c.known})" if c.known else "")
+
+
+def record_tables() -> list[str]:
+    """Build every model, record what Transformers built, and return the tables of the page."""
+    built = [build(case) for case in selected(())]
+    write_record(built)
+    return page_tables([*map(compare, built)])
 
 
 def write_record(models: Iterable[Built]) -> None:

@@ -24,8 +24,7 @@ from calibration.evidence.published import (
     held_out_models,
     ratio_scores,
 )
-from calibration.evidence.sets import SETS, Row, against_targets, means
-from calibration.validation.paper import figure_2
+from calibration.evidence.sets import SETS, Row, means
 from calibration.validation.scoring import (
     Comparison,
     ScoredRows,
@@ -65,9 +64,8 @@ def filled(page: str, tables: Sequence[str]) -> str:
 
 
 def accuracy_page(rows: Sequence[Row]) -> str:
-    """Return ``docs/generated/accuracy.md``: shipped fits, targets and measured accuracy, and every
-    set of kernels."""
-    kernels = accuracy_text(rows, [r for r in rows if not SETS[r["set"]].whole])
+    """Return ``docs/generated/accuracy.md``: shipped fits, and every set of kernels."""
+    kernels = accuracy_text([r for r in rows if not SETS[r["set"]].whole])
     return f"{head('accuracy')}## Shipped fits\n\n{sections_table()}\n\n{kernels}"
 
 
@@ -89,15 +87,9 @@ def sections_table() -> str:
     return table(["GPU", "operator", "format", "unseen", *stacks], cells, left=range(4))
 
 
-def accuracy_text(rows: Sequence[Row], listed: Sequence[Row]) -> str:
+def accuracy_text(rows: Sequence[Row]) -> str:
     parts = []
-    if criteria := against_targets(rows):
-        cells = [
-            [c.criterion, c.target, f"**{c.measured}**" if c.met is False else c.measured]
-            for c in criteria
-        ]
-        parts += ["## Acceptance targets", table(["criterion, %", "target", "measured"], cells)]
-    for title in dict.fromkeys(r["table"] for r in listed):
+    for title in dict.fromkeys(r["table"] for r in rows):
         names, columns = zip(*columns_of_table(rows, title), strict=True)
         lines = zip(*columns, strict=True)
         parts += [f"## {title.replace('_', ' ')}", table(names, lines)]
@@ -164,20 +156,13 @@ def engine_tables() -> list[str]:
     )
     left_out = [r["left_out"] for name in ("dense", "speedups", "serving") for r in published(name)]
     excluded = {**Counter(filter(None, left_out)), **NOT_USED}
-    parts = []
-    for p in figure_2():
-        error = percent(p["predicted_s"] / p["measured_s"] - 1.0, "+.0f")
-        times = _seconds(p["measured_s"]), _seconds(p["predicted_s"])
-        parts.append([p["phase"], p["part"], *times, error])
     return [
         _groups(["kind"], [(kind, c) for kind in KINDS for c in judged[kind]]),
         _groups(["kind", "engine", "split"], by_engine),
         loads_table(),
         _held_out_table(held_out),
-        _load_table(held_out),
         _groups(["engine", "gpu"], [(c.engine, c.gpu, c) for c in common["serve"]]),
         _comparisons(throughput, lambda value: f"{value:,.0f}/s"),
-        table(["phase", "part", "measured", "predicted", "error"], parts, left=(0, 1)),
         _comparisons(found["dense"], _seconds),
         _comparisons(common["speedup"]),
         _comparisons(common["given"]),
@@ -234,25 +219,9 @@ def _held_out_table(groups: Sequence[HeldOut]) -> str:
     return table([*header, *errors], cells, left=range(4))
 
 
-def _ratios(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> tuple[str, str, str]:
-    s = ratio_scores(groups, rows)
+def _ratios(groups: Sequence[HeldOut]) -> tuple[str, str, str]:
+    s = ratio_scores(groups)
     return f"{s['runs']:.0f}", percent(s["median"]), percent(s["median bias"], "+.1f")
-
-
-def _load_table(groups: Sequence[HeldOut]) -> str:
-    """Return the errors of the time per token by prompt length and by prompts per decode step."""
-    cells = []
-    for (engine, experts), members in by_key(groups, lambda x: (x.engine, x.experts)).items():
-        prompts = [x.group.seq for x in members]
-        loads = [x.group.concurrency / x.group.new_tokens for x in members]
-        for (axis, ranges), values in zip(DATA["ranges"].items(), (prompts, loads)):
-            for name, (low, high) in ranges.items():
-                rows = [(v >= low) & (v < high) for v in values]
-                if any(some.any() for some in rows):
-                    kind = "experts" if experts else "dense"
-                    cells.append([engine, kind, axis, name, *_ratios(members, rows)])
-    header = ["engine", "models", "group", "range", "rows", "median error", "bias"]
-    return table(header, cells, left=range(4))
 
 
 def _comparisons(

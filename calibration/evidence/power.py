@@ -3,23 +3,19 @@ and the sections ``power`` that are fitted to them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
 import numpy as np
 
-from calibration.evidence.build_profiles import rounded
-from calibration.evidence.measurements import PUBLISHED, published
-from calibration.evidence.schedules import ENDS, PROMPTS, WORST, Row, steady, tokens_per_s
+from calibration.evidence.measurements import published
+from calibration.evidence.schedules import ENDS, PROMPTS, WORST, Row, interval, steady, tokens_per_s
 from calibration.fit.power import fit_power
-from calibration.fit.section import accuracy_of
 from calibration.validation.scoring import Comparison, percent, score_of, table
 from simulator.arrays import Array, BoolArray, FloatArray
-from simulator.hardware.library import load_hardware, profiles_folder
-from simulator.hardware.profile import HardwareProfile, Provenance, Section
-from simulator.hardware.save import save_stack
+from simulator.hardware.library import load_hardware
+from simulator.hardware.profile import HardwareProfile, Section
 from simulator.models.library import load_model
 from simulator.models.lower import lower
 from simulator.power import Power, Work
@@ -29,8 +25,6 @@ from simulator.serving.steps import TYPICAL
 from simulator.uncertainty.forward import forward_passes
 from simulator.workload import WorkloadBatch
 
-STACK = "vllm"
-DATE = "2026-12-02"  # date of the fits
 SAMPLER_S = 0.36e-9  # per entry of the vocabulary and sequence (simulator/engines/vllm.yaml)
 PROMPT_TOKENS = 4096  # prompt tokens of the prefills that join a step
 HALF = 1.645  # standard deviations of a 90 % interval
@@ -80,7 +74,7 @@ class Servers:
 
     def fit(self) -> tuple[Section, float]:
         share = self.sampler_s / self.work.time[:, 0]
-        return fit_power(self.hw, self.work, self.watts, _provenance(self.rows), share)
+        return fit_power(self.hw, self.work, self.watts, further=share)
 
     def predicted(self, section: Section, sampler: float) -> tuple[FloatArray, FloatArray]:
         """Return predicted powers, W, and the standard deviations of their logs."""
@@ -111,41 +105,11 @@ def _of_pass(request: Request, hw: HardwareProfile) -> Work:
     return Work(*(part.sum(axis=1, keepdims=True) for part in work))
 
 
-def _provenance(rows: Sequence[Row]) -> Provenance:
-    return Provenance(
-        source="ml-energy/leaderboard@0cd52dab (ML.ENERGY 3.0)",
-        digest=hashlib.sha256(PUBLISHED["steady"].read_bytes()).hexdigest(),
-        date=DATE,
-        software="vLLM 0.11.1",
-        device=rows[0]["hardware"],
-        protocol="mean power of all GPUs in a steady state",
-        rows=len(rows),
-    )
-
-
 def servers() -> Mapping[str, Servers]:
     """Return the runs by GPU. Runs with expert parallelism are left out: their devices wait for
     each other for a time that no row states."""
     rows = [row for row in published("steady") if not row["parallel"]]
     return {name: Servers.of(some) for name, some in by_key(rows, itemgetter("hardware")).items()}
-
-
-def write_sections() -> list[str]:
-    """Write the fitted sections, with errors held out by model, into the stack files of vLLM, and
-    return a line for each."""
-    lines = []
-    for name, runs in servers().items():
-        watts = np.array([c.predicted for c in compare_power(runs)])
-        accuracy = accuracy_of(watts / runs.watts - 1.0)
-        section, sampler = runs.fit()
-        section = rounded(replace(section, accuracy=accuracy))
-        sections = {**load_hardware(name).stacks[STACK], ("power", "*"): section}
-        path = profiles_folder() / f"{name}.{STACK}.yaml"
-        save_stack(runs.hw.calibrated(sections), STACK, path)
-        values = {**{part: c.value for part, c in section.constants.items()}, "sampler": sampler}
-        shares = ", ".join(f"{part} {value:.3f}" for part, value in values.items())
-        lines.append(f"{name}: {shares} of {runs.hw.power_w:g} W, {len(runs.rows)} runs")
-    return lines
 
 
 def compare_power(runs: Servers) -> list[Comparison]:
@@ -166,15 +130,9 @@ def compare_energy(runs: Servers) -> list[Comparison]:
     batch = np.array([float(row["batch"]) for row in runs.rows])
     energies = [_held_out(runs, batch / rate)[0] / rate for rate in rates]
     deviation = _held_out(runs, batch / rates[0])[1]
-    logs = np.log(np.array(energies[1:]) / energies[0])
-    below, above = (
-        np.exp(np.sqrt(np.square(np.maximum(side * logs, 0)).sum(axis=0) + (HALF * deviation) ** 2))
-        for side in (-1, 1)
-    )
+    lower, upper = interval(energies[0], energies[1:], HALF * deviation)
     measured = np.array([float(row["watts"]) / float(row["tokens_per_s"]) for row in runs.rows])
-    return _comparisons(
-        runs, "J", measured, (energies[0], energies[0] / below, energies[0] * above)
-    )
+    return _comparisons(runs, "J", measured, (energies[0], lower, upper))
 
 
 def _held_out(runs: Servers, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:

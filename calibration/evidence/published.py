@@ -19,7 +19,7 @@ to the first token are those of the request's own pass, a share of the other pre
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -336,12 +336,9 @@ class HeldOut:
         return self.tpot_s / self.group.tpot_s
 
 
-def ratio_scores(groups: Sequence[HeldOut], rows: Sequence[Any] = ()) -> dict[str, float]:
-    """Return the scores of the times per token of groups, or of some rows of each, and the number
-    of rows ("runs")."""
-    ratio = np.concatenate(
-        [x.ratio[some] for x, some in zip(groups, rows or [slice(None)] * len(groups), strict=True)]
-    )
+def ratio_scores(groups: Sequence[HeldOut]) -> dict[str, float]:
+    """Return the scores of the times per token of groups, and the number of their rows ("runs")."""
+    ratio = np.concatenate([x.ratio for x in groups])
     return {**score(ScoredRows(np.ones(len(ratio)), ratio)), "runs": float(len(ratio))}
 
 
@@ -398,20 +395,21 @@ def fit_hosts(
 ) -> HostParameters:
     """Return the parameters of runs; ``elsewhere``: R in other sources, s."""
 
-    def ttft_residuals(q: FloatArray) -> FloatArray:
-        waits = [g.pass_s + q[1] * (g.prefill_s - g.pass_s) + q[0] for g in runs]
-        return np.concatenate(
-            [np.log(t / g.ttft_s) / np.sqrt(len(t)) for t, g in zip(waits, runs, strict=True)]
-        )
+    def errors(predicted: Callable[[Group], FloatArray], name: str) -> FloatArray:
+        logs = [np.log(predicted(g) / getattr(g, name)) / np.sqrt(len(g.seq)) for g in runs]
+        return np.concatenate(logs)
+
+    def ttft_errors(server_s: float, wait: float) -> FloatArray:
+        return errors(lambda g: g.pass_s + wait * (g.prefill_s - g.pass_s) + server_s, "ttft_s")
 
     how: dict[str, Any] = {"loss": "soft_l1", "f_scale": 0.01, "bounds": (0.0, 1.0)}
     if (first := PROMPTS_FIRST.get(engine)) is not None:
-        (server_s,) = least_squares(lambda q: ttft_residuals(np.r_[q, first]), [0.05], **how).x
+        (server_s,) = least_squares(lambda q: ttft_errors(q[0], first), [0.05], **how).x
     else:
-        server_s = least_squares(ttft_residuals, [0.05, 0.1], **how).x[0]
+        server_s = least_squares(lambda q: ttft_errors(*q), [0.05, 0.1], **how).x[0]
     typical_s = float(np.exp(np.log([server_s, *elsewhere]).mean()))
     if first is None:
-        (first,) = least_squares(lambda q: ttft_residuals(np.r_[typical_s, q]), [0.1], **how).x
+        (first,) = least_squares(lambda q: ttft_errors(typical_s, q[0]), [0.1], **how).x
     h0, hs = OVERLAPPED.get(engine, PRIOR)
     if engine not in OVERLAPPED:
         prior = np.log(PRIOR)
@@ -420,27 +418,18 @@ def fit_hosts(
             out = [(q[:2] - prior) / PRIOR_LOG_SD, q[2:] / OFFSET_LOG_SD]
             each_pass, each_sequence = np.exp(q[:2])
             for group, offset in zip(runs, q[2:], strict=True):
-                log = (
-                    np.log(group.request(each_pass, each_sequence, server_s) / group.request_s)
-                    + offset
-                )
+                predicted = group.request(each_pass, each_sequence, server_s)
+                log = np.log(predicted / group.request_s) + offset
                 out.append(np.sqrt(INDEPENDENT_ROWS / len(log)) * log / NOISE_LOG_SD)
             return np.concatenate(out)
 
-        h0, hs = np.exp(
-            least_squares(residuals, np.r_[prior, np.zeros(len(runs))], loss="soft_l1").x[:2]
-        ).tolist()
-
-    def tpot_residuals(q: FloatArray) -> FloatArray:
-        return np.concatenate(
-            [np.log(g.tpot(h0, hs, q[0]) / g.tpot_s) / np.sqrt(len(g.tpot_s)) for g in runs]
-        )
-
-    phi = (
-        PROMPTS_FIRST[engine]
-        if engine in PROMPTS_FIRST
-        else least_squares(tpot_residuals, [0.1], **how).x[0]
-    )
+        start = np.r_[prior, np.zeros(len(runs))]
+        h0, hs = np.exp(least_squares(residuals, start, loss="soft_l1").x[:2]).tolist()
+    phi = PROMPTS_FIRST.get(engine)
+    if phi is None:
+        (phi,) = least_squares(
+            lambda q: errors(lambda g: g.tpot(h0, hs, q[0]), "tpot_s"), [0.1], **how
+        ).x
     return HostParameters(h0, hs, float(phi), float(first), typical_s)
 
 

@@ -14,22 +14,24 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from calibration.evidence.published import compare_dense, compare_serving, compare_speedups
 from calibration.records.store import read_store
 from calibration.runners.cases import Case, cases_of, fewer_layers
-from calibration.runners.compare import DTYPES, ENGINES, ComparedSpeedup, rows_of
+from calibration.runners.compare import DTYPES, ENGINES, ComparedSpeedup, rows_of, summary
 from calibration.validation.paper import table_2
-from calibration.validation.scoring import errors, percent, spearman, table
+from calibration.validation.scoring import Comparison, percent, table
 from simulator.figures.layout import fixed_ticks
 from simulator.figures.measured import time_text
-from simulator.figures.style import COLORS, paper_style
+from simulator.figures.style import COLORS, Look, paper_style
 from simulator.hardware.library import load_hardware
 from simulator.models.library import load_model
 from simulator.prediction.requests import by_key
@@ -63,7 +65,7 @@ class RecordedRow:
 
 
 def recorded_rows(page: str) -> list[RecordedRow]:
-    out = []
+    out: list[RecordedRow] = []
     for file in sorted(FOLDERS[page].glob("*.jsonl")):
         dtype, threads, *_, engine = file.name.removesuffix(".jsonl").split(".")
         if dtype in DTYPES:  # other files are records of engines' calibrations
@@ -71,41 +73,38 @@ def recorded_rows(page: str) -> list[RecordedRow]:
     return out
 
 
-def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> list[RecordedRow]:
+def _rows_of_run(file: Path, dtype: str, threads: str, engine: str) -> Iterator[RecordedRow]:
     store = read_store(file)
-    profile = file.with_name(f"{dtype}.{threads}.yaml")
     # its engine was calibrated on this model
     own = file.with_name(file.name.replace(f".{engine}.jsonl", ".yaml"))
-    hw = load_hardware(own if own.is_file() else profile)
+    hw = load_hardware(own if own.is_file() else file.with_name(f"{dtype}.{threads}.yaml"))
     plain = replace(hw, engines={})
-    runs = ENGINES[engine]
-    cases = dict[str, Case]()
-    records = [dict(row) for row in store.rows]
-    for record in records:
-        config_file = file.with_name(f"{record['model']}.json")  # a model that no library has
-        model = load_model(config_file if config_file.is_file() else record["model"])
-        layers = re.search(r"layers=(\d+)", str(record["key"]))
-        config = fewer_layers(model, int(layers[1]) if layers else None)
-        settings = {name: record[name] for name in ("phase", "batch", "seq")}
-        settings |= {"prune": [record["prune"]], "dtype": dtype, "engine": runs.lowered}
-        if found := re.search(r"new=(\d+)", str(record["key"])):
-            settings["new_tokens"] = int(found[1])
-        (case,), _ = cases_of(config, settings, phases=runs.phases)
-        cases[str(record["key"])] = case
-    rows = rows_of(
-        list(cases.values()), records, plain, device=store.header.device, dtype=dtype, engine=engine
-    )
-    by_case = {(r.prune, r.phase, r.batch, r.seq): r for r in rows}
-    out = []
-    for case in cases.values():
-        compared = by_case.get((case.prune, case.phase, case.batch, case.seq))
-        if compared is None:
-            continue
-        pair = case.dense, case.pruned
-        predicted = [speedup(*pair, plain), speedup(*pair, plain, dense_s=compared.dense_s)]
-        predicted += [speedup(*pair, hw)] if engine in hw.engines else []
-        out.append(RecordedRow(engine, threads, compared, dict(zip(KNOWN, predicted))))
-    return out
+    about: dict[str, Any] = {"device": store.header.device, "dtype": dtype, "engine": engine}
+    for record in {str(row["key"]): row for row in store.rows}.values():
+        case = _case_of(record, file.parent, engine)
+        for compared in rows_of([case], [record], plain, **about):
+            pair = case.dense, case.pruned
+            predicted = [speedup(*pair, plain), speedup(*pair, plain, dense_s=compared.dense_s)]
+            predicted += [speedup(*pair, hw)] if engine in hw.engines else []
+            yield RecordedRow(engine, threads, compared, dict(zip(KNOWN, predicted)))
+
+
+def _case_of(record: Mapping[str, Any], folder: Path, engine: str) -> Case:
+    """Return the case of a record, whose key has the numbers of layers and of new tokens."""
+    config_file = folder / f"{record['model']}.json"  # a model that no library has
+    model = load_model(config_file if config_file.is_file() else record["model"])
+    numbers = {name: int(value) for name, value in re.findall(r"(layers|new)=(\d+)", record["key"])}
+    settings = {name: record[name] for name in ("phase", "batch", "seq", "dtype")}
+    settings |= {"prune": [record["prune"]], "engine": ENGINES[engine].lowered}
+    if "new" in numbers:
+        settings["new_tokens"] = numbers["new"]
+    config = fewer_layers(model, numbers.get("layers"))
+    (case,), _ = cases_of(config, settings, phases=ENGINES[engine].phases)
+    return case
+
+
+def page_tables(page: str) -> list[str]:
+    return tables(recorded_rows(page))
 
 
 def tables(rows: Sequence[RecordedRow]) -> list[str]:
@@ -143,23 +142,21 @@ def _summary(title: str, rows: Sequence[RecordedRow], key: Callable[[RecordedRow
 
 
 def scores(rows: Sequence[RecordedRow], known: str = KNOWN[0]) -> dict[str, float]:
-    """Return the errors of predictions that know something: median and rank correlation of
-    speedups, share inside their interval, median half-width, and median error of dense times."""
-    measured, dense = (
-        np.array([getattr(r.compared, name) for r in rows]) for name in ("measured", "dense_s")
-    )
+    """Return the errors of predictions that know something, as those of a comparison, and the
+    median half-width of their intervals."""
     found = [r.predicted[known] for r in rows]
-    value, lower, upper, dense_s = (
-        np.array([getattr(s, name) for s in found])
-        for name in ("speedup", "lower", "upper", "dense_s")
-    )
-    return {
-        "median": errors(value, measured)["median"],
-        "inside": float(np.mean((lower <= measured) & (measured <= upper))),
-        "half_width": float(np.median(np.sqrt(upper / lower))) - 1.0,
-        "spearman": spearman(value, measured),
-        "dense_time": errors(dense_s, dense)["median"],
-    }
+    compared = [
+        replace(
+            r.compared,
+            predicted=s.speedup,
+            predicted_lower=s.lower,
+            predicted_upper=s.upper,
+            predicted_dense_s=s.dense_s,
+        )
+        for r, s in zip(rows, found, strict=True)
+    ]
+    half_widths = [math.sqrt(s.upper / s.lower) - 1.0 for s in found]
+    return {**summary(compared), "half_width": float(np.median(half_widths))}
 
 
 def _worst(rows: Sequence[RecordedRow]) -> str:
@@ -181,88 +178,64 @@ def _worst(rows: Sequence[RecordedRow]) -> str:
 
 
 def measured_speedups() -> Groups:
-    published = compare_speedups()
     rows = [row for page in FOLDERS for row in recorded_rows(page)]
     files = [FOLDERS["vllm"].parent / name for name in ("comparison.csv", "plans.csv")]
-    decoders = [
-        row
-        for file in files
-        for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    ours = [row for file in files for row in csv.DictReader(file.read_text("utf-8").splitlines())]
+    titles = ("executed, vLLM", "executed, Transformers")
+    groups: dict[str, list[tuple[float, float]]] = {title: [] for title in titles}
+    for r in rows:
+        groups[titles[r.engine != "vllm"]].append((r.compared.measured, r.compared.predicted))
+    groups["executed, our decoder and plans"] = [
+        (float(r["measured"]), float(r["predicted"])) for r in ours
     ]
-    return {
-        **{
-            f"executed, {title}": [
-                (r.compared.measured, r.compared.predicted)
-                for r in rows
-                if (r.engine == "vllm") == ours
-            ]
-            for title, ours in (("vLLM", True), ("Transformers", False))
-        },
-        "executed, our decoder and plans": [
-            (float(r["measured"]), float(r["predicted"])) for r in decoders
-        ],
-        "published, taxonomy paper": [(c.published, c.predicted) for c in table_2()],
-        "published, other": [(c.measured, c.predicted) for c in published if not c.own_code],
-        "published, custom code": [(c.measured, c.predicted) for c in published if c.own_code],
-    }
+    groups["published, taxonomy paper"] = [(c.published, c.predicted) for c in table_2()]
+    for c in sorted(compare_speedups(), key=lambda c: c.own_code):
+        name = "published, custom code" if c.own_code else "published, other"
+        groups.setdefault(name, []).append((c.measured, c.predicted))
+    return groups
 
 
 def overview() -> Figure:
     """Draw predicted against measured values of everything that was executed or published."""
-    names = {"hf": "Transformers", "compile": "torch.compile", "vllm": "vLLM", "sglang": "SGLang"}
-    names |= {"trtllm": "TensorRT-LLM", "reference": "taxonomy paper's bench"}
-    panels = {"speedups of pruned models": ("speedup", measured_speedups())}
-    dense = ("times of dense models", "time of a pass or request", compare_dense())
-    for what, label, times in (
-        dense,
-        ("runs of servers", "time per output token", compare_serving()),
-    ):
-        engines = {
-            names[key]: [(c.measured, c.predicted) for c in times if c.engine == key]
-            for key in names
-        }
-        panels[what] = label, {name: found for name, found in engines.items() if found}
     with paper_style():
         figure = Figure(figsize=(7.2, 3.4), layout="constrained", dpi=200)
-        for ax, (what, (label, groups)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            every = np.concatenate([np.array(rows) for rows in groups.values()])
-            ends = np.array([every.min() / 1.15, every.max() * 1.15])
-            ax.fill_between(
-                ends, ends / 1.1, ends * 1.1, color="0.85", linewidth=0, label="within 10 %"
-            )
-            ax.plot(ends, ends, color="black", linewidth=0.6)
-            for color, (name, rows) in zip(COLORS, groups.items(), strict=False):
-                ax.plot(
-                    *np.array(rows).T,
-                    "o",
-                    color=color,
-                    markersize=2.2,
-                    alpha=0.6,
-                    markeredgewidth=0,
-                    label=name,
-                )
-            error = 100 * np.median(np.abs(every[:, 1] / every[:, 0] - 1))
-            ax.set_title(f"{len(every):,} {what}\nmedian error {error:.1f} %")
-            ax.set(
-                xscale="log",
-                yscale="log",
-                xlim=ends,
-                ylim=ends,
-                xlabel=f"measured {label}",
-                ylabel="predicted",
-            )
-            ax.set_box_aspect(1)
-            for axis in (ax.xaxis, ax.yaxis):
-                if label == "speedup":
-                    fixed_ticks(axis, [0.7, 1, 1.5, 2, 3], lambda value, _: f"{value:g}x")
-                else:
-                    ticks = [10.0**e for e in range(-3, 3) if ends[0] < 10.0**e < ends[1]]
-                    fixed_ticks(axis, ticks, lambda seconds, _: time_text(1e6 * seconds))
-            ax.legend(
-                loc="upper center",
-                bbox_to_anchor=(0.45, -0.2),
-                fontsize=6,
-                markerscale=1.5,
-                frameon=False,
-            )
+        first, second, third = figure.subplots(1, 3)
+        _panel(first, "speedups of pruned models", "speedup", measured_speedups())
+        dense, served = _by_engine(compare_dense()), _by_engine(compare_serving())
+        _panel(second, "times of dense models", "time of a pass or request", dense)
+        _panel(third, "runs of servers", "time per output token", served)
     return figure
+
+
+def _by_engine(rows: Sequence[Comparison]) -> Groups:
+    names = {"hf": "Transformers", "compile": "torch.compile", "vllm": "vLLM", "sglang": "SGLang"}
+    names |= {"trtllm": "TensorRT-LLM", "reference": "taxonomy paper's bench"}
+    groups = {
+        title: [(c.measured, c.predicted) for c in rows if c.engine == engine]
+        for engine, title in names.items()
+    }
+    return {title: pairs for title, pairs in groups.items() if pairs}
+
+
+def _panel(ax: Axes, what: str, label: str, groups: Groups) -> None:
+    every = np.concatenate([np.array(rows) for rows in groups.values()])
+    ends = np.array([every.min() / 1.15, every.max() * 1.15])
+    ax.fill_between(ends, ends / 1.1, ends * 1.1, color="0.85", linewidth=0, label="within 10 %")
+    ax.plot(ends, ends, color="black", linewidth=0.6)
+    dots: Look = {"markersize": 2.2, "alpha": 0.6, "markeredgewidth": 0}
+    for color, (name, rows) in zip(COLORS, groups.items(), strict=False):
+        ax.plot(*np.array(rows).T, "o", color=color, label=name, **dots)
+    error = 100 * np.median(np.abs(every[:, 1] / every[:, 0] - 1))
+    ax.set_title(f"{len(every):,} {what}\nmedian error {error:.1f} %")
+    ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends, box_aspect=1)
+    ax.set(xlabel=f"measured {label}", ylabel="predicted")
+    speedups = label == "speedup"
+    ticks = [0.7, 1, 1.5, 2, 3] if speedups else 10.0 ** np.arange(-3, 3)
+    for axis in (ax.xaxis, ax.yaxis):
+        fixed_ticks(
+            axis,
+            [tick for tick in ticks if ends[0] < tick < ends[1]],
+            lambda value, _: f"{value:g}x" if speedups else time_text(1e6 * value),
+        )
+    place: Look = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
+    ax.legend(fontsize=6, markerscale=1.5, frameon=False, **place)

@@ -1,6 +1,5 @@
 """Published runs of servers next to simulated schedules: requests that are sent at once
-(``vllm bench serve``), servers whose queue is never empty (ML.ENERGY), and a fixed number of
-requests in flight, which the steady-state law predicts too."""
+(``vllm bench serve``), and servers whose queue is never empty (ML.ENERGY)."""
 
 from __future__ import annotations
 
@@ -9,19 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from numpy.typing import ArrayLike
 
 from calibration.evidence.measurements import published
-from calibration.evidence.published import serving_workload
 from calibration.validation.scoring import Comparison, percent, score_of, table
 from simulator.arrays import FloatArray
 from simulator.hardware.library import load_hardware
-from simulator.models.library import load_model
 from simulator.prediction.requests import by_key
-from simulator.prediction.table import speedups
 from simulator.request import MAX_TOKENS, Request
 from simulator.serving.arrivals import Lengths, Requests, Traffic
 from simulator.serving.schedule import simulate
@@ -40,13 +36,11 @@ PROMPTS: Mapping[str, int] = {"lm-arena-chat": 250, "gpqa": 300, "sourcegraph-fi
 """Assumed mean tokens of ML.ENERGY's prompts, whose lengths are not published. Prompts of chat and
 code explain the difference between mean and median times of a step on the H100."""
 ROUNDS = 4  # requests per sequence of a steady state; the first and the last round do not count
-CLOSED_ROUNDS = 10  # requests per client with a fixed number in flight (assumed)
 ENDS = tuple(
     Errors(**{name: side}) for name in ("kernels", "passes", "work") for side in (1.0, -1.0)
 )
 """Ends of the errors of kernels, and of the host per pass and per sequence."""
 WORST = 10
-_SYSTEM = ("engine", "version", "model", "hardware", "devices", "parallel", "weight_dtype")
 QUANTITIES: Mapping[str, str] = {
     "tokens_per_s": "tokens/s",
     "ttft_s": "first token",
@@ -175,26 +169,33 @@ def _while_full(run: Served) -> tuple[FloatArray, FloatArray, FloatArray]:
     return seconds[inside], count[inside], (decodes * count)[inside]
 
 
+def interval(value: ArrayLike, ends: ArrayLike, further: ArrayLike = 0.0) -> FloatArray:
+    """Return the lower and upper end of a value that combine the ends of its errors, and a
+    ``further`` error, as a root of sum of squares of logs."""
+    logs = np.log(np.asarray(ends) / value)
+    squares = (np.square(np.maximum(side * logs, 0)).sum(axis=0) for side in (-1, 1))
+    below, above = (np.exp(np.sqrt(one + np.square(further))) for one in squares)
+    return np.array([value / below, value * above])
+
+
 def _compare(
     case: Sequence[Row], scenario: Scenario, quantities: Callable[[Served], Quantities]
 ) -> list[Comparison]:
-    """Return the comparisons of a case; the interval combines the errors of kernels and of the host
-    as a root of sum of squares of logs."""
+    """Return the comparisons of a case."""
     row = case[0]
     typical, *ends = (quantities(scenario.run(errors)) for errors in (TYPICAL, *ENDS))
     lengths = f"{row.get('task') or row.get('lengths')} {row.get('batch') or row.get('seq')}"
     out = []
     for name, value in typical.items():
-        logs = np.log([end[name] / value for end in ends])
-        below, above = (np.sqrt(np.square(np.maximum(side * logs, 0)).sum()) for side in (-1, 1))
+        lower, upper = interval(value, [end[name] for end in ends])
         out.append(
             Comparison(
                 what=f"{row['model']} {row.get('weight_dtype', '')}".rstrip(),
                 where=", ".join(filter(None, [lengths, row.get("command"), row["parallel"]])),
                 measured=float(np.median([float(one[name] or "nan") for one in case])),
                 predicted=value,
-                lower=float(value * np.exp(-below)),
-                upper=float(value * np.exp(above)),
+                lower=float(lower),
+                upper=float(upper),
                 source=name,
                 reason=row.get("left_out") or row.get("reason", ""),
                 engine=row.get("engine", "vllm"),
@@ -202,64 +203,6 @@ def _compare(
             )
         )
     return out
-
-
-class Closed(NamedTuple):
-    """Measured times of a run with a fixed number of requests in flight, s, and those of the
-    steady-state law and of the simulation."""
-
-    engine: str
-    model: str
-    tpot: tuple[float, float, float]
-    ttft: tuple[float, float, float]
-
-
-def compare_closed() -> list[Closed]:
-    """Return the serving runs of the steady-state law, also simulated: all clients start at once
-    and send their next request when the last one ends."""
-    out = []
-    for row in sorted(published("serving"), key=itemgetter(*_SYSTEM)):
-        served = None if row["left_out"] else serving_workload(row)
-        if served is None:
-            continue
-        workload, hw = served
-        (law,) = speedups(workload, [workload], hw)
-        assert law.dense_tpot_s is not None
-        assert law.dense_ttft_s is not None
-        prompt, output = (Lengths(float(row[name])) for name in ("seq", "new_tokens"))
-        clients = int(row["concurrency"])
-        traffic = Traffic(prompt, output, CLOSED_ROUNDS * clients, concurrency=clients)
-        request = replace(workload.meta.asked, phase="decode", token_budget=None)
-        server = Server.of(request.engine, hw)
-        longest = int(row["seq"]) + int(row["new_tokens"])
-        if not server.chunked:
-            server = replace(server, tokens=max(server.tokens, longest))
-        run = Scenario(request, row["hardware"], server, traffic.draw()).run()
-        tpot = float(row["tpot_s"]), law.dense_tpot_s, float(np.nanmean(run.tpot))
-        ttft = float(row["ttft_s"]), law.dense_ttft_s, float(run.ttft.mean())
-        out.append(Closed(row["engine"], row["model"], tpot, ttft))
-    return out
-
-
-def sampler_line() -> str:
-    """Return the time of vLLM's sampler, fitted to the expert-parallel runs, which no score
-    counts."""
-    without, words, measured = [], [], []
-    for row in published("steady"):
-        if row["parallel"]:
-            scenario, batch = steady(row), round(float(row["batch"]))
-            tables = replace(scenario.tables, sampler=(0.0, 0.0))
-            context = PROMPTS[row["task"]] + 0.5 * float(row["new_tokens"])
-            without.append(tables.at().decode(batch, context))
-            words.append(batch * load_model(row["model"]).vocab)
-            measured.append(float(row["between_tokens_s"]))
-    steps, entries, times = (np.array(column) for column in (without, words, measured))
-
-    def error(value: float) -> float:
-        return float(np.square(np.log((steps + value * entries) / times)).sum())
-
-    value = minimize_scalar(error, bounds=(0.0, 1e-8), method="bounded", options={"xatol": 1e-13})
-    return f"vllm: sampler {1e9 * value.x:.2f} ns per entry of the vocabulary"
 
 
 def schedule_tables() -> list[str]:
@@ -288,7 +231,6 @@ def schedule_tables() -> list[str]:
         table(where, cells[::-1][:WORST], (0, 1, 2, 3, 4, 6)),
         table(["why", "engine", "cases", *headers], apart, left=(0, 1)),
         _steady_table(compare_steady()),
-        _closed_table(compare_closed()),
     ]
 
 
@@ -320,15 +262,3 @@ def _steady_table(rows: Sequence[Comparison]) -> str:
         cells.append([*key, str(len(members)), *map(percent, errors)])
     header = ["GPU", "parallel", "task", "runs", "error", "bias", "inside"]
     return table([*header, "error, prompts doubled"], cells, left=(0, 1, 2))
-
-
-def _closed_table(rows: Sequence[Closed]) -> str:
-    cells = []
-    engines = by_key(rows, lambda r: (r.engine, ""))
-    for groups in (engines, by_key(rows, lambda r: (r.engine, r.model))):
-        for key, some in sorted(groups.items()):
-            times = np.array([(r.tpot, r.ttft) for r in some])
-            errors = np.median(np.abs(times[..., 1:] / times[..., :1] - 1.0), axis=0)
-            cells.append([*key, str(len(some)), *map(percent, errors.ravel())])
-    per, first = ("per token: law", "simulation"), ("first token: law", "simulation")
-    return table(["engine", "model", "runs", *per, *first], cells, left=(0, 1))

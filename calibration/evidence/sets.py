@@ -11,7 +11,7 @@ from itertools import chain
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,13 +19,6 @@ import yaml
 from calibration.evidence.build_profiles import STAGED
 from calibration.evidence.measurements import published
 from calibration.evidence.measurements.wheel import SOURCES, datasheet, open_wheel, read_source
-from calibration.evidence.published import (
-    compare_dense,
-    compare_serving,
-    compare_speedups,
-    held_out_models,
-    ratio_scores,
-)
 from calibration.fit.attention import SHAPE, AttentionFit, calls_of, fit_attention
 from calibration.fit.gemm import GemmFit, fit_gemm, products_of
 from calibration.fit.operators import PART_ROLES, layers_of
@@ -34,8 +27,7 @@ from calibration.fit.section import LEVEL, Fit, fit_section, neighbours, pairs_a
 from calibration.measurements import list_measurements, load_measurements, provenance
 from calibration.records.screening import LATENT
 from calibration.records.timing_table import Records, Source
-from calibration.validation.scoring import Comparison, ScoredRows, score, score_of
-from calibration.validation.validate import COVERAGE, SIMPLE_FLOOR_S, SIMPLE_SHARE
+from calibration.validation.scoring import ScoredRows, score
 from simulator.arrays import Array, FloatArray, IndexArray
 from simulator.codes import ROLES, STACKS, formats_of
 from simulator.errors import unknown
@@ -57,8 +49,6 @@ DATA: Mapping[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").rea
 GROUPINGS = ("heads", "lengths")
 TEST_SHARE = 0.3
 SEEDS, FEW = (0, 1, 2), 400  # seeds of the splits, and rows of a small fit of GEMMs
-# rotated weights count as cold from this multiple of the L2: some smaller weights stay in it
-COLD_L2 = 4.0
 # most held-out rows of a profile, and most pairs of rows: random samples
 MOST_ROWS, MOST_PAIRS = 3000, 4000
 
@@ -179,23 +169,9 @@ def row(method: str, seed: int, scores: Mapping[str, float], rows: int = 0, **na
 
 
 def evaluate(section: Section, table: MeasuredRows, by: str = "") -> dict[str, float]:
-    """Return the scores of a section on rows of its stack. GEMMs have also bias and coverage with
-    cold weights, as in a decoder, for rows with few tokens whose rotated weights take
-    :data:`COLD_L2` times the L2 or more."""
-    hw, calls = table.profile(section), table.data.calls
-    out = score(table.predictions(hw, table.pairs(by), isinstance(calls, Layers)))
-    if isinstance(calls, Products):
-        machine = Machine.of(table.hw, table.dtype)
-        footprint = machine.weight_bytes * calls.n * calls.k * calls.copies
-        rows = (calls.m <= 16.0) & (footprint >= COLD_L2 * machine.l2_bytes)
-        if rows.any():
-            data = table.take(rows).data
-            cold = replace(data, calls=replace(calls.take(rows), copies=np.full(len(data), np.inf)))
-            found = score(
-                replace(table, data=cold).predictions(hw, np.zeros((0, 2), dtype=np.intp))
-            )
-            out |= {"cold bias": found["bias"], "cold coverage": found["coverage"]}
-    return out
+    """Return the scores of a section on rows of its stack."""
+    ratios = isinstance(table.data.calls, Layers)
+    return score(table.predictions(table.profile(section), table.pairs(by), ratios))
 
 
 def evaluate_table(
@@ -206,21 +182,6 @@ def evaluate_table(
     train, test = table.train_test(size, seed, by)
     section = train.fit(seed=seed, prior=prior, by=by)
     return row("prunesim + prior" if prior else "prunesim", seed, evaluate(section, test, by))
-
-
-def evaluate_baselines(table: MeasuredRows, seed: int) -> list[Row]:
-    """Return the scores of two rooflines without a fit on the same rows of GEMMs."""
-    test = table.train_test(None, seed)[1]
-    machine, c = Machine.of(table.hw, table.dtype), test.data.calls
-    assert isinstance(c, Products)
-    compute = 2.0 * c.m * c.n * c.k / machine.peak_flop_per_s
-    moved = machine.weight_bytes * c.n * c.k + machine.element_bytes * c.m * (c.n + c.k)
-    moved, pairs = moved / machine.bandwidth_bytes_per_s, test.pairs()
-    baselines = {
-        "datasheet roofline": np.maximum(compute, moved),
-        "max(flop, bytes/0.8) + 3 us": np.maximum(compute, moved / SIMPLE_SHARE) + SIMPLE_FLOOR_S,
-    }
-    return [row(name, seed, score(test.timed(s, pairs))) for name, s in baselines.items()]
 
 
 def evaluate_profile(hw: HardwareProfile, table: MeasuredRows, seed: int) -> Row:
@@ -237,62 +198,8 @@ class EvidenceSet:
     held_out: str
     # from the seed of the split and the wheel of the tables
     rows: Callable[[int, Path | None], Iterable[Row]]
-    # collectives and whole models, which are not split by seeds and have pages of their own
+    # collectives, which are not split by seeds and are not on the page of kernels
     whole: bool = False
-
-
-class Criterion(NamedTuple):
-    criterion: str
-    target: str  # range, %
-    measured: str  # %
-    met: bool | None  # None: there is no target
-
-
-# how several rows become one value, "ends": their range
-OF: Mapping[str, Callable[[Sequence[float]], Any]] = {
-    "mean": np.mean,
-    "median": np.median,
-    "worst": np.max,
-    "ends": np.min,
-}
-
-
-@dataclass(frozen=True)
-class AccuracyTarget:
-    """The range, %, in which a score of rows of one kind should lie; without ``high`` it is only
-    reported."""
-
-    kind: str
-    name: str  # name of a group of rows, formatted with their keys
-    score: str
-    high: float | Mapping[str, float] | None = None  # mapping: by the beginning of the name
-    low: float | None = None
-    of: str = "mean"  # a key of OF
-
-    def group(self, row: Row) -> str:
-        """Return the name of the group of a row."""
-        return self.name.format(**row)
-
-    def criterion(self, name: str, values: Sequence[float]) -> Criterion:
-        one, high, several = float(OF[self.of](values)), self.high, len(values) > 1
-        last = max(values) if self.of == "ends" else one
-        if isinstance(high, Mapping):
-            high = next((v for key, v in high.items() if name.startswith(key)), None)
-        measured = f"{one:.{2 if self.low is None else 1}f}"
-        if several and self.low is None:
-            name += f", {self.of} of {len(values)}"
-            if self.of == "worst":
-                name += f" (mean {np.mean(values):.2f})"
-            elif self.of == "median":
-                name += f" (worst {max(values):.1f})"
-        if several and self.of == "ends":
-            measured += f" to {last:.1f}"
-        if high is None:
-            return Criterion(name, "-", measured, None)
-        if self.low is None:
-            return Criterion(name, f"<= {high:g}", measured, last <= high)
-        wanted = f"{self.low:g} to {high:g}" if high < 100 else f">= {self.low:g}"
-        return Criterion(name, wanted, measured, self.low <= one and last <= high)
 
 
 def evaluate_sets(
@@ -327,7 +234,7 @@ def evaluate_sets(
 
 
 def _evaluate(name: str, seed: int, wheel: Path | None) -> list[Row]:
-    return [{"set": name, "held_out": "", "kind": "", **r} for r in SETS[name].rows(seed, wheel)]
+    return [{"set": name, "held_out": "", **r} for r in SETS[name].rows(seed, wheel)]
 
 
 def means(rows: Sequence[Row], table: str = "") -> list[Row]:
@@ -349,15 +256,6 @@ def means(rows: Sequence[Row], table: str = "") -> list[Row]:
         return titles.index(r["table"]), r["held_out"], size
 
     return sorted(out, key=order)
-
-
-def against_targets(rows: Sequence[Row]) -> list[Criterion]:
-    lines, out = means(rows), []
-    for t in TARGETS:
-        found = [r for r in lines if r["kind"].startswith(t.kind) and t.score in r]
-        for name, group in by_key(found, t.group).items():
-            out.append(t.criterion(name, [100.0 * abs(r[t.score]) for r in group]))
-    return out
 
 
 # tables of kernels
@@ -434,22 +332,19 @@ def stack_pairs(
 
 
 def _gemm(name: str, seed: int, wheel: Path | None) -> Iterator[Row]:
-    table, data, weights = GEMMS[name], GEMMS[name].load(), name.endswith("_wo")
-    kind = "weights" if weights else "gemm cold" if name in ("a100", "a100_sglang") else "gemm"
+    table, data = GEMMS[name], GEMMS[name].load()
     yield {**evaluate_table(data, FEW, seed), "table": name, "rows": FEW}
     if table.prior:
         prior = TableChoice(table.prior, table.dtype).fitted()
         yield {**evaluate_table(data, FEW, seed, prior=prior), "table": name, "rows": FEW}
-    yield {**evaluate_table(data, None, seed), "table": name, "kind": kind}
-    if not weights:
-        yield from ({**r, "table": name} for r in evaluate_baselines(data, seed))
+    yield {**evaluate_table(data, None, seed), "table": name}
 
 
 def _stacks(pairs: Iterable[tuple[TableChoice, TableChoice]], seed: int) -> Iterator[Row]:
     for table, source in pairs:
         device, operator, stack = table.parts
         held_out = f"{device} {stack}" + (f" {table.dtype}" if operator == "experts" else "")
-        names = {"table": f"{operator}, held-out stack", "held_out": held_out, "kind": "stack"}
+        names = {"table": f"{operator}, held-out stack", "held_out": held_out}
         hw = table.load().profile(source.fitted(), same_stack=False)
         yield {**evaluate_profile(hw, table.load(), seed), **names}
 
@@ -460,7 +355,7 @@ def _attention(operators: Sequence[str], seed: int, wheel: Path | None) -> Itera
     ):
         device, operator, stack = table.parts
         kind, phase = operator.split("_")
-        names = {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}", "kind": kind}
+        names = {"table": f"{kind} {device}, {stack}", "method": f"{phase}, {by}"}
         data = table.load()
         if len(data.data) >= FEWEST and data.data.groups(by).max() >= 2:
             yield {**evaluate_table(data, None, seed, by), **names}
@@ -476,7 +371,7 @@ def _experts(seed: int, wheel: Path | None) -> Iterator[Row]:
         device, _, stack = table.parts
         title = f"experts {device}, held-out models"
         for dtype in (d for d in EXPERT_FORMATS if d in table.formats()):
-            names = {"table": title, "method": f"{stack} {dtype}", "kind": "models"}
+            names = {"table": title, "method": f"{stack} {dtype}"}
             yield {**evaluate_table(replace(table, dtype=dtype).load(), None, seed), **names}
     pairs = stack_pairs(wheel, EXPERTS)
     both = [(a, b, d) for a, b in pairs for d in EXPERT_FORMATS if d in a.formats() & b.formats()]
@@ -510,11 +405,11 @@ def _gpus(seed: int, wheel: Path | None) -> Iterator[Row]:
             hw = inheriting(table.hw, origin) if origin else table.hw
             held_out = f"{device} {stack} {dtype}: {origin.name if origin else 'defaults'}"
             title = f"{operator}, GPU without a calibration"
-            names = {"table": title, "held_out": held_out, "kind": "gpus"}
+            names = {"table": title, "held_out": held_out}
             yield {**evaluate_profile(hw.serving((stack, *STACKS)), table, seed), **names}
 
 
-# collectives, and published measurements of whole models
+# collectives
 
 # smaller published rows are excluded: a call's overhead of 40 us is over a third of their time
 LEAST_BYTES = 1.6e7
@@ -585,32 +480,6 @@ def _mean_section(names: Sequence[str]) -> Section:
     return Section(out)
 
 
-def _published(
-    title: str, compare: Callable[[], Sequence[Comparison]], seed: int, wheel: Path | None
-) -> Iterator[Row]:
-    """Yield the scores of rows of sources that no fit used: all rows, then those of each engine; no
-    custom code."""
-    rows = [c for c in compare() if c.split == "judge" and not c.own_code]
-    for engine in ("", *sorted({c.engine for c in rows})):
-        some = [c for c in rows if engine in ("", c.engine)]
-        names = {"table": title, "kind": "engine" if engine else "all"}
-        yield row(engine or "all", 0, score_of(some), len(some), **names)
-
-
-def _serving(seed: int, wheel: Path | None) -> Iterator[Row]:
-    names = {"table": "serving runs of held-out models", "kind": "serving"}
-    for engine in ("vllm", "sglang", "trtllm"):
-        dense = [x for x in held_out_models() if x.engine == engine and not x.experts]
-        scores = ratio_scores(dense)
-        scores["coverage"] = score_of(compare_serving(engine, experts=False))["coverage"]
-        yield row(engine, 0, scores, int(scores["runs"]), **names)
-
-
-_USUAL = dict(zip(("low", "high"), COVERAGE))
-TARGETS = [
-    AccuracyTarget(**(_USUAL if "coverage" in target["score"] else {}) | target)
-    for target in DATA["targets"]
-]
 SETS: Mapping[str, EvidenceSet] = {
     **{name: EvidenceSet("(n, k)", partial(_gemm, name)) for name in GEMMS},
     "stacks": EvidenceSet(
@@ -621,11 +490,4 @@ SETS: Mapping[str, EvidenceSet] = {
     "experts": EvidenceSet("models; a software stack", _experts),
     "gpus": EvidenceSet("a GPU", _gpus),
     "collectives": EvidenceSet("a system", _links, whole=True),
-    "dense": EvidenceSet(
-        "sources", partial(_published, "published dense times", compare_dense), whole=True
-    ),
-    "speedups": EvidenceSet(
-        "sources", partial(_published, "published speedups", compare_speedups), whole=True
-    ),
-    "serving": EvidenceSet("a model", _serving, whole=True),
 }

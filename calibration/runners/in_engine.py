@@ -36,13 +36,27 @@ MODEL_SHARE = 0.6  # share of the memory for the weights of the dense and of the
 HOST_SHARE = 0.5  # share of the time for the engine's host; the rest is for the two models
 PHASES = ("prefill", "decode")
 SEQ = 512  # prompt tokens of the compared passes
+# shortest calibration of a CPU with vLLM: each of four starts takes 90 s of a core (AMD EPYC), and
+# the engine has 40 % of the time
+VLLM_ON_CPU_S = 480.0
 
 
-def installed_engine(python: str = "") -> str:
-    """Return the engine that this machine can run: vllm, else hf (Transformers), else ""."""
-    if python or find_spec("vllm"):
+def installed_engine(python: str = "", on_cpu: bool = False) -> str:
+    """Return the engine that this machine can run: vllm, hf (Transformers), or "". A CPU takes
+    Transformers first, because a start of vLLM takes about 90 s of a core."""
+    transformers = "hf" if find_spec("torch") and find_spec("transformers") else ""
+    if python or (find_spec("vllm") and not (on_cpu and transformers)):
         return "vllm"
-    return "hf" if find_spec("torch") and find_spec("transformers") else ""
+    return transformers
+
+
+def check_engine_budget(engine: str, device: str, budget_s: float) -> None:
+    """Raise InputError for a time in which four models of vLLM do not start on a CPU."""
+    if engine == "vllm" and device == "cpu" and budget_s < VLLM_ON_CPU_S:
+        raise InputError(
+            f"--budget: expected at least {VLLM_ON_CPU_S:.0f}s with --engine vllm, which starts"
+            f" four models on this CPU, got {budget_s:g}s; --engine hf needs less"
+        )
 
 
 def default_model(on_cpu: bool) -> str:

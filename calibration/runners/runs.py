@@ -69,7 +69,7 @@ REPORT = "report.md"
 UNFINISHED = "its calibration did not end"
 TURNS = 0.1  # largest share of the time for GEMMs at the ends of waves
 MOST_HEADER_BYTES = 1_000_000  # longest header that is read
-MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the posterior
+MOST_ROWS = 400  # ordered operators of a model; more would hardly narrow the intervals
 # Purpose of records -> file and subject of their report
 REPORTS = {
     "holdout": (REPORT, "shapes held out before the fit"),
@@ -173,17 +173,6 @@ def is_new(file: Path) -> bool:
         return parse(stream.readline(MOST_HEADER_BYTES), str(file)) is None
 
 
-def _begun(
-    folder: str | Path, device: Device, options: RunOptions, note: Callable[[str], None]
-) -> tuple[Path, Header]:
-    description = device.describe()
-    begun = begin(
-        folder, device, options.dtype, options.budget_s, memory_bytes=description.memory_bytes
-    )
-    note(f"{description.device}; {description.software}; {options.dtype}")
-    return begun
-
-
 def measure_plan(
     file: Path,
     header: Header,
@@ -252,7 +241,10 @@ def measure_into(
     profile of the shipped fit, or of the datasheet, exists from the beginning. ``progress`` gets
     seconds: passed, and in total.
     """
-    file, header = _begun(folder, device, options, note)
+    description = device.describe()
+    memory_bytes = description.memory_bytes
+    file, header = begin(folder, device, options.dtype, options.budget_s, memory_bytes=memory_bytes)
+    note(f"{description.device}; {description.software}; {options.dtype}")
     datasheet = file.with_name(DATASHEET)
     for line in warnings_of(device):
         note(f"warning: {line}")
@@ -271,7 +263,7 @@ def measure_into(
             header = replace(header, extra={**header.extra, **idle_power(device)})
         if is_new(file) or not datasheet.exists():
             base = replace(base_profile(device, options.dtype, options.hardware), path=None)
-            for line in thread_notes(base, device.describe().device):
+            for line in thread_notes(base, description.device):
                 note(line)
             datasheet.parent.mkdir(exist_ok=True)
             save_hardware(base, datasheet)

@@ -244,7 +244,10 @@ def _new_devices(
     if as_json:
         render.show_json({"file": str(path)})
     else:
-        print(f"{path}: replace each FILL_IN by a value, then run: prunesim hardware check {path}")
+        print(
+            f"{path}: replace each FILL_IN by a value, run: prunesim hardware check {path}, then"
+            f" use --hardware {path}"
+        )
 
 
 HOST_PARTS = ("pass", "layer", "sequence")

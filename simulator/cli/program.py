@@ -140,6 +140,8 @@ def run(arguments: Sequence[str]) -> int:
         # this method is
         if hasattr(error, "format_message"):
             return _fail(_usage(error, arguments), 2)
+        if isinstance(error, ImportError) and isinstance(error.__cause__, KeyboardInterrupt):
+            return _fail("interrupted", INTERRUPTED)  # Ctrl-C while a module in C++ is imported
         if os.environ.get("PRUNESIM_DEBUG"):
             raise
         return _fail(

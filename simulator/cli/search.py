@@ -3,7 +3,7 @@ choose a variant of each layer under targets, price every variant."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -327,11 +327,6 @@ def costs(
     choices: str | None = option(
         "FILE", "Variants: a file as --scores of search. Default: the usual ones."
     ),
-    output: str | None = option(
-        "FILE.json",
-        "Also write ModelOpt's subblock_stats.json, with --phase generate.",
-        flags="-o --output",
-    ),
     run: options.Run = options.RUN,
     out: options.Output = options.OUTPUT,
 ) -> None:
@@ -340,22 +335,13 @@ def costs(
     A variant is attention with fewer KV heads or query heads, an MLP of another width, fewer
     experts, a linear product, or none. Its cost is the difference of a pass with it and a pass
     without that attention or MLP, in the engine, with host time that is not hidden, and with its
-    interval. Layers with equal shapes cost the same and share a row. --csv writes a row per layer,
-    and -o the prefill and decode times that ModelOpt's Puzzletron needs for its latency targets.
+    interval. Layers with equal shapes cost the same and share a row. --csv writes a row per layer.
     """
-    from simulator.files.write import write_whole
     from simulator.plans.costs import costs as priced
-    from simulator.plans.write import stats_text
 
     out.check()
     asked = run.asked(model, devices)
-    if output is not None:
-        _check_stats(output, asked.settings["phase"])
     found = priced(model, devices.profiles, choices, **asked.settings)
-    lines = list(asked.notes)
-    if output is not None:
-        write_whole(output, stats_text(found).encode())
-        lines.append(f"written: {output}: {len(found)} costs")
     if not out.write(found.rows):
         return
     groups = _together(found)
@@ -391,20 +377,7 @@ def costs(
         f" {found.level:.0%} intervals"
     )
     render.show(render.narrowed(columns, 5 + 3 * several), title + hidden)
-    render.notes(lines, out.verbose)
-
-
-def _check_stats(output: str, phases: Sequence[str]) -> None:
-    """Reject other files than JSON, phases that ModelOpt cannot use and missing folders before any
-    work."""
-    from simulator.files.write import check_target
-
-    if Path(output).suffix != ".json":
-        raise InputError(f"--output {output}: expected a name that ends in .json; --csv writes CSV")
-    if alone := {"prefill", "decode"} & set(phases):
-        wanted = "expected --phase generate, because ModelOpt needs prefill and decode times"
-        raise InputError(f"--output {output}: {wanted}, got {min(alone)}")
-    check_target(output)
+    render.notes(asked.notes, out.verbose)
 
 
 def _together(found: Costs) -> list[dict[str, Any]]:

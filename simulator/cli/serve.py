@@ -102,8 +102,8 @@ def command(
     (--verbose: of prompt and of new tokens, by their share of the device time).
 
     With --rate, --requests or --trace it simulates the engine's schedule: percentiles of the times
-    of requests, goodput within the limits, the largest rate, and the GPUs that --rate needs. Other
-    options are those of the engine's server, such as --max-num-seqs 64.
+    of requests; with --ttft or --tpot also the largest rate that keeps these limits, and the GPUs
+    that --rate needs. Other options are those of the engine's server, such as --max-num-seqs 64.
     """
     out.check(arrivals.timeline)
     from simulator.prediction.energy_sentences import energy_notes

@@ -55,9 +55,8 @@ def speedup(
     claimed = None if claim is None else parsing.checked("--claim", claim, parse_ratio)
     from simulator.prediction.energy_sentences import energy_notes
     from simulator.prediction.notes import uncalibrated
-    from simulator.prediction.speedup_sentences import answer_of
+    from simulator.prediction.speedup_sentences import records
     from simulator.prediction.table import table
-    from simulator.prediction.tariff import energy_fields
 
     tariff = metered.tariff
     asked, profiles = run.asked(model, devices, prunings), devices.profiles
@@ -68,15 +67,7 @@ def speedup(
         from simulator.prediction.runnable import runnables
 
         answers = runnables(found, profiles if prunings.named else ())
-    rows = [
-        {
-            **r.to_dict(),
-            **answer.to_dict(),
-            **energy_fields(r, tariff),
-            "answer": " ".join(answer_of([r], [answer])),
-        }
-        for r, answer in zip(found, answers)
-    ]
+    rows = records(found, answers, tariff)
     judged = None
     if claimed is not None:
         from simulator.prediction.claims import Claim, judge
@@ -551,9 +542,10 @@ def _notes(found: Sequence[Explanation]) -> list[str]:
     lines += dict.fromkeys(filter(None, assumed))
     for e in found:
         lines += overridden(e.dense.meta.asked, map(source_of, (e.dense, e.pruned)))
-    return lines + [
-        line for e in found for line in difference_lines(e.dense.meta.config, e.pruned.meta.config)
-    ]
+    for e in found:  # the line of removed parts has the difference of other prunings
+        dense = e.dense.meta.config
+        lines += difference_lines(dense, e.pruned.meta.config if e.result.pruned else dense)
+    return lines
 
 
 def _print_waterfalls(together: Sequence[Explanation]) -> None:

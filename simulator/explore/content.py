@@ -34,9 +34,9 @@ from simulator.prediction.requests import batch_name, by_key, profiles
 from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import runnables
 from simulator.prediction.service import serve
-from simulator.prediction.speedup_sentences import answer_of
+from simulator.prediction.speedup_sentences import answer_of, records
 from simulator.prediction.table import table
-from simulator.prediction.tariff import Tariff, energy_fields
+from simulator.prediction.tariff import Tariff
 from simulator.prediction.wording import parts_line
 from simulator.units import percent, ratio
 
@@ -216,15 +216,6 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
     named = any(asked.get(name) for name in ("prune", "pruned", "method"))
     answers = runnables(found, devices if named else ())
     answer = answer_of(found.rows, answers if named else ())
-    records = [
-        {
-            **r.to_dict(),
-            **a.to_dict(),
-            **energy_fields(r, tariff),
-            "answer": " ".join(answer_of([r], [a])),
-        }
-        for r, a in zip(found, answers)
-    ]
     parts = [f"{r.pruning}: removes {parts_line(r)}." for r in found if named and r.parts]
     if named:
         runs = zip(found, answers)
@@ -233,7 +224,7 @@ def _page_content(asked: dict[str, Any], detail: str) -> PageContent:
         answer=(*answer, *(of_energy(found.rows, tariff) if tariff else ())),
         facts=_facts(found.rows),
         rows=found.rows,
-        records=tuple(records),
+        records=tuple(records(found, answers, tariff)),
         details=_explained(found, asked, detail),
         parts=(*(_drafts(found, devices[0]) if drafts else ()), *dict.fromkeys(parts)),
         notes=(

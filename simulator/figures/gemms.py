@@ -1,18 +1,14 @@
-"""Draw GEMMs: their rates on the roofline of a device, and staircases: their time rises in steps of
-tiles and waves."""
+"""Draw the rates of GEMMs on the roofline of a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from simulator.arrays import BoolArray, FloatArray
@@ -40,11 +36,6 @@ PRUNED: Look = {
     "markersize": 2.6,
     "linestyle": "none",
 }
-
-_IDEAL: Look = {"color": style.PALE_INK, "linestyle": (0, (4, 1.5)), "linewidth": 0.8}
-_HIGHEST: Look = {**_IDEAL, "linestyle": (0, (1, 1))}
-_BAND: Look = {"color": style.BLUE, "alpha": 0.18}
-_POINT: Look = {**DENSE, "color": style.VERMILLION, "markersize": 2.4, "markeredgewidth": 0.6}
 
 Limits = tuple[float, float, float, float]  # ranges of intensity (FLOP/byte) and rate (TFLOP/s)
 
@@ -209,62 +200,3 @@ def gemms_of(rows: Sequence[GemmRecord]) -> Figure:
         )
     warm = "" if rows[0].cold else " (weights from the L2 cache: the memory slope is not a bound)"
     return roofline_figure(roofs, names=f"M × N × K{warm}")
-
-
-@dataclass(frozen=True)
-class Stairs:
-    row: str  # kind of staircase
-    column: str  # the device
-    x_label: str
-    note: str  # fixed sizes, written into the panel
-    y_label: str
-    x: ArrayLike  # sizes
-    # predicted, lower, upper, ideal (datasheet roofline), highest (clock, if above)
-    values: Mapping[str, FloatArray]
-    measured_x: ArrayLike = ()
-    measured: ArrayLike = ()
-
-
-def staircase_figure(panels: Sequence[Stairs], *, interval: str) -> Figure:
-    """Draw staircases, a column per device and a row per kind, in the order in which their labels
-    first occur."""
-    where = layout.fitted(
-        layout.arrays({name: [getattr(p, name) for p in panels] for name in ("row", "column")})
-    )
-    handles: list[Any] = [
-        layout.entry("predicted", color=style.BLUE, linewidth=0.9),
-        Patch(**_BAND, label=interval),
-        layout.entry("datasheet roofline", **_IDEAL),
-    ]
-    if any("highest" in p.values for p in panels):
-        handles.append(layout.entry("at the highest clock", **_HIGHEST))
-    if any(np.size(p.measured) for p in panels):
-        handles.append(layout.entry("measured", **_POINT))
-    with style.paper_style():
-        width = layout.width_of(len(set(where["column"])))
-        figure, axes = layout.panel_grid(where, 1.6, 0.24, width_in=width, handles=handles)
-        for p, row, column in zip(panels, where["row"], where["column"]):
-            ax = axes[row, column]
-            _draw_stairs(ax, p)
-            ax.set_xlabel(p.x_label, labelpad=2)
-            ax.set_ylabel(p.y_label if column == where["column"][0] else "")
-        figure.align_ylabels()
-        return layout.laid_out(figure)
-
-
-def _draw_stairs(ax: Axes, p: Stairs) -> None:
-    x = np.asarray(p.x, dtype=float)
-    values = p.values
-    ax.fill_between(x, values["lower"], values["upper"], **_BAND, zorder=2)
-    for name, look in (("ideal", _IDEAL), ("highest", _HIGHEST)):
-        if name in values:
-            ax.plot(x, values[name], **look, zorder=2.5)
-    ax.plot(x, values["predicted"], color=style.BLUE, linewidth=0.9, zorder=3)
-    if np.size(p.measured):
-        ax.plot(p.measured_x, p.measured, **_POINT, zorder=4)
-    top = 1.05 * max(float(np.max(v)) for v in (*values.values(), p.measured) if np.size(v))
-    ax.set(xlim=(0.0 if x[0] < 0.1 * x[-1] else x[0], 1.02 * x[-1]), ylim=(0.0, top))
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 4, 5, 10]))
-    ax.yaxis.set_major_locator(MaxNLocator(4))
-    where: Look = {"ha": "right", "va": "bottom", "transform": ax.transAxes}
-    ax.text(0.97, 0.05, p.note, color=style.PALE_INK, zorder=5, **where)

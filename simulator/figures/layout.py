@@ -138,11 +138,11 @@ def most_height() -> float:
     return MOST_HEIGHT_IN / paper_size().scale
 
 
-def fitted(data: FigurePoints, least_in: float = LEAST_PANEL_IN) -> FigurePoints:
+def fitted(data: FigurePoints) -> FigurePoints:
     """Return points whose panels have room: a column for each device if there is room for it, else
     one column."""
     columns = set(data["column"])
-    if len(columns) * least_in <= width_of(max(2, len(columns))):
+    if len(columns) * LEAST_PANEL_IN <= width_of(max(2, len(columns))):
         return data
     rows = [f"{column}, {row}" for column, row in zip(data["column"], data["row"])]
     return {**data, **arrays({"row": rows, "column": [""] * len(rows)})}
@@ -274,18 +274,6 @@ def lines_of(texts: Iterable[str]) -> int:
 def title_in(titles: Iterable[str]) -> float:
     """Return the height of the titles of a row of panels, inches."""
     return 0.13 * lines_of(titles)
-
-
-def as_table(panels: Panels, across: Sequence[str], down: Mapping[str, Sequence[str]]) -> None:
-    """Make tables of panels, with the names of cells below the last row and left of the first
-    column."""
-    (_, first), (last, _) = next(iter(panels)), list(panels)[-1]
-    for (r, c), ax in panels.items():
-        ax.set_yticks(range(len(down[r])), down[r] if c == first else [])
-        ax.set_xticks(range(len(across)), across if r == last else [])
-        ax.grid(visible=False)
-        ax.tick_params(length=0)
-        ax.spines[["left", "bottom"]].set_visible(False)
 
 
 def entry(label: str, **look: Any) -> Line2D:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,13 +40,6 @@ class MeasuredGemms:
     seconds: FloatArray
     copies: Array | None = None  # number of rotated weights, inf if cold; None: all cold
     stack: str = ""  # software stack that was measured; "": that of the device's profile
-
-    def of_shape(self, most: int, n: int, k: int) -> MeasuredGemms | None:
-        """Return the rows of up to ``most`` tokens with a shape, if there are any."""
-        rows = np.flatnonzero((self.n == n) & (self.k == k) & (self.m <= most))
-        chosen = {name: getattr(self, name)[rows] for name in ("m", "n", "k", "seconds")}
-        copies = None if self.copies is None else self.copies[rows]
-        return replace(self, **chosen, copies=copies) if len(rows) else None
 
     def predict(self, hw: HardwareProfile, dtype: str = "bf16") -> FloatArray:
         """Return predicted times of all rows, s, for the stack and the rotation of weights that

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from simulator.arrays import FloatArray
 from simulator.codes import ROLES
 from simulator.display import with_and
 from simulator.engines.engine import load_engine, sparse24_engines
 from simulator.errors import InputError, unknown
-from simulator.figures.gemms import Stairs, roof_of, roofline_figure, staircase_figure
-from simulator.figures.layout import NoRoom, across, columns, device, interval, placed
+from simulator.figures.gemms import roof_of, roofline_figure
+from simulator.figures.layout import NoRoom, across, device, interval
 from simulator.figures.measured import Cloud, MeasuredGemms, agreement, scatter_figure
 from simulator.figures.pareto import fronts_of
 from simulator.figures.speedup import speedups_of
 from simulator.figures.style import device_title, engine_title, label
-from simulator.figures.tables import (
-    SKIPPED_PAIRS,
-    crossover_figure,
-    efficiency_figure,
-    kept_axes,
-    taxonomy_figure,
-)
+from simulator.figures.tables import SKIPPED_PAIRS, kept_axes, taxonomy_figure
 from simulator.figures.waterfall import steps_of, waterfall_figure
 from simulator.hardware.profile import HardwareProfile
 from simulator.models.library import load_model, model_title
 from simulator.models.lower import lower, number_formats
 from simulator.models.model import Model
-from simulator.operators.base import ELEMENT_BYTES
 from simulator.prediction.explain import explanations
-from simulator.prediction.pareto import Winners, fronts, winners
-from simulator.prediction.prunings import Pruning, families
+from simulator.prediction.pareto import fronts
 from simulator.prediction.quality import choose_axis, load_quality
 from simulator.prediction.requests import profiles
 from simulator.prediction.table import table
 from simulator.pruning import FAMILIES, general_families, prune
 from simulator.request import Request
-from simulator.uncertainty.operators import GemmOptions, gemm_time
 
 SPARSITIES = (0.1, 0.25, 0.5)
 # sparsity at which families are compared: all of them support it (2:4 supports no other)
@@ -70,15 +58,8 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
     "lm_head": ("lm_head",),
 }
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-# minimum roofline bound for an efficiency: a share of a smaller gain would mean little
-LEAST_BOUND = 1.05
 # model of the frontier if the paper's model has quality of fewer than two families
 QUALITY_MODEL = "llama-2-7b"
-# staircases over few and over many tokens
-TOKENS = np.arange(1, 513)
-MORE_TOKENS = np.arange(16, 4097, 8)
 
 Made = tuple[Any, str, tuple[str, ...]]  # a figure, its caption, and notes
 
@@ -231,29 +212,6 @@ def _speedup(p: Paper) -> Made:
     return figure, caption + _without_sparse24(p), found.notes
 
 
-def _efficiency(p: Paper) -> Made:
-    found = table(
-        [p.model],
-        p.devices,
-        "all",
-        MAP_SPARSITY,
-        **p.settings(phase=["prefill", "decode"], batch=BATCHES),
-    )
-    results = [r for r in found if r.family != "unstructured"]
-    shares = [r.efficiency if r.roofline_bound >= LEAST_BOUND else float("nan") for r in results]
-    cells = columns(results, family="family", batch="batch")
-    cells |= placed(results, [r.phase for r in results])
-    figure = efficiency_figure(cells | {"efficiency": shares})
-    caption = (
-        "Efficiency to the bound, (speedup - 1) / (roofline bound - 1), by family and batch at"
-        f" {100 * MAP_SPARSITY:.0f} % sparsity: {p.setting}, {p.request.seq} tokens per sequence."
-        " 1: the whole gain of the datasheet roofline; 0: as fast as dense; negative: slower;"
-        " above 1: the rest runs closer to its roofline than the removed work; dash, or no"
-        f" line: the bound allows a gain of less than {100 * (LEAST_BOUND - 1):.0f} %."
-    )
-    return figure, caption + _without_sparse24(p), ()
-
-
 def _waterfall(p: Paper) -> Made:
     panels = []
     notes = []
@@ -277,96 +235,6 @@ def _waterfall(p: Paper) -> Made:
     if sparse24 != own and not notes:
         caption += f" 2:4 is shown in {engine_title(sparse24)}: {p.engine} has no kernels for it."
     return waterfall_figure(panels, columns=across(len(p.devices))), caption, tuple(notes)
-
-
-def _crossover(p: Paper) -> Made:
-    prunings = [Pruning.of(family, MAP_SPARSITY) for family in families(("all",), [p.model])]
-    maps = [_winners(p, phase, prunings) for phase in ("prefill", "decode")]
-    best = [r for won in maps for r in won.best]
-    gains, certain = (
-        np.concatenate([getattr(won, name) for won in maps]) for name in ("gains", "certain")
-    )
-    cells = columns(best, batch="batch", seq="seq", speedup="speedup", fits="dense_fits")
-    cells |= placed(best, [r.phase for r in best])
-    cells["winner"] = [r.family if gain else "" for r, gain in zip(best, gains)]
-    figure = crossover_figure(cells | {"certain": certain})
-    caption = (
-        f"Fastest family at {100 * MAP_SPARSITY:.0f} % sparsity by batch and sequence, with its"
-        f" speedup: {p.setting}. Equal sparsity is not equal quality. Pale: the winner is"
-        f" uncertain, because the {p.interval} of its ratio to the second fastest family, or to the"
-        " dense model, includes 1. Blank: the dense model does not fit the device's memory."
-    )
-    return figure, caption + _without_sparse24(p), ()
-
-
-def _winners(p: Paper, phase: str, prunings: Sequence[Pruning]) -> Winners:
-    request = replace(p.request, model=p.model, phase=phase)
-    shapes = itertools.product(BATCHES, LENGTHS)
-    requests = [replace(request, batch=batch, seq=seq) for batch, seq in shapes]
-    return winners(requests, prunings, p.devices)
-
-
-def _staircase(p: Paper) -> Made:
-    """Draw time and rate of the fused projection over the tokens, and time of the gate projection
-    over its width."""
-    rows = ("tiles", "waves", "pruned width")
-    panels = [_stairs(p, hw, row) for row in rows for hw in p.devices]
-    used = [hw for hw, panel in zip(p.devices, panels) if np.size(panel.measured)]
-    named = "; ".join(f"{device_title(hw.label)}: {p.measured[hw.label].source}" for hw in used)
-    caption = (
-        f"Staircases of tile and wave quantisation, {p.dtype}, single GEMMs outside any"
-        f" engine. Top: time of the fused q, k, v projection of {p.title} over the tokens; middle:"
-        " its rate; bottom: time of the gate projection as width pruning narrows it, cold weights."
-        f" Line: prediction; band: {p.interval}; dashed: datasheet roofline; dotted: roofline at"
-        " the highest clock, if above the datasheet's"
-    )
-    caption += f"; circles: measured ({named})." if named else "."
-    return staircase_figure(panels, interval=p.interval), caption, ()
-
-
-def _stairs(p: Paper, hw: HardwareProfile, row: str) -> Stairs:
-    """Return a panel: time of the fused q, k, v projection over few tokens, its rate over many, or
-    time of the gate projection as its output narrows in steps of 16, down to half."""
-    n: Any = (p.model.heads + 2 * p.model.kv_heads) * p.model.head_dim
-    m: Any = {"tiles": TOKENS, "waves": MORE_TOKENS}.get(row, p.request.seq)
-    k, x, seen = p.model.hidden, m, None
-    names = "M (tokens)", f"N {n}, K {k}"
-    if row == "pruned width":
-        inner = p.model.inner or p.model.expert_inner
-        n = x = np.arange(max(16, inner // 32 * 16), inner + 1, 16)
-        names = "N (inner width kept)", f"M {m}, K {k}"
-    elif hw.label in p.measured:
-        seen = p.measured[hw.label].of_shape(m[-1], n, k)
-
-    def shown(m: Any, seconds: Any) -> FloatArray:
-        return np.asarray(2e-12 * m * n * k / seconds if row == "waves" else 1e6 * seconds)
-
-    times = _times(p, hw, m, n, k, seen)
-    return Stairs(
-        row,
-        device_title(hw.label),
-        *names,
-        "TFLOP/s" if row == "waves" else "time (µs)",
-        x,
-        {name: shown(m, seconds) for name, seconds in times.items()},
-        *((seen.m, shown(seen.m, seen.seconds)) if seen else ()),
-    )
-
-
-def _times(
-    p: Paper, hw: HardwareProfile, m: Any, n: Any, k: int, seen: MeasuredGemms | None
-) -> dict[str, FloatArray]:
-    """Return predicted times, their intervals, and rooflines at the datasheet's and, if above, the
-    highest clock, s; with the rotation of weights of measured GEMMs."""
-    copies = None if seen is None or seen.copies is None else float(np.median(seen.copies))
-    options = GemmOptions(copies=copies, level=p.request.level)
-    t = gemm_time(m, n, k, hw, dtype=p.dtype, options=options)
-    times = {"predicted": t.seconds, "lower": t.lower, "upper": t.upper, "ideal": t.roofline_s}
-    if hw.clock_headroom > 1.0:
-        compute_s = 2.0 * m * n * k / (hw.peak_flop_per_s(p.dtype) * hw.clock_headroom)
-        moved = ELEMENT_BYTES[p.dtype] * (1.0 * m * n + 1.0 * n * k + m * k)
-        times["highest"] = np.maximum(compute_s, moved / hw.bandwidth_bytes_per_s)
-    return times
 
 
 def _scatter(p: Paper) -> Made:
@@ -428,13 +296,9 @@ _MAKERS = (
     _taxonomy,
     _roofline,
     _speedup,
-    _efficiency,
     _waterfall,
-    _staircase,
     _scatter,
     _pareto,
-    _crossover,
 )
 # figures by name, in the order of a paper
 FIGURES: Mapping[str, Callable[[Paper], Made]] = {f.__name__.lstrip("_"): f for f in _MAKERS}
-MEASURED = ("staircase", "scatter")  # figures that show measured GEMMs

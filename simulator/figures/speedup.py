@@ -50,7 +50,7 @@ AXES: Mapping[str, str] = {
     "seq": "sequence length (tokens)",
     "sparsity": "removed (%)",
 }
-PAYS = "pays from here (interval above 1)"  # label of the rings
+PAYS = "pays from here (interval > 1)"  # label of the rings
 MOST_ACROSS = 4  # panels of dots per row
 MOST_VALUES = 5  # values of a field other than the axis: each has a row of panels
 

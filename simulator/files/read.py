@@ -37,7 +37,9 @@ def read_bounded(
                 opener=lambda at, flags: os.open(at, flags | getattr(os, "O_NONBLOCK", 0)),
             ) as file:
                 os.set_blocking(file.fileno(), True)
-                raw = file.read(most_bytes + 1)
+                # read() reserves the memory that it may need; the size of a pipe is unknown
+                most = status.st_size if kind == stat.S_IFREG else most_bytes
+                raw = file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise InputError(
             f"{place}cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -371,7 +371,8 @@ def _by_scales(shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> Weight:
     if len(order) == 1:  # the group of each input
         return Weight((out, order[0]), _integer(32 * rows, order[0]))
     bits = 32 * zeros[1] // out if len(zeros) == 2 else 4
-    return Weight((out, rows * 32 // bits), _integer(bits, 1))
+    stored = _integer(bits, 1)  # refuses 0 bits
+    return Weight((out, rows * 32 // bits), stored)
 
 
 NAMED = frozenset(_NAMES["named"])

@@ -190,8 +190,6 @@ class Costs(Displayed):
         bytes on the fullest device.
     settings : tuple of PricedRequest
         Devices and requests, in the order of the rows.
-    layers : tuple of Layer
-        The layer with only the variant, by row; the usual layer for rows outside the layers.
     model : Model
         The dense model.
     level : float
@@ -206,7 +204,6 @@ class Costs(Displayed):
 
     columns: Mapping[str, Array]
     settings: tuple[PricedRequest, ...]
-    layers: tuple[Layer, ...] = field(repr=False)
     model: Model = field(repr=False)
     level: float = 0.9
 
@@ -275,8 +272,7 @@ def costs(
     keys = probes.keys
     parts = [_costs(one, probes, keys) for one in at]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    layers = tuple([*(part for _, _, part in keys), dense.usual] * len(at))
-    return Costs(columns, tuple(at), layers, dense, at[0].request.level)
+    return Costs(columns, tuple(at), dense, at[0].request.level)
 
 
 def _costs(

@@ -24,12 +24,13 @@ import numpy as np
 
 from simulator.arrays import FloatArray, IndexArray
 from simulator.display import few, runs
-from simulator.errors import InputError, one_line, unknown
+from simulator.errors import InputError, unknown
 from simulator.files.csv import CsvTable, read_csv
 from simulator.files.read import read_bounded
 from simulator.models.library import load_model
 from simulator.models.model import Layer, Model
 from simulator.plans.variants import SUBLAYERS, generated, joined, text_of, variant
+from simulator.prediction.quality import number_of, read_results
 from simulator.pruning import listed_layers
 from simulator.pruning._steps import layer_numbers
 
@@ -230,10 +231,8 @@ def _rows(table: CsvTable, model: Model, folder: Path) -> Iterator[Entry]:
     numbers = [name for name in table.header if name and name not in _NAMES]
     for place, cells in table.records():
         try:
-            values = {name: _number(name, cells[name]) for name in numbers if cells[name]}
+            values = {name: number_of(cells, name) for name in numbers if cells[name]}
             if cells.get("results"):
-                from simulator.prediction.quality import read_results
-
                 _, found = read_results(folder, cells["results"])
                 # a loss is a rise
                 values |= {
@@ -251,16 +250,6 @@ def _variants(cells: Mapping[str, str], dense: Layer) -> Iterator[Layer]:
     default = "dense" if {*SUBLAYERS}.intersection(cells) else "none"
     for name in SUBLAYERS:
         yield variant(name, cells.get(name, default), dense)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"{name}: expected a number, got {one_line(text, 40)!r}") from None
-    if not abs(value) < 1e300:
-        raise InputError(f"{name}: expected a finite number, got {one_line(text, 40)}")
-    return value
 
 
 def _layers(text: str, many: int) -> tuple[int, ...]:

@@ -24,13 +24,13 @@ from simulator.models.library import load_model
 from simulator.models.model import Model, undivided
 from simulator.plans.costs import PricedRequest, planned, priced, quantities
 from simulator.plans.library import Library, combined, metric_of, read_library
-from simulator.plans.solve import Found, Limit, Program, Solver, Targets, uniform_families
+from simulator.plans.solve import Found, Limit, Solver, Targets, uniform_families
 from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.compare import request_results
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.requests import profiles
 from simulator.prediction.result import Result
-from simulator.prediction.service import probability_of
+from simulator.prediction.service import probability_of, probability_within
 from simulator.units import ratio
 
 MOST_POINTS = 24  # plans of a frontier
@@ -298,10 +298,8 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
         ends = float(own["speedup_lower"][1]), float(own["speedup_upper"][1])
         chance = probability_of(limit.value, reached, *ends, at.request.level)
     elif limit.ends is not None:
-        lower, upper = (float(own[name][1]) for name in limit.ends)
-        chance = probability_of(
-            1.0 / limit.most, 1.0 / value, 1.0 / upper, 1.0 / lower, at.request.level
-        )
+        ends = float(own[limit.ends[0]][1]), float(own[limit.ends[1]][1])
+        chance = probability_within(limit.most, value, *ends, at.request.level)
     else:
         chance = float(value <= limit.most * (1.0 + 1e-9))
     return Reached(
@@ -320,11 +318,7 @@ def _reached(limit: Limit, found: Found, solver: Solver) -> Reached:
 def _hulls(solver: Solver, cost: FloatArray) -> list[list[IndexArray]]:
     """Return the plans from least score to least cost, for each set of variants that a plan is
     chosen from."""
-    out = []
-    for some in solver.families or [np.arange(len(solver.score))]:
-        program = Program(solver.library.owner[some], solver.score[some], cost[:, some])
-        out.append([some[choice] for choice in program.hull()])
-    return out
+    return [[some[choice] for choice in program.hull()] for some, program in solver.programs(cost)]
 
 
 def frontier(solver: Solver, found: Found) -> tuple[PlanPoint, ...]:

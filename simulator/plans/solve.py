@@ -21,9 +21,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -254,19 +254,14 @@ class Program:
     ) -> Solution | None:
         """Return the best choice of some variants; None if no choice keeps the limits. Costs and
         limits are in units of the limits."""
-        from scipy.optimize import Bounds, LinearConstraint
-
         rise = self._rises()[some]
         # HiGHS takes costs above 1e20 as infinite
         unit = max(float(rise.max(initial=0.0)), 1e-300) / FINE
         result = _milp(
             rise / unit,
-            constraints=[
-                LinearConstraint(self._one_each(some), 1.0, 1.0),
-                LinearConstraint(FINE * cost[:, some], -np.inf, FINE * bound),
-            ],
-            integrality=np.ones(len(some)),
-            bounds=Bounds(0.0, 1.0),
+            self._one_each(some),
+            (FINE * cost[:, some], FINE * bound),
+            most=np.ones(len(some)),
             options={"mip_rel_gap": gap, "node_limit": MOST_NODES},
         )
         if result.x is None:
@@ -277,21 +272,11 @@ class Program:
         return Solution(choice, score, 0.0, left if left > TIGHT else 0.0)
 
     def _least_excess(self, cost: FloatArray, bound: FloatArray) -> Solution:
-        from scipy.optimize import Bounds, LinearConstraint
-
         every = np.arange(len(self.score))
         last = np.append(np.zeros(len(every)), 1.0)  # the last variable is the excess
         each = np.hstack([self._one_each(every), np.zeros((len(_firsts(self.group)), 1))])
         within = np.hstack([cost, -np.ones((len(cost), 1))])
-        result = _milp(
-            last,
-            constraints=[
-                LinearConstraint(each, 1.0, 1.0),
-                LinearConstraint(within, -np.inf, bound),
-            ],
-            integrality=1.0 - last,
-            bounds=Bounds(0.0, np.where(last, np.inf, 1.0)),
-        )
+        result = _milp(last, each, (within, bound), most=np.where(last, np.inf, 1.0))
         choice = np.flatnonzero(result.x[:-1] > 0.5)
         excess = float((cost[:, choice].sum(axis=1) - bound).max())
         return Solution(choice, float(self.score[choice].sum()), max(excess, TIGHT))
@@ -301,21 +286,37 @@ class Program:
         return np.equal.outer(np.unique(self.group), self.group[some]).astype(float)
 
 
-def _milp(*arguments: Any, **options: Any) -> Any:
-    """Return the result of ``scipy.optimize.milp``, which cannot silence all lines of HiGHS 1.12:
-    they would stand in the JSON of ``prunesim search``."""
-    from scipy.optimize import milp
+def _milp(
+    objective: FloatArray,
+    one_each: FloatArray,
+    within: tuple[FloatArray, FloatArray],
+    most: FloatArray,
+    options: Mapping[str, float] | None = None,
+) -> Any:
+    """Minimise an objective of numbers from 0 to ``most``, whole where this is finite, with one per
+    group and costs ``within`` limits. HiGHS 1.12 prints lines that ``scipy.optimize.milp`` cannot
+    silence: they would stand in the JSON of ``prunesim search``."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
+    cost, limit = within
+    solve = partial(
+        milp,
+        objective,
+        constraints=[LinearConstraint(one_each, 1.0, 1.0), LinearConstraint(cost, -np.inf, limit)],
+        integrality=np.isfinite(most),
+        bounds=Bounds(0.0, most),
+        options=options,
+    )
     try:
         output = os.dup(1)
     except OSError:  # there is no standard output
-        return milp(*arguments, **options)
+        return solve()
     sys.stdout.flush()
     try:
         with Path(os.devnull).open("w") as nothing:
             os.dup2(nothing.fileno(), 1)
             try:
-                return milp(*arguments, **options)
+                return solve()
             finally:
                 if os.name == "posix":
                     ctypes.CDLL(None).fflush(None)  # HiGHS leaves its lines in the buffer of C
@@ -414,19 +415,19 @@ class Solver:
         """The largest value of each limited quantity (R,)."""
         return np.array([limit.most for limit in self.limits])
 
+    def programs(self, cost: FloatArray) -> Iterator[tuple[IndexArray, Program]]:
+        """Yield each set of variants that a plan is chosen from, and its program."""
+        for some in self.families or [np.arange(len(self.score))]:
+            yield some, Program(self.library.owner[some], self.score[some], cost[:, some])
+
     def choose(
         self, cost: FloatArray, limit: FloatArray, gap: float = 0.0
     ) -> tuple[IndexArray, float, float]:
         """Return the choice of least score within limits of added costs, the share by which it
         exceeds them, and the share of its score that a better choice could save at most."""
-        best: tuple[float, float, IndexArray, float] | None = None
-        for some in self.families or [np.arange(len(self.score))]:
-            program = Program(self.library.owner[some], self.score[some], cost[:, some])
-            own = program.solve(limit, gap)
-            if best is None or (own.excess, own.score) < best[:2]:
-                best = own.excess, own.score, some[own.choice], own.gap
-        assert best is not None
-        return best[2], best[0], best[3]
+        solved = [(some, program.solve(limit, gap)) for some, program in self.programs(cost)]
+        some, best = min(solved, key=lambda one: (one[1].excess, one[1].score))
+        return some[best.choice], best.excess, best.gap
 
     def solve(self) -> Found:
         """Return the plan of least score that meets the targets; InputError with the nearest plan

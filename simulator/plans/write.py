@@ -1,48 +1,26 @@
-"""Write plans and costs: ``plan.yaml`` for ``--prune``, ``config.json`` with ``block_configs``, and
-the costs that ModelOpt's Puzzletron reads, ``subblock_stats.json``, for its targets on latency,
-throughput, first token and memory.
-"""
+"""Write plans: ``plan.yaml`` for ``--prune``, and ``config.json`` with ``block_configs``."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from simulator.display import runs
-from simulator.engines.engine import load_engine
 from simulator.errors import InputError
 from simulator.files.write import refuse_links, write_whole
-from simulator.models.lower import lower, number_formats
+from simulator.models.lower import lower
 from simulator.models.model import PARTS, Layer, Model, pruned_from
 from simulator.models.sublayers import Attention, Experts, LatentAttention, Linear, Mlp
 from simulator.models.sublayers.base import Sublayer
-from simulator.models.write import block_config, config_content, content_of, write_config
-from simulator.plans.variants import part_of
-from simulator.prediction.requests import device_text
+from simulator.models.write import config_content, content_of, write_config
 from simulator.pruning._steps import plan_steps, prune_steps
 
 if TYPE_CHECKING:
-    from simulator.plans.costs import Costs, PricedRequest
     from simulator.plans.search import Plan
 
 PLAN = "plan.yaml"
-MIB = 2.0**20
-
-DTYPE_NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("fp32", "tf32"), "torch.float32"),
-    **dict.fromkeys(("fp8", "fp8_block"), "torch.float8_e4m3fn"),
-    "fp16": "torch.float16",
-    "bf16": "torch.bfloat16",
-    "int8": "torch.int8",
-    **{name: name for name in ("int4", "nvfp4", "mxfp4", "mxfp6")},
-}
-"""Names of number formats in ModelOpt: those of torch, else their own."""
-
-_CLASSES = {"attention": ("attention", "AttentionConfig"), "mlp": ("ffn", "FFNConfig")}
 
 
 def plan_text(dense: Model, pruned: Model) -> str:
@@ -147,64 +125,3 @@ def check_plan(text: str, dense: Model, pruned: Model) -> None:
     pairs = [(w.parameters, float(w.flops.sum())) for w in (own, other)]
     if abs(pairs[0][0] - pairs[1][0]) > 0.5 or abs(pairs[0][1] / pairs[1][1] - 1.0) > 1e-9:
         raise InputError("the families of --prune cannot state these shapes exactly")
-
-
-def stats_text(found: Costs) -> str:
-    """Return ModelOpt's ``subblock_stats.json`` for costs: one object per setting, in ms and
-    MiB."""
-    model, pairs, out = found.model, list(zip(found.rows, found.layers)), []
-    each = len(pairs) // len(found.settings)
-    for i, at in enumerate(found.settings):
-        *sublayers, (outside, _) = pairs[i * each : (i + 1) * each]
-        subblocks = [_subblock(model, row, block) for row, block in sublayers]
-        out.append(
-            {"args": stats_args(model, at), "non_block": _amounts(outside), "subblocks": subblocks}
-        )
-    return json.dumps(out, indent=1, allow_nan=False) + "\n"
-
-
-def stats_args(model: Model, at: PricedRequest) -> dict[str, Any]:
-    """Return a setting in ModelOpt's keys, by which Puzzletron selects prices
-    (``subblock_stats_args``)."""
-    request = at.request
-    own = number_formats(request, model)
-    formats = {"weights": own.weight_dtype, "activations": own.dtype, "kv_cache": own.kv_dtype}
-    return {
-        "gpu": device_text(at),
-        "batch_size": at.batch,
-        "prefill_seq_len": at.seq,
-        "generation_seq_len": {"prefill": 0, "decode": 1}.get(at.phase, request.new_tokens),
-        "prefill_queue_size": 0,
-        "n_embd": model.hidden,
-        "n_head": model.heads,
-        "vocab_size": model.vocab,
-        "runtime_stats": True,
-        "use_cuda_graph": load_engine(at.engine).in_graph("decode"),
-        **{f"{key}_dtype": DTYPE_NAMES[name] for key, name in formats.items()},
-    }
-
-
-def _amounts(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "runtime_ms": row["seconds"] * 1e3,
-        "prefill_runtime_ms": row["prefill_s"] * 1e3,
-        "decode_runtime_ms": row["decode_s"] * 1e3,
-        "memory_mib": (row["weights_bytes"] + row["cache_bytes"]) / MIB,
-        "num_params": round(row["parameters"]),
-    }
-
-
-def _subblock(model: Model, row: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
-    key, class_name = _CLASSES[row["sublayer"]]
-    mlp, idle = layer.of("mlp"), 0.0
-    if isinstance(mlp, Experts):
-        idle = (mlp.experts - mlp.active) * mlp.expert_parameters(model.hidden)
-    config = block_config(part_of(row["sublayer"], layer), model.layers[row["layer"]])
-    return {
-        "subblock_config": config[key],
-        "subblock_config_class": class_name,
-        **_amounts(row),
-        "active_params": round(row["parameters"] - idle),
-        "parent_layer_index": row["layer"],
-        "kv_cache_memory_mib": row["cache_bytes"] / MIB,
-    }

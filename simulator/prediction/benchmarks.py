@@ -1,9 +1,9 @@
 """Read result files of serving benchmarks, and turn a result into the measured time of the dense
 model.
 
-:func:`read_bench` reads one result, :func:`read_benches` several. Every tool counts the token of
-the prefill as output: o output tokens are a prefill and o - 1 decode steps. Each reader names the
-file that writes its format.
+:func:`read_benches` reads the results of a file. Every tool counts the token of the prefill as
+output: o output tokens are a prefill and o - 1 decode steps. Each reader names the file that writes
+its format.
 
 :func:`measured` returns the time of a pass. What a file must match, and which of its numbers is the
 time of a phase (:func:`pass_seconds`):
@@ -628,18 +628,9 @@ def _model(given: Fields) -> str:
     return one_line(first, 200)
 
 
-def read_bench(path: str | os.PathLike[str]) -> BenchRun:
-    """Read a file with one result; InputError names file and key if it is another file or not of a
-    closed loop."""
-    runs = read_benches(path)
-    if len(runs) > 1:
-        why = "is not JSON (several results, as of --append-result; expected one)"
-        raise InputError(f"{runs[1].source}:1: {why}")
-    return runs[0]
-
-
 def read_benches(path: str | os.PathLike[str]) -> list[BenchRun]:
-    """Read all results in a file: one, or one per line (SGLang, ``--append-result`` of vLLM)."""
+    """Read all results in a file: one, or one per line (SGLang, ``--append-result`` of vLLM);
+    InputError names file and key if it is another file."""
     source = os.fspath(path)
     try:
         text = read_bounded(source, MAX_FILE_BYTES).decode("utf-8-sig")

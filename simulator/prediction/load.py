@@ -240,6 +240,8 @@ class Simulation:
     requests: Requests
     server: Server
     tables: StepTables
+    hw: HardwareProfile
+    prunings: Sequence[Pruning]
     tariff: Tariff | None = None  # None: no energy
 
     @classmethod
@@ -265,12 +267,8 @@ class Simulation:
             server = server.changed("tokens", request.token_budget)
         longest = int((requests.prompt + requests.output).max())
         grid = Grid.of(server, longest, len(requests))
-        decodes, prefills = (
-            batch_of(made(request), prunings, rejecting)
-            for made in (grid.decode_requests, grid.prefill_requests)
-        )
-        tables = StepTables.of(grid, decodes, prefills, hw, request.level)
-        return cls(load, limits, request, requests, server, tables, tariff)
+        tables = StepTables.of(grid, request, hw, lambda some: batch_of(some, prunings, rejecting))
+        return cls(load, limits, request, requests, server, tables, hw, prunings, tariff)
 
     def run(self, times: StepTimes, replicas: int) -> Served:
         return simulate_replicas(self.requests, times, self.server, replicas)
@@ -420,21 +418,18 @@ def _numbers(run: Served, limits: Limits) -> dict[str, float]:
 
 
 def load_service(
-    simulation: Simulation,
-    hw: HardwareProfile,
-    prunings: Sequence[Pruning],
-    names: Sequence[str],
-    price: float | None = None,
+    simulation: Simulation, names: Sequence[str], price: float | None = None
 ) -> LoadService:
     """Return the dense and the pruned models under a load; ``names`` are those of the prunings."""
+    prunings = simulation.prunings
     models = [SimulatedModel(simulation, i) for i in range(1 + len(prunings))]
     reasons = [_refused(model) for model in models]
     if all(reasons):
         raise InputError(reasons[0])
     dense, points = None if reasons[0] else models[0], []
-    for model, pruning, name, reason in zip(models, [None, *prunings], ["", *names], reasons):
-        numbers = {} if reason else _intervals(model, dense if pruning else None, price)
-        points.append(_point(model, hw, pruning, name, reason, numbers))
+    for model, name, reason in zip(models, ["", *names], reasons):
+        numbers = {} if reason else _intervals(model, dense if model.index else None, price)
+        points.append(_point(model, name, reason, numbers))
     return LoadService(
         points=tuple(points),
         models=tuple(models),
@@ -454,17 +449,13 @@ def _refused(model: SimulatedModel) -> str:
 
 
 def _point(
-    model: SimulatedModel,
-    hw: HardwareProfile,
-    pruning: Pruning | None,
-    name: str,
-    refused: str,
-    numbers: Mapping[str, Interval],
+    model: SimulatedModel, name: str, refused: str, numbers: Mapping[str, Interval]
 ) -> LoadPoint:
     simulation, request = model.simulation, model.simulation.request
+    pruning = simulation.prunings[model.index - 1] if model.index else None
     return LoadPoint(
         model=request.model.name,
-        hardware=hw.label,
+        hardware=simulation.hw.label,
         engine=simulation.server.engine,
         devices=request.devices,
         power_limit=request.power_limit,

@@ -218,7 +218,8 @@ def _phase(result: Result, dense: Workload, pruned: Workload, hw: HardwareProfil
     )
 
 
-Key = tuple[str, int]  # operator, and the part of the decoder of an added product
+# operator, and of an added product the part of the decoder, N and K
+Key = tuple[str, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -302,9 +303,12 @@ class _Rows:
 def _key(w: Workload, i: int) -> Key:
     role = ROLES[w.role[i]]
     if w.overhead[i]:
-        return f"added {role}", int(w.part[i]) if w.kind[i] == Kind.GEMM else 0
+        product = (w.part[i], w.n[i], w.k[i]) if w.kind[i] == Kind.GEMM else (0, 0, 0)
+        part, n, k = map(int, product)
+        return f"added {role}", part, n, k
     name = "attention" if w.is_attention[i] else _OPERATOR.get(role, "other kernels")
-    return f"{name} (first factor)" if w.stage[i] == 1 and not w.is_attention[i] else name, 0
+    first = w.stage[i] == 1 and not w.is_attention[i]
+    return f"{name} (first factor)" if first else name, 0, 0, 0
 
 
 def _kernel(w: Workload, i: int, hw: HardwareProfile) -> tuple[str, str]:

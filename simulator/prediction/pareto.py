@@ -1,8 +1,7 @@
-"""Find which prunings are best: on the frontier of speed and quality, and the fastest at each batch
-and length.
+"""Find which prunings are on the frontier of speed and quality.
 
 Use :func:`fronts` for the frontiers of a model, one per device, engine, phase, batch and length,
-:func:`frontier` for arrays, :func:`winners` for the fastest prunings. Quality loss is the relative
+:func:`frontier` for arrays. Quality loss is the relative
 drop of one metric under one protocol (:mod:`simulator.prediction.quality`). A *band* is the range
 of quality budgets in which one family is the fastest.
 
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simulator.arrays import BoolArray, FloatArray, IndexArray
+from simulator.arrays import FloatArray, IndexArray
 from simulator.engines.engine import load_engine
 from simulator.errors import InputError, unknown
 from simulator.files.csv import read_csv
@@ -38,7 +37,7 @@ from simulator.prediction.compare import SMALL_SHARE, against, results_of
 from simulator.prediction.notes import dense_notes, uncalibrated_of
 from simulator.prediction.prunings import Pruning
 from simulator.prediction.quality import Axis, QualityRow, QualityTable, number_of
-from simulator.prediction.requests import by_budget, on, profiles, requests_of
+from simulator.prediction.requests import on, profiles, requests_of
 from simulator.prediction.result import Results
 from simulator.pruning import FAMILIES
 from simulator.request import Request
@@ -465,89 +464,3 @@ def _measured(cells: Mapping[str, str]) -> MeasuredSpeedup:
     return MeasuredSpeedup(
         {name: cells[name] for name in MATCHED if cells.get(name)}, sparsity, speedup, lower, upper
     )
-
-
-@dataclass(frozen=True)
-class Winners:
-    best: Results
-    gains: BoolArray  # whether it is faster than the dense model
-    # whether the intervals of its ratios to the dense model and to the second fastest are above 1
-    certain: BoolArray
-
-
-def winners(
-    requests: Sequence[Request], prunings: Sequence[Pruning], hardware: Sequence[HardwareProfile]
-) -> Winners:
-    """Return the fastest pruning on each device at each of some requests that differ only in shape.
-    Prunings that a device, the engine or a request does not support do not compete; InputError if
-    none is left."""
-    reasons: dict[str, None] = {}
-
-    def skip(_pruning: int | None, reason: str, _device: str) -> None:
-        reasons[reason] = None
-
-    operators = len(lower(requests[0]))
-    together, of_devices = max(1, OPERATOR_ROWS // (operators * len(prunings))), []
-    for start in range(0, len(requests), together):
-        for some, devices in by_budget(requests[start : start + together], hardware):
-            batch = batch_of(some, prunings, skip)
-            of_devices += [
-                w for hw in devices if len((w := _of_device(some, prunings, batch, hw, skip)).best)
-            ]
-    if not of_devices:
-        raise InputError("; ".join(reasons) or "nothing to predict")
-    parts = (
-        np.concatenate([getattr(w, name) for w in of_devices]) for name in ("gains", "certain")
-    )
-    return Winners(Results.join([w.best for w in of_devices]), *parts)
-
-
-def _of_device(
-    requests: Sequence[Request],
-    prunings: Sequence[Pruning],
-    batch: WorkloadBatch,
-    hw: HardwareProfile,
-    skip: Reject,
-) -> Winners:
-    results = results_of(batch, prunings, [hw], requests, skip)
-    if not len(results):
-        return _winners(results, np.zeros(0, bool))
-    row, fastest = _by_speed(requests, results, len(prunings))
-    request = np.flatnonzero(row.max(axis=1) >= 0)
-    first, second = fastest[request, 0], fastest[request, min(1, len(prunings) - 1)]
-    competes = (first != second) & (row[request, second] >= 0)
-    able = batch.take(np.flatnonzero((batch.pruning < 0) | np.isin(batch.pruning, results.pruning)))
-    index = _workloads(able, row.shape)
-    winner, other = index[request, first], np.arange(len(able))
-    other[winner] = np.where(competes, index[request, second], winner)
-    (middle,), (below,), _ = against(able, hw, [other], requests[0].level)
-    faster = (middle > below)[winner] | ~competes
-    return _winners(results.take(row[request, first]), faster)
-
-
-def _winners(best: Results, faster: BoolArray) -> Winners:
-    """Return the best prunings, which are ``faster`` than the second for certain."""
-    gains, sure = (best.columns[name] > 1.0 for name in ("speedup", "speedup_lower"))
-    return Winners(best, gains, sure & faster)
-
-
-def _workloads(batch: WorkloadBatch, shape: tuple[int, ...]) -> IndexArray:
-    """Return the pruned workload of each request and pruning."""
-    pruned, out = np.flatnonzero(batch.pruning >= 0), np.zeros(shape, dtype=np.intp)
-    out[batch.dense[pruned], batch.pruning[pruned]] = pruned
-    return out
-
-
-def _by_speed(
-    requests: Sequence[Request], results: Results, prunings: int
-) -> tuple[IndexArray, IndexArray]:
-    """Return the row of ``results`` of each request and pruning, -1 where there is none, and the
-    prunings of each request, the fastest first."""
-    place = {(r.batch, r.seq): i for i, r in enumerate(requests)}
-    shapes = zip(results.columns["batch"].tolist(), results.columns["seq"].tolist())
-    cell = np.array([place[shape] for shape in shapes]), results.pruning
-    row = np.full((len(place), prunings), -1)
-    row[cell] = np.arange(len(results))
-    speedup = np.full(row.shape, -np.inf)
-    speedup[cell] = results.columns["speedup"]
-    return row, np.argsort(-speedup, axis=1, kind="stable")  # stable: the first of equal speedups

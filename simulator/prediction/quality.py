@@ -226,9 +226,11 @@ def number_of(cells: Mapping[str, str], column: str) -> float:
     try:
         value = float(cells[column])
     except ValueError:
-        raise InputError(f"{column}: expected a number, got {cells[column]!r}") from None
-    if not math.isfinite(value):
-        raise InputError(f"{column}: expected a finite number, got {cells[column]}")
+        raise InputError(
+            f"{column}: expected a number, got {one_line(cells[column], 40)!r}"
+        ) from None
+    if not abs(value) < 1e300:  # a sum of two would be infinite
+        raise InputError(f"{column}: expected a finite number, got {one_line(cells[column], 40)}")
     return value
 
 

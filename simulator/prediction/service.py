@@ -57,7 +57,14 @@ from simulator.prediction.notes import (
     overridden,
     uncalibrated,
 )
-from simulator.prediction.prunings import Excluded, Pruning, asked, exclude, excluded_lines
+from simulator.prediction.prunings import (
+    Excluded,
+    Pruning,
+    asked,
+    exclude,
+    excluded_lines,
+    in_formats,
+)
 from simulator.prediction.requests import by_key, device_text, on, once, profiles
 from simulator.prediction.runnable import Runnable, runnable
 from simulator.prediction.tariff import ENDS, Tariff, energy_of
@@ -86,6 +93,11 @@ def probability_of(
     left, quantile = math.log(speedup / target), NormalDist().inv_cdf(0.5 + 0.5 * level)
     deviation = math.log(speedup / lower if left > 0.0 else upper / speedup) / quantile
     return NormalDist().cdf(left / deviation) if deviation > 0.0 else float(left >= 0.0)
+
+
+def probability_within(limit: float, s: float, lower: float, upper: float, level: float) -> float:
+    """Return the probability that a time is at most a limit, as :func:`probability_of`."""
+    return probability_of(1.0 / limit, 1.0 / s, 1.0 / upper, 1.0 / lower, level)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -258,8 +270,8 @@ class ServePasses:
         for name, limit in self.limits.named.items():
             ends = (self.columns[f"{name}_{end}"].tolist() for end in ("s", "lower", "upper"))
             chances = [
-                probability_of(1.0 / limit, 1.0 / t, 1.0 / high, 1.0 / low, self.level)
-                for t, low, high in zip(*ends)
+                probability_within(limit, time, lower, upper, self.level)
+                for time, lower, upper in zip(*ends)
             ]
             out[name] = np.array(chances)
         return out
@@ -369,8 +381,7 @@ class _Models:
             passes = self.passes({*itertools.chain(*finer), *equal, *largest, 1})
             kinds.append((LIMITS, passes.all_within(finer, last)))
         compared = (point for kind in kinds for point in self.of_kind(passes, *kind))
-        curves = (point for m in models for point in self.of_curve(curve, m, grids[m]))
-        return tuple(compared), tuple(curves)
+        return tuple(compared), self.curves(curve, grids)
 
     def batch(self, concurrencies: Iterable[int]) -> WorkloadBatch:
         requests = [replace(self.request, batch=c) for c in sorted({*concurrencies} - {0})]
@@ -418,11 +429,13 @@ class _Models:
         columns = {**self.columns(passes, other), **ratios}
         return [self.one(passes, kind, m, c, columns) for m, c in enumerate(each)]
 
-    def of_curve(
-        self, passes: ServePasses, model: int, grid: Sequence[int]
-    ) -> list[OperatingPoint]:
+    def curves(
+        self, passes: ServePasses, grids: Sequence[Sequence[int]]
+    ) -> tuple[OperatingPoint, ...]:
+        """Return the points of all models, each at the concurrencies of its grid."""
         columns = self.columns(passes, None)
-        return [self.one(passes, CURVE, model, c, columns) for c in grid if c]
+        each = ((model, c) for model, grid in enumerate(grids) for c in grid if c)
+        return tuple(self.one(passes, CURVE, model, c, columns) for model, c in each)
 
     def columns(self, passes: ServePasses, other: IndexArray | None) -> dict[str, FloatArray]:
         """Return the fields of operating points (W,) that are NaN where no request fits."""
@@ -619,12 +632,14 @@ def serve(
     limits, dense = Limits(ttft_s, tpot_s, probability), load_model(model)
     devices = profiles(hardware)
     settings |= {"phase": "serve", "batch": max(equal, default=1)}
-    prunings, every, skipped = asked([dense], settings)
+    chosen, every, skipped = asked([dense], settings)
     if load.given and not any(settings.get(name) for name in _PRUNINGS):
-        prunings = ()
+        chosen = ()
+    # of several number formats, the first is that of the dense model
+    prunings, kept = in_formats(chosen, every)
     notes = dict.fromkeys((*skipped, *differences([dense], prunings)))
     servers = _Servers(prunings, equal, limits, price, tariff, notes, load)
-    for request, hw in itertools.product(every, devices):
+    for request, hw in itertools.product(kept, devices):
         servers.add(request, hw)
     return servers.served()
 
@@ -657,13 +672,13 @@ class _Servers:
             if not len(results) and self.prunings:
                 return
             notes = [*uncalibrated(results)]
-            prunings = [self.prunings[i] for i in results.pruning.tolist()]
+            prunings = [self.prunings[i].computed(request, hw) for i in results.pruning.tolist()]
             names = [r.pruning for r in results]
             if self.load.given:
                 simulation = Simulation.of(
                     self.load, self.limits, request, hw, prunings, tariff=self.tariff
                 )
-                self.loads.append(load_service(simulation, hw, prunings, names, self.price))
+                self.loads.append(load_service(simulation, names, self.price))
             else:
                 priced = self.limits, self.price, self.tariff
                 models = _Models(on([request], hw)[0], hw, prunings, names, *priced)
@@ -677,7 +692,9 @@ class _Servers:
             self.without[f"{place} is excluded: {error}"] = error
             return
         every = (request.model, *(pruning.model for pruning in self.prunings))
-        notes = [*overridden(request, every), *computed_wide(request, [hw], every), *notes]
+        asked_for = [request, *(pruning.request(request) for pruning in self.prunings)]
+        wide = [note for one in asked_for for note in computed_wide(one, [hw], every)]
+        notes = [*overridden(request, every), *wide, *notes]
         self.notes.update(dict.fromkeys(notes))
 
     def served(self) -> Served:

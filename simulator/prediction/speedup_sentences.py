@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from simulator.display import few, with_and
 from simulator.prediction.requests import batch_name, by_key, device_text, setting
-from simulator.prediction.result import Result
+from simulator.prediction.result import Result, Results
 from simulator.prediction.runnable import Runnable, runs_clause, unaligned
+from simulator.prediction.tariff import Tariff, energy_fields
 from simulator.prediction.wording import (
     GAIN,
     MOST_SENTENCES,
@@ -60,6 +62,22 @@ def answer_of(
     return of_speedups(results, clauses)
 
 
+def records(
+    results: Results, runs: Sequence[Runnable], tariff: Tariff | None
+) -> list[dict[str, Any]]:
+    """Return the rows of ``--json`` and ``--csv``: each result, whether the stock engine runs it,
+    its energy if a tariff is given, and its answer."""
+    return [
+        {
+            **r.to_dict(),
+            **answer.to_dict(),
+            **energy_fields(r, tariff),
+            "answer": " ".join(answer_of([r], [answer])),
+        }
+        for r, answer in zip(results, runs)
+    ]
+
+
 def _runs(answer: Runnable) -> str:
     slow = f", but {unaligned(answer)}" if answer.works and not answer.aligned else ""
     return f"{runs_clause(answer)}{slow}"
@@ -69,7 +87,7 @@ def of_speedups(results: Sequence[Result], clauses: Sequence[str] = ()) -> list[
     """Return which models do not fit, and how much faster each pruning is. Few results get a
     sentence each. For many, sentences name the fastest of each setting, or of all settings, and the
     number of gains and losses. Each result's clause ends its sentence."""
-    return [*too_large(results), *_speedups(results, clauses)]
+    return [*too_large(results), *_speedups(results, clauses), *_in_formats(results)]
 
 
 def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
@@ -95,7 +113,7 @@ def _speedups(results: Sequence[Result], clauses: Sequence[str]) -> list[str]:
 def _fastest(
     some: Sequence[Result], ends: Mapping[Result, str], start: str, where: str = ""
 ) -> str:
-    best = max(some, key=lambda r: r.speedup)
+    best = max([r for r in some if not if_fitted(r)] or some, key=lambda r: r.speedup)
     gains, losses = sum(r.speedup_lower > 1 for r in some), sum(r.speedup_upper < 1 for r in some)
     counts = f"{gains} of {len(some)} are faster with their whole interval" + (
         f", {losses} slower" if losses else ""
@@ -104,6 +122,20 @@ def _fastest(
         f"{start}, the fastest is {realised_name(best)}{where}: {speedup_text(best)}"
         f"{formats_clause(best)}{ends.get(best, '')}; {counts}."
     )
+
+
+def _in_formats(results: Sequence[Result]) -> list[str]:
+    """Return how much faster prunings in other number formats are than the dense model in the same
+    formats, in one setting."""
+    dense = {r.formats: r.pruned_s for r in results if r.family == "none" and r.in_formats}
+    gains = [
+        f"{r.pruning} {ratio(dense[r.formats] / r.pruned_s)}x"
+        for r in results
+        if r.formats in dense and r.family != "none"
+    ]
+    if not gains or len(by_key(results, setting)) > 1:
+        return []
+    return [f"Over the dense model in the same formats: {few(gains, NAMED)}."]
 
 
 def formats_clause(r: Result) -> str:

@@ -119,7 +119,7 @@ def table(
     notes |= dict.fromkeys(
         f"{device} is excluded: {reason}" for device, reason in rows.without.items()
     )
-    return replace(Results.join(parts, (*notes, *excluded)), prunings=prunings, requests=requests)
+    return replace(Results.join(parts, (*excluded, *notes)), prunings=prunings, requests=requests)
 
 
 @dataclass(frozen=True)

@@ -150,12 +150,12 @@ class Traffic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        number("requests", self.requests, _COUNT)
-        number("seed", self.seed, _SEED)
+        for name, kind in (("requests", _COUNT), ("seed", _SEED), ("concurrency", _COUNT)):
+            value = getattr(self, name)
+            if name != "concurrency" or value is not None:
+                object.__setattr__(self, name, int(number(name, value, kind)))  # 20.0 becomes 20
         if self.rate is not None:
             number("rate", self.rate, _RATE)
-        if self.concurrency is not None:
-            number("concurrency", self.concurrency, _COUNT)
         if self.rate is not None and self.concurrency is not None:
             raise InputError("rate and concurrency: expected one of them")
         if self.prompt.mean + self.output.mean > self.most_total:

@@ -115,7 +115,9 @@ class _Replica:
     def _check(self) -> None:
         """Refuse requests that the server can never run."""
         prompt, server = self.requests.prompt, self.server
-        longest = int((prompt + self.requests.output).max())
+        # the shared prefix stays in the cache beside a prompt that is shorter
+        shares = np.minimum(self.reusable, (prompt - 1) // server.block * server.block)
+        longest = int((prompt + self.requests.output + self.reusable - shares).max())
         if longest + self.each > self.capacity:
             raise InputError(
                 f"a request of {longest:,} tokens: expected at most the {self.capacity:,.0f} tokens"

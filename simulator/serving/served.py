@@ -45,28 +45,6 @@ class Steps:
         self.tokens.append(tokens)
         self.about.append(about)
 
-    @property
-    def busy_s(self) -> float:
-        return float(np.dot(self.seconds, self.count))
-
-    @property
-    def between_tokens(self) -> tuple[FloatArray, FloatArray]:
-        """Times between two tokens of a request, s, and how many tokens had each. Steps of prompts
-        alone delay the next decode step."""
-        seconds, count, decodes = (
-            np.array(column, dtype=np.float64)
-            for column in (self.seconds, self.count, self.sequences)
-        )
-        passed = np.cumsum(seconds * count)
-        here = np.flatnonzero(decodes > 0)
-        before = passed[here] - seconds[here] * count[here]
-        delay = before - np.concatenate([before[:1], passed[here[:-1]]])
-        first = seconds[here] + delay
-        return (
-            np.concatenate([first, seconds[here]]),
-            np.concatenate([decodes[here], decodes[here] * (count[here] - 1.0)]),
-        )
-
 
 @dataclass(frozen=True)
 class Served:
@@ -122,12 +100,6 @@ class Served:
     def latency(self) -> FloatArray:
         """Time of each request, s."""
         return self.end - self.arrival
-
-    @property
-    def between_tokens(self) -> tuple[FloatArray, FloatArray]:
-        """Times between two tokens, s, and how many tokens had each."""
-        seconds, tokens = zip(*(steps.between_tokens for steps in self.steps))
-        return np.concatenate(seconds), np.concatenate(tokens)
 
     @property
     def duration(self) -> float:

@@ -16,7 +16,7 @@ Errors of kernels and of the host are the same for all steps of a run (:class:`E
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -282,19 +282,16 @@ class StepTables:
     def of(
         cls,
         grid: Grid,
-        decodes: WorkloadBatch,
-        prefills: WorkloadBatch,
+        request: Request,
         hw: HardwareProfile,
-        level: float = 0.9,
+        batch: Callable[[list[Request]], WorkloadBatch],
     ) -> StepTables:
-        """Return the tables from the workloads of the requests of a grid."""
-        return cls(
-            grid=grid,
-            decodes=_Passes.of(decodes, hw, level),
-            prefills=_Passes.of(prefills, hw, level),
-            memory_bytes=float(hw.memory_bytes),
-            level=level,
+        """Return the tables of a grid; ``batch`` makes the workloads of all models of requests."""
+        decodes, prefills = (
+            _Passes.of(batch(made(request)), hw, request.level)
+            for made in (grid.decode_requests, grid.prefill_requests)
         )
+        return cls(grid, decodes, prefills, float(hw.memory_bytes), request.level)
 
     @property
     def power(self) -> Power:
@@ -404,11 +401,9 @@ def step_tables(
     """Return the tables of a model without prunings, for requests of at most ``longest`` tokens,
     ``requests`` at once."""
     grid = Grid.of(server, longest, requests)
-    decodes, prefills = (
-        WorkloadBatch.of([lower(one) for one in made(request)])
-        for made in (grid.decode_requests, grid.prefill_requests)
+    tables = StepTables.of(
+        grid, request, hw, lambda some: WorkloadBatch.of([lower(one) for one in some])
     )
-    tables = StepTables.of(grid, decodes, prefills, hw, request.level)
     if server.sampler is None:
         return tables
     sampler_s = server.sampler.value * load_model(request.model).vocab

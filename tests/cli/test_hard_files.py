@@ -11,6 +11,7 @@ import resource
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -293,8 +294,12 @@ def test_a_pipe_with_a_writer_is_read(tmp_path: Path) -> None:
     writer.join()
 
 
-def test_a_file_that_grows_is_read_up_to_the_bound(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_the_bound_with_the_memory_of_its_size(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"x" * 11)
     with pytest.raises(InputError, match="larger than 1e-05 MB"):
         readfile.read_bounded(tmp_path / "t", 10)
     assert readfile.read_bounded(tmp_path / "t", 11) == b"x" * 11
+    tracemalloc.start()
+    assert readfile.read_bounded(tmp_path / "t", 2_000_000_000) == b"x" * 11
+    assert tracemalloc.get_traced_memory()[1] < 1e6  # not the memory of the bound
+    tracemalloc.stop()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tables import rows_of
-
-import simulator
-from simulator.models.library import load_model
 
 MODEL = "llama-3.2-1b"
 
@@ -53,41 +49,7 @@ def test_costs_are_written_whole(cli: Any, tmp_path: Path) -> None:
     assert float(written[7]["seconds"]) == rows[7]["seconds"]
 
 
-def test_subblock_stats_have_prefill_and_decode_times(cli: Any, tmp_path: Path) -> None:
-    file = tmp_path / "subblock_stats.json"
-    request = "--hardware h100 --phase generate --batch 8 --seq 512 --new-tokens 64"
-    cli.out(f"costs {MODEL} {request} -o {file}")
-    (found,) = json.loads(file.read_text())
-    assert (found["args"]["batch_size"], found["args"]["prefill_seq_len"]) == (8, 512)
-    for row in found["subblocks"]:
-        assert row["runtime_ms"] == pytest.approx(
-            row["prefill_runtime_ms"] + row["decode_runtime_ms"]
-        )
-    layers = {row["parent_layer_index"] for row in found["subblocks"]}
-    assert layers == set(range(16))
-    dense = [
-        row
-        for row in found["subblocks"]
-        if (
-            row["subblock_config"].get("intermediate_size"),
-            row["subblock_config"].get("num_key_value_heads"),
-        )
-        in ((8192, None), (None, 8))
-    ]
-    lowered = simulator.lower(MODEL, phase="generate", batch=8, seq=512, new_tokens=64)
-    total = {
-        name: found["non_block"][name] + sum(row[name] for row in dense)
-        for name in ("runtime_ms", "num_params")
-    }
-    assert total["runtime_ms"] == pytest.approx(
-        1e3 * simulator.workload_time(lowered, "h100").total_s
-    )
-    assert total["num_params"] == load_model(MODEL).parameters
-
-
 BAD = """
-costs @ -o out.txt                      | ends in .json; --csv writes CSV
-costs @ -o out.json                     | out.json: expected --phase generate, because
 costs @ --csv LONG.csv                  | cannot be written
 costs @ --choices LONG                  | cannot be read
 costs @ --choices missing.csv           | missing.csv: cannot be read

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from grids import GRID
 
+from simulator.cli import run
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,17 @@ MOMENTS = (
     "prediction.table.request_results",
     "cli.render.conclude",
 )
+
+
+def test_an_interrupt_while_an_extension_module_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def imported(*_: Any) -> None:  # as pybind11 reports an exception of a module's start
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr("simulator.cli.program.program", imported)
+    assert (run(["speedup"]), capsys.readouterr().err) == ENDS[signal.SIGINT]
+
 
 SWEEP = """
 import sys

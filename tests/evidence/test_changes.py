@@ -1,6 +1,6 @@
 """The evidence before and after, on pages as the project writes them."""
 
-from calibration.evidence.changes import Score, page_scores
+from calibration.evidence.changes import page_errors
 
 PAGE = """# Accuracy
 
@@ -31,11 +31,11 @@ PAGE = """# Accuracy
 """
 
 
-def test_every_set_of_a_page_has_its_scores_and_single_rows_have_none() -> None:
-    assert page_scores(PAGE) == {
-        "Shipped fits: a100 gemm bf16 (n, k) of GEMMs, vllm": Score(5.0),
-        "a100: prunesim 400": Score(6.86, "80.3", "15.0"),
-        "a100: prunesim all": Score(5.22, "90.8", "12.3"),
-        "Servers: vllm, tokens/s": Score(10.8, "68.4 %"),
-        "Servers: vllm, first token": Score(14.1, "76.3 %"),
+def test_every_set_of_a_page_has_its_error_and_single_rows_have_none() -> None:
+    assert page_errors(PAGE) == {
+        "Shipped fits: a100 gemm bf16 (n, k) of GEMMs, vllm": 5.0,
+        "a100: prunesim 400": 6.86,
+        "a100: prunesim all": 5.22,
+        "Servers: vllm, tokens/s": 10.8,
+        "Servers: vllm, first token": 14.1,
     }

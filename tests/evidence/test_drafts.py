@@ -14,6 +14,8 @@ from calibration.evidence.recorded import FOLDERS
 
 torch = pytest.importorskip("torch")
 
+pytestmark = pytest.mark.extras
+
 CPU = FOLDERS["vllm"].parent
 
 

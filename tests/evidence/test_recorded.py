@@ -17,6 +17,8 @@ from calibration.evidence.recorded import (
     tables,
 )
 
+pytestmark = pytest.mark.extras
+
 
 @pytest.fixture(scope="module")
 def in_vllm() -> list[RecordedRow]:

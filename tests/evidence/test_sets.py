@@ -18,9 +18,6 @@ from calibration.evidence.sets import (
     ATTENTION,
     GEMMS,
     MeasuredRows,
-    against_targets,
-    evaluate,
-    evaluate_baselines,
     evaluate_profile,
     evaluate_sets,
     evaluate_table,
@@ -34,7 +31,6 @@ from calibration.validation.scoring import Comparison, ScoredRows, score, score_
 from simulator.errors import InputError
 from simulator.operators.attention import AttentionCalls, Geometry
 from simulator.operators.base import Machine
-from simulator.uncertainty.operators import gemm_time
 
 HW = datasheet("h100_sxm")
 MACHINE = Machine.of(HW, "bf16")
@@ -127,30 +123,12 @@ def test_attention_pairs_differ_in_one_thing_only() -> None:
     assert calls.records().kv_heads.tolist() == [8, 4, 2, 1]
 
 
-def test_a_fit_is_scored_on_held_out_rows_next_to_rooflines(data: GemmFit) -> None:
+def test_a_fit_is_scored_on_held_out_rows(data: GemmFit) -> None:
     found = evaluate_table(MeasuredRows(data, HW), 200, 1)
     assert found["method"] == "prunesim"
     assert found["mape"] < 0.04
     assert found["speedup spearman"] > 0.9
     assert found["coverage"] >= 0.8
-    rooflines = {r["method"]: r["mape"] for r in evaluate_baselines(MeasuredRows(data, HW), 1)}
-    datasheet_, simple = rooflines.values()
-    assert found["mape"] < simple < datasheet_
-    assert datasheet_ > 0.2
-
-
-def test_weights_of_four_times_the_l2_are_asked_cold(data: GemmFit) -> None:
-    c = data.calls
-    table = MeasuredRows(
-        replace(data, calls=replace(c, copies=np.where(c.n * c.k > 2**23, 64.0, 1.0))), HW
-    )
-    hw = table.profile(table.fit())
-    cold = gemm_time(c.m, c.n, c.k, hw).seconds
-    slower = MeasuredRows(replace(table.data, seconds=1.1 * cold), HW)
-    found = evaluate(hw.section("gemm", "bf16"), slower)
-    assert found["cold bias"] == pytest.approx(1 / 1.1 - 1, abs=1e-5)
-    warm = replace(data, calls=replace(c, copies=np.ones(len(data))))
-    assert "cold bias" not in evaluate(hw.section("gemm", "bf16"), MeasuredRows(warm, HW))
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +139,7 @@ def moved(data: GemmFit) -> dict[str, Any]:
         MeasuredRows(data, HW),
     )
     hw = plain.profile(plain.fit(), same_stack=False)
-    names = {
-        "table": "gemm, held-out stack",
-        "held_out": "h100 b",
-        "kind": "stack",
-        "set": "stacks",
-    }
+    names = {"table": "gemm, held-out stack", "held_out": "h100 b", "set": "stacks"}
     return {**evaluate_profile(hw, other, 0), **names}
 
 
@@ -175,7 +148,7 @@ def test_intervals_of_a_held_out_stack_cover_its_times(moved: dict[str, Any]) ->
     assert min(moved["coverage"], moved["ratio coverage"]) >= 0.85
 
 
-def test_the_table_of_stacks_ends_in_their_means_and_targets(moved: dict[str, Any]) -> None:
+def test_the_table_of_stacks_ends_in_their_means(moved: dict[str, Any]) -> None:
     rows = [moved, {**moved, "held_out": "h200 b", "mape": moved["mape"] + 0.02}]
     names, cells = zip(*columns_of_table(rows, "gemm, held-out stack"), strict=True)
     lines = [dict(zip(names, line, strict=True)) for line in zip(*cells, strict=True)]
@@ -183,12 +156,6 @@ def test_the_table_of_stacks_ends_in_their_means_and_targets(moved: dict[str, An
     assert [line["MAPE"] for line in lines] == [
         f"{100 * (moved['mape'] + more):.2f}" for more in (0.0, 0.02, 0.01)
     ]
-    criteria = {line.criterion: line for line in against_targets(rows)}
-    line = criteria["gemm, held-out stack: MAPE, mean of 2"]
-    assert (line.target, line.met) == ("<= 8", float(line.measured) <= 8.0)
-    line = criteria["gemm, held-out stack: coverage"]
-    assert line.target == "85 to 95"
-    assert " to " in line.measured
 
 
 def test_every_stack_with_another_is_held_out() -> None:
@@ -214,24 +181,16 @@ def test_every_stack_with_another_is_held_out() -> None:
 
 
 @pytest.mark.quick
-def test_means_over_seeds_and_the_page_that_marks_a_missed_target() -> None:
+def test_means_over_seeds_and_the_page() -> None:
     rows: list[dict[str, Any]] = []
     for (name, mape), size, seed in product((("h100", 0.035), ("a100", 0.02)), (100, 0), (0, 1, 2)):
-        about = {
-            "set": name,
-            "table": name,
-            "kind": "" if size else "gemm",
-            "held_out": "",
-            "method": "prunesim",
-        }
+        about = {"set": name, "table": name, "held_out": "", "method": "prunesim"}
         rows.append({**about, "rows": size, "seed": seed, "mape": mape + seed / 100.0})
     assert [(r["rows"], r["seeds"]) for r in means(rows, "a100")] == [(100, 3), (0, 3)]
     columns = [("method", ["prunesim"] * 2), ("rows", ["100", "all"]), ("MAPE", ["3.00", "3.00"])]
     assert columns_of_table(rows, "a100") == columns
     page = accuracy_page(rows)
     assert page.startswith("# Accuracy of every shipped table\n")
-    assert "| GEMM, h100, unseen (n, k): MAPE | <= 4 | **4.50** |" in page
-    assert "| GEMM, a100, unseen (n, k): MAPE | <= 5 | 3.00 |" in page
     assert "## h100\n\n| method | rows | MAPE |" in page
 
 
@@ -264,8 +223,6 @@ def test_experts_are_judged_on_held_out_models() -> None:
     assert 0.8 < found["coverage"] < 0.99
     assert 0.8 < found["ratio coverage"] < 0.995
     assert {"MAPE", "coverage", "ratios in"} <= dict(columns_of_table(rows, title)).keys()
-    error, *_ = against_targets([r for r in rows if r["table"] == title])
-    assert error.met
 
 
 def test_collectives_of_held_out_systems_are_within_their_intervals() -> None:
@@ -279,7 +236,8 @@ def test_collectives_of_held_out_systems_are_within_their_intervals() -> None:
 def test_processes_give_the_same_rows() -> None:
     told: list[str] = []
     one, two = (
-        evaluate_sets(("collectives", "dense"), jobs=jobs, progress=told.append) for jobs in (1, 2)
+        evaluate_sets(("collectives", "h20_fp8_block"), (0,), jobs=jobs, progress=told.append)
+        for jobs in (1, 2)
     )
     assert one == two
     assert told == ["1/2", "2/2"] * 2
@@ -299,6 +257,6 @@ def test_the_program(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 2
         assert reason in capsys.readouterr().err
     with pytest.raises(
-        InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 17"
+        InputError, match=r"docs/generated/engines.md: expected 1 tables to fill, got 15"
     ):
         filled("engines", ["| a |"])

@@ -15,6 +15,8 @@ from calibration.evidence.pages import DOCS
 from simulator.models.architectures import REFUSED
 from simulator.models.traced import TracedProduct, causal_types
 
+pytestmark = pytest.mark.extras
+
 
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, Built]:

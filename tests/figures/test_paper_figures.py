@@ -13,18 +13,9 @@ from printing import check_print
 
 import simulator
 from simulator.figures.measured import MOST_DOTS, MeasuredGemms
-from simulator.figures.paper import (
-    BATCHES,
-    FIGURES,
-    LENGTHS,
-    MAP_SPARSITY,
-    OPERATORS,
-    Paper,
-    draw,
-    paper,
-)
-from simulator.figures.style import device_title, style_of
-from simulator.figures.tables import SKIPPED_PAIRS, efficiency_figure, kept_axes, number
+from simulator.figures.paper import FIGURES, OPERATORS, Paper, draw, paper
+from simulator.figures.style import device_title
+from simulator.figures.tables import SKIPPED_PAIRS, kept_axes
 from simulator.figures.waterfall import Steps, folded, waterfall_figure
 from simulator.hardware.library import load_hardware
 from simulator.pruning import general_families, prune
@@ -67,14 +58,11 @@ def one() -> Paper:
 
 @pytest.fixture(scope="module")
 def drawn(about: Paper, one: Paper) -> dict[str, Drawn]:
-    # 5,000 predictions per device
-    out = {name: draw(name, about) for name in FIGURES if name != "crossover"}
+    out = {name: draw(name, about) for name in FIGURES}
     return out | {f"{name}, one device": draw(name, one) for name in FIGURES}
 
 
-NAMES = [
-    name for name in (*FIGURES, *(f"{name}, one device" for name in FIGURES)) if name != "crossover"
-]
+NAMES = [*FIGURES, *(f"{name}, one device" for name in FIGURES)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,8 +73,7 @@ def test_figures_print_without_clashes(name: str, drawn: dict[str, Drawn]) -> No
 
 
 def test_captions_state_what_an_engine_cannot_run(drawn: dict[str, Drawn]) -> None:
-    for name in ("speedup", "efficiency"):
-        assert drawn[name].caption.endswith("2:4 is excluded: vLLM has no kernels for it."), name
+    assert drawn["speedup"].caption.endswith("2:4 is excluded: vLLM has no kernels for it.")
     # no method of it has quality on the axis that was drawn
     assert "2:4" not in drawn["pareto"].caption
     assert drawn["waterfall"].caption.endswith(
@@ -135,74 +122,6 @@ def test_the_taxonomy_is_that_of_the_reference_paper(about: Paper) -> None:
         for pair in pairs.split(", "):
             family, axes = pair.split(" ")
             assert (changed(family, role) or "-") == axes, (role, family)
-
-
-def test_the_map_names_the_fastest_family() -> None:
-    table = simulator.table("llama-3.2-1b", "rtx_4090", "all", MAP_SPARSITY, batch=8, seq=4096)
-    best = max(table, key=lambda r: r.speedup)
-    _, ax = draw("crossover", paper("llama-3.2-1b", ["rtx_4090"])).figure.axes
-    x, y = BATCHES.index(8), LENGTHS.index(4096)
-    (text,) = (
-        t.get_text()
-        for t in ax.texts
-        if t.get_position()[0] == x and round(t.get_position()[1] + 0.2) == y
-    )
-    assert text == f"{best.speedup:.2f}"
-    (line,) = (
-        line for line in ax.lines if (x, y + 0.22) in [tuple(point) for point in line.get_xydata()]
-    )
-    assert (line.get_marker(), line.get_color()) == (
-        style_of(best.family).marker,
-        style_of(best.family).color,
-    )
-
-
-def test_efficiencies_are_those_of_the_predictions(about: Paper, drawn: dict[str, Drawn]) -> None:
-    (r,) = simulator.table(
-        about.model,
-        "a100_sxm_80gb",
-        "depth",
-        MAP_SPARSITY,
-        phase="prefill",
-        batch=BATCHES[0],
-        seq=about.request.seq,
-    )
-    ax = drawn["efficiency"].figure.axes[0]
-    assert next(t.get_text() for t in ax.texts if t.get_position() == (0, 0)) == number(
-        r.efficiency
-    )
-    no_gain = {
-        "row": ["a"],
-        "column": ["b"],
-        "family": ["depth"],
-        "batch": [1],
-        "efficiency": [float("nan")],
-    }
-    assert "–" in [t.get_text() for t in efficiency_figure(no_gain).axes[0].texts]
-
-
-def test_a_staircase_shows_the_prediction_and_the_measured_points(
-    about: Paper, drawn: dict[str, Drawn]
-) -> None:
-    ax = drawn["staircase"].figure.axes[2]
-    lines = {(line.get_linestyle(), line.get_marker()): line for line in ax.lines}
-    _, highest = (line.get_ydata() for line in ax.lines if line.get_linestyle() == "--")
-    hw = load_hardware("rtx_4090")
-    assert highest[-1] == pytest.approx(
-        2e6 * 512 * 6144 * 4096 / (hw.peak_flop_per_s("bf16") * hw.clock_headroom)
-    )
-    a100 = drawn["staircase"].figure.axes[0]  # whose datasheet is at its highest clock
-    assert sum(line.get_linestyle() == "--" for line in a100.lines) == 1
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert band.max() < ax.get_ylim()[1]  # the interval is not cut
-    x, y = (np.asarray(v) for v in lines["-", "None"].get_data())
-    np.testing.assert_allclose(y, 1e6 * gemm_time(x, 6144, 4096, load_hardware("rtx_4090")).seconds)
-    assert (np.diff(y) > 0.02 * y[:-1]).sum() >= 3  # steps
-    seen = about.measured["rtx_4090"]
-    x, y = (np.asarray(v) for v in lines["None", "o"].get_data())
-    chosen = (seen.n == 6144) & (seen.k == 4096) & (seen.m <= 512)
-    np.testing.assert_array_equal(x, seen.m[chosen])
-    np.testing.assert_allclose(y, 1e6 * seen.seconds[chosen])
 
 
 def test_predictions_beside_measurements_assume_the_same_rotation_of_weights() -> None:

@@ -11,7 +11,7 @@ import pytest
 from simulator.errors import InputError
 from simulator.files.read import MOST_CONTAINERS, parse_bounded, parse_json
 from simulator.models.library import load_model
-from simulator.prediction.benchmarks import read_bench
+from simulator.prediction.benchmarks import read_benches
 from simulator.prediction.quality import read_results
 
 pytestmark = pytest.mark.quick
@@ -46,7 +46,7 @@ def test_files_of_users_with_a_key_twice_are_rejected(tmp_path: Path) -> None:
     ):
         read_results(tmp_path, "results_1.json")
     with pytest.raises(InputError, match=r"results_1\.json: key 'results': expected once"):
-        read_bench(result)
+        read_benches(result)
 
 
 def test_values_are_read_and_not_a_number_too() -> None:

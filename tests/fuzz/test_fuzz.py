@@ -535,6 +535,20 @@ def test_inputs_near_a_valid_one(file: str) -> None:
 @pytest.mark.parametrize(
     ("file", "raw"),
     [
+        (
+            "model.safetensors",
+            safetensors(
+                {
+                    name: {**tensor, "shape": [2, 1]} if name.endswith("qzeros") else tensor
+                    for name, tensor in next(
+                        held
+                        for held in CHECKPOINTS
+                        if any(name.endswith("qzeros") for name in held)
+                        and not any(name.endswith("g_idx") for name in held)
+                    ).items()
+                }
+            ),
+        ),
         ("gpu.yaml", PROFILE.replace("value: 132", "value: \u0661").encode()),
         *(
             ("types.json", json.dumps({**TYPES[kind], "layer_types": odd}).encode())

@@ -154,6 +154,11 @@ def test_kernels_that_an_engine_lacks_are_refused(hw: simulator.HardwareProfile)
         match="hf has no fp8 2:4 kernels; these engines have: compile, reference, trtllm",
     ):
         workload_time(eight, simulator.load_hardware("h100"))
+    narrow = simulator.prune(
+        _lower(phase="decode", engine="vllm", weight_dtype="fp8"), "semi_structured", 0.5
+    )
+    with pytest.raises(InputError, match="vllm has no fp8 2:4 kernels; these engines have: none"):
+        workload_time(narrow, hw)
     with pytest.raises(
         InputError, match="hf has no kernels for fp8 weights alone; it has: int8, int4"
     ):

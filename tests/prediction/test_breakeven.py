@@ -107,3 +107,8 @@ def test_speedups_of_what_does_not_fit_are_conditional(name: str) -> None:
             "1.20x (1.10-1.30) if it fitted" in second
         )
     assert "if it fitted" in of_speedups([two])[1]
+    # the fastest setting is one that fits
+    fitting = replace(two, devices=2, **{name: True})
+    answer = of_speedups([one, replace(one, devices=4), replace(one, devices=8), fitting])[-1]
+    assert "the fastest is depth at 25 % on h100_sxm" in answer
+    assert "0.90x (0.85-0.95);" in answer

@@ -118,6 +118,26 @@ def test_ends_of_errors_are_combined(values: list[float], expected: Any) -> None
     assert Interval.of(values) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("arriving", [{"rate": 4.0, "ttft_s": 0.3}, {}])
+def test_formats_are_rows_of_one_table(arriving: dict[str, Any]) -> None:
+    """Each row has the numbers of a service in its format alone; an A100 computes fp8 in 16
+    bits."""
+    settings = {**LOAD, **arriving} if arriving else {"concurrency": 8}
+    for device, end in (("h100", "in fp8"), ("a100", "with fp8 weights")):
+        found = serve("llama-3.1-8b", device, prune="depth 0.25", dtype=["bf16", "fp8"], **settings)
+        assert len(found.loads or found.services) == 1
+        rows = {point.name: point.to_dict() for point in found.points[:4]}
+        names = ("dense", "depth at 25 %")
+        assert [*rows] == ["dense", f"dense {end}", names[1], f"{names[1]} {end}"]
+        for dtype, suffix in (("bf16", ""), ("fp8", f" {end}")):
+            alone = serve("llama-3.1-8b", device, prune="depth 0.25", dtype=dtype, **settings)
+            for name, point in zip(names, alone.points):
+                column = "ttft_p99" if arriving else "tokens_per_s"
+                assert rows[f"{name}{suffix}"][column] == pytest.approx(point.to_dict()[column])
+        wide = [note for note in found.notes if "has no fp8 arithmetic" in note]
+        assert len(wide) == (device == "a100")
+
+
 def test_figures_of_a_load() -> None:
     services = loads(rate=10.0, ttft_s=0.2, tpot_s=0.02, prune="depth 0.25", requests=60)
     figure = loads_of(services)

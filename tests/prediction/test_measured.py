@@ -31,7 +31,7 @@ import pytest
 from tables import rows_of, tables_of
 
 from simulator.errors import InputError
-from simulator.prediction.benchmarks import measured, read_bench, read_benches
+from simulator.prediction.benchmarks import measured, read_benches
 from simulator.request import Request
 
 pytestmark = pytest.mark.quick
@@ -112,8 +112,6 @@ def test_of_several_runs_in_a_file_the_one_of_the_request_is_taken() -> None:
         match=r"expected a result of this request among 3; .*: concurrency: expected 8, got",
     ):
         measured(FILES / "sglang.jsonl", _request("serve", 8, 1024, engine="sglang"))
-    with pytest.raises(InputError, match=r"sglang\.jsonl:2:1: is not JSON \(several results"):
-        read_bench(FILES / "sglang.jsonl")
 
 
 def test_requests_that_start_together_are_a_batch(tmp_path: Path) -> None:
@@ -280,7 +278,7 @@ STIMULUS = {"stimulus": {"request_rate": 2.0}}
 def _arriving(tmp_path: Path, name: str, changes: dict[str, Any]) -> Any:
     file = tmp_path / "run.json"
     file.write_text(json.dumps({**_load(name), **changes}), encoding="utf-8")
-    return read_bench(file)
+    return read_benches(file)[0]
 
 
 def test_requests_that_arrive_are_those_of_the_file(tmp_path: Path) -> None:

@@ -55,6 +55,16 @@ def test_shapes_are_means_over_the_layers_that_change() -> None:
     assert routed.m == pytest.approx((8 * 1024, 4 * 1024))
 
 
+def test_added_products_of_one_role_are_apart() -> None:
+    products = ({"m": "tokens", "n": 64, "k": "hidden"}, {"m": "tokens", "n": 1, "k": 64})
+    place = {"role": "router", "place": "before mlp"}
+    adds = [{"gemm": {**product, **place}} for product in products]
+    mine = method(dynamic={"mlp": {"m": "1 - s", "kernel": "gather"}}, adds=adds)
+    (phase,) = check_method(mine, sparsity=0.5, **PREFILL).phases
+    routers = [one for one in phase.operators if one.operator == "added router"]
+    assert [(one.m[1], one.n[1], one.k[1]) for one in routers] == [(1024, 64, 4096), (1024, 1, 64)]
+
+
 def test_a_removed_layer_and_a_low_rank_pair() -> None:
     gone = operators(check_method("shortgpt", sparsity=0.25, **PREFILL))["qkv"]
     assert (gone.layers, gone.m, gone.kernels) == (8, (1024, 0), {})

@@ -166,20 +166,21 @@ def test_half_widths_are_those_of_every_pair_in_pieces_too(monkeypatch: Any) -> 
 
 
 @pytest.mark.slow
-def test_a_million_rows_open(cli: Any, tmp_path: Path) -> None:
-    """Losses rise with the sparsity, so the frontier has many points."""
+def test_many_rows_open(cli: Any, tmp_path: Path) -> None:
+    """Losses rise with the sparsity, so the frontier has many points; comparing every pair of rows
+    would take more memory than a machine has."""
     path = tmp_path / "many.csv"
     with path.open("w") as file:
         file.write(
             "method,family,model,sparsity,metric,higher_is_better,dense,pruned,protocol,source\n"
         )
-        for i in range(1_000_000):
+        for i in range(100_000):
             family, sparsity = ("depth", "width")[i % 2], i // 2 % 180 / 200
-            pruned = 6.0 + 9.0 * sparsity + i * 1e-6
+            pruned = 6.0 + 9.0 * sparsity + i * 1e-5
             file.write(f"m{i},{family},m,{sparsity:g},ppl,0,6,{pruned:.6f},p,s\n")
     line = f"pareto llama-3.2-1b --hardware h100 --quality {path} --quality-model m"
     out = cli.out(line)
-    assert "1,000,000 models, shown on the frontier" in out
+    assert "100,000 models, shown on the frontier" in out
     assert "fastest family by quality budget" in out
 
 

@@ -18,8 +18,10 @@ from simulator.prediction.explain import explanations
 from simulator.prediction.gemms import gemm_table
 from simulator.prediction.prunings import Pruning, families
 from simulator.prediction.result import Results
+from simulator.prediction.speedup_sentences import of_speedups
 from simulator.pruning import general_families
 from simulator.request import Request
+from simulator.units import ratio
 from simulator.workload import Workload
 
 MODEL = ["llama-3.1-8b"]
@@ -264,6 +266,10 @@ def test_speedups_of_several_formats_are_against_the_first() -> None:
         assert dense == pytest.approx([r.dense_s for r in alone])
         assert [r.pruned_s for r in some[2:]] == pytest.approx([r.pruned_s for r in alone])
         assert some[2].speedup_lower == pytest.approx(alone[0].speedup_lower)
+        gains = ", ".join(
+            f"{r.pruning} {ratio(one.speedup)}x" for r, one in zip(some[3:], alone[1:])
+        )
+        assert of_speedups(some)[-1] == f"Over the dense model in the same formats: {gains}."
 
 
 def test_a_device_without_fp8_computes_a_row_in_fp8_with_narrow_weights() -> None:

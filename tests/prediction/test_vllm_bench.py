@@ -12,7 +12,7 @@ import pytest
 from fakes.vllm import FILE
 
 from simulator.errors import InputError
-from simulator.prediction.benchmarks import pass_seconds, read_bench, request_of
+from simulator.prediction.benchmarks import BenchRun, pass_seconds, read_benches, request_of
 from simulator.request import Request
 
 pytestmark = pytest.mark.quick
@@ -23,6 +23,11 @@ LATENCY = {
     "percentiles": {"10": 0.484, "50": 0.5, "99": 0.5196},
 }
 MANY, REQUESTS, TOKENS, OUTPUT = 4, 24, 512, 65
+
+
+def read_one(path: Path) -> BenchRun:
+    (run,) = read_benches(path)
+    return run
 
 
 def _serve(each_s: float = 2.0, **changes: Any) -> dict[str, Any]:
@@ -65,13 +70,13 @@ def _file(tmp_path: Path, content: Any, name: str = "run.json") -> Path:
 def test_a_file_that_vllm_wrote() -> None:
     """The file is of vLLM 0.32.0 (CPU): 8 layers, batch 2, --input-len 64 --output-len 17, two
     shared cores."""
-    run = read_bench(FILE.with_name("vllm_bench_latency.json"))
+    run = read_one(FILE.with_name("vllm_bench_latency.json"))
     assert (run.kind, run.model, len(run.samples_s)) == ("batch", "bdense", 8)
     assert float(np.median(run.samples_s)) == pytest.approx(run.percentiles_s["50"])
 
 
 def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
-    run = read_bench(_file(tmp_path, _serve()))
+    run = read_one(_file(tmp_path, _serve()))
     assert (run.kind, run.concurrency, run.input_tokens, run.output_tokens) == (
         "serve",
         MANY,
@@ -82,7 +87,7 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
     assert (run.model, run.note) == ("dense", "")
     assert run.percentiles_s == {"mean_ttft": 0.5, "p99_ttft": 1.5}
     times = [t + sum(gaps) for t, gaps in zip(_serve()["ttfts"], _serve()["itls"])]
-    newer = read_bench(
+    newer = read_one(
         _file(tmp_path, _serve(latencies=times, ttfts="absent", itls="absent", failed=0))
     )
     assert newer.samples_s == pytest.approx(run.samples_s)
@@ -90,8 +95,8 @@ def test_requests_between_the_ramps_are_samples(tmp_path: Path) -> None:
 
 def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
     latency, serve = (
-        read_bench(_file(tmp_path, LATENCY)),
-        read_bench(_file(tmp_path, _serve(), "serve.json")),
+        read_one(_file(tmp_path, LATENCY)),
+        read_one(_file(tmp_path, _serve(), "serve.json")),
     )
     assert request_of(latency, batch=8, seq=1024, output=129) == ("generate", 8, 1024, 128)
     assert request_of(latency, batch=8, seq=1024, output=1) == ("prefill", 8, 1024, 0)
@@ -113,7 +118,7 @@ def test_what_the_user_states_and_what_the_file_states(tmp_path: Path) -> None:
 
 
 def test_a_request_that_the_file_does_not_have_is_refused(tmp_path: Path) -> None:
-    serve = read_bench(_file(tmp_path, _serve()))
+    serve = read_one(_file(tmp_path, _serve()))
     asked = Request(phase="serve", batch=MANY, seq=TOKENS, new_tokens=OUTPUT - 1)
     assert pass_seconds(serve, asked) == pytest.approx(2.05)
     with pytest.raises(InputError, match="input_tokens: expected 512, got 600"):

@@ -207,6 +207,30 @@ def test_an_engine_ends_with_a_killed_comparison(plant: Callable[..., None]) -> 
     assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
+def test_models_start_on_all_cpus_and_run_on_the_cpu_of_this_process(
+    plant: Callable[..., None],
+) -> None:
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("needs two CPUs")
+    (case,) = _cases("depth 0.25")
+    with closing(_runner([case])) as runner:
+        runner.device.allowed = every  # type: ignore[attr-defined]
+        os.sched_setaffinity(0, {min(every)})
+        try:
+            runner.begin(case)
+            (engine,) = runner.engines.values()
+            assert os.sched_getaffinity(engine.process.pid) == every
+            runner.wait_ready()
+            threads = [
+                int(path.name) for path in Path(f"/proc/{engine.process.pid}/task").iterdir()
+            ]
+            assert {min(os.sched_getaffinity(number)) for number in threads} == {min(every)}
+            assert all(len(os.sched_getaffinity(number)) == 1 for number in threads)
+        finally:
+            os.sched_setaffinity(0, every)
+
+
 def test_serve_has_its_own_process_if_other_cases_need_a_larger_budget(
     plant: Callable[..., None],
 ) -> None:

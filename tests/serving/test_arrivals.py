@@ -44,6 +44,13 @@ def test_requests_arrive_at_their_rate_with_the_same_draws() -> None:
     assert (slow.prompt == fast.prompt).all()
 
 
+def test_whole_numbers_may_be_floats() -> None:
+    whole = Traffic(Lengths(9, 0.5), Lengths(9), 20, concurrency=2, seed=3).draw()
+    floats = Traffic(Lengths(9, 0.5), Lengths(9), 20.0, concurrency=2.0, seed=3.0).draw()
+    assert floats.prompt.tolist() == whole.prompt.tolist()
+    assert repr(floats.concurrency) == "2"
+
+
 def test_long_requests_are_drawn_again() -> None:
     drawn = Traffic(Lengths(215, 1.0, 4, 1024), Lengths(200, 1.0, 4), 5_000, most_total=1200).draw()
     assert (drawn.prompt + drawn.output).max() <= 1200

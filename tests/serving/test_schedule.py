@@ -119,7 +119,7 @@ def test_littles_law_and_work_conservation(engine: str, load: dict[str, float]) 
     assert number_in_system(served) == pytest.approx(expected, rel=1e-6)
     assert in_order(served)
     if not load:  # no step waits after the front end has tokenised the requests
-        busy = served.steps[0].busy_s
+        busy = np.dot(served.steps[0].seconds, served.steps[0].count)
         assert served.end.max() - served.start.min() == pytest.approx(busy, rel=1e-9)
 
 
@@ -134,14 +134,15 @@ def test_a_higher_rate_with_the_same_draws_does_not_shorten_requests(engine: str
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_times_between_tokens_add_up_to_the_times_of_requests(engine: str) -> None:
+def test_steps_that_decode_add_up_to_the_times_of_requests(engine: str) -> None:
     served = run(replace(LENGTHS, rate=20.0), engine)
-    seconds, tokens = served.between_tokens
+    (steps,) = served.steps
+    seconds, tokens = np.array(steps.seconds), np.multiply(steps.count, steps.sequences)
     assert tokens.sum() == served.requests.output.sum() - len(served.end)
-    # in steps of prompts alone, a request that has just got its first token waits for a part
-    alone = 0.0 if Server.of(engine, H100).mixes else 0.02
-    expected = (served.end - served.first).sum()
-    assert expected * (1.0 - 1e-9) <= (seconds * tokens).sum() <= expected * (1.0 + 1e-9 + alone)
+    # steps of prompts alone delay the others
+    spent, whole = np.dot(seconds, tokens), (served.end - served.first).sum()
+    mixes = Server.of(engine, H100).mixes
+    assert spent == pytest.approx(whole, rel=1e-9) if mixes else spent < whole
 
 
 def test_a_single_request_takes_its_prompt_and_its_steps() -> None:
@@ -158,7 +159,7 @@ def test_prompts_are_computed_in_chunks_beside_decodes() -> None:
     mixed, whole = (run(traffic, tokens=tokens) for tokens in (512, 8192))
     (steps,) = mixed.steps
     assert max(np.array(steps.tokens) + np.array(steps.sequences)) == 512
-    assert mixed.steps[0].between_tokens[0].max() < whole.steps[0].between_tokens[0].max()
+    assert max(steps.seconds) < max(whole.steps[0].seconds)  # all steps decode
     # SGLang computes prompts in steps of their own, which delay the tokens of others
     (alone,) = run(traffic, "sglang").steps
     assert not (np.array(alone.tokens) * np.array(alone.sequences)).any()
@@ -188,6 +189,12 @@ def test_requests_that_never_fit_are_refused() -> None:
         run(Traffic(Lengths(1000), Lengths(1000), 1), memory=0.2)
     with pytest.raises(InputError, match="a prompt of 9,000 tokens: expected at most the 8,192"):
         run(Traffic(Lengths(9000), Lengths(10), 1), "trtllm")
+    # the shared prefix stays in the cache beside a request that is too short to share it
+    times, server = times_of("vllm"), replace(Server.of("vllm", H100), memory=1.0)
+    tight = replace(times.cache, memory=held(times) + 1650 * 131072)
+    requests = Requests(np.array([0.0, 9.0]), np.array([1610, 10]), np.array([1, 100]), 1600)
+    with pytest.raises(InputError, match="a request of 1,710 tokens: expected at most the 1,6"):
+        simulate(requests, replace(times, cache=tight), server)
 
 
 def test_a_queue_that_grows_does_not_drain() -> None:

@@ -32,10 +32,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from calibration.devices.protocol import Device, OutOfMemory, Unsupported
 from calibration.measure.run import FAILED, SKIPPED, UNSUPPORTED, Interrupted
@@ -343,6 +345,7 @@ class VllmRunner(Runner):
             file.with_name("output.txt"),
             python=self.model.python,
             env=environment(self.device, self._cache_bytes(one)),
+            start_cpus=getattr(self.device, "allowed", ()),
             patience_s=self.patience_s,
             interrupted=self.interrupted,
         )
@@ -478,9 +481,10 @@ class EngineProcess:
     """One model in vLLM in a child process, whose crash does not end a comparison; it starts when
     made.
 
-    ``settings`` are keyword arguments of ``vllm.LLM``. OutOfMemory: the model or its cache does not
-    fit. Unsupported: this release does not accept an argument. EngineFailed: the child fails or
-    gives no answer in ``patience_s``.
+    ``settings`` are keyword arguments of ``vllm.LLM``. The start may use ``start_cpus``; what
+    follows uses the CPUs of this process, and those to which vLLM binds its threads. OutOfMemory:
+    the model or its cache does not fit. Unsupported: this release does not accept an argument.
+    EngineFailed: the child fails or gives no answer in ``patience_s``.
     """
 
     def __init__(
@@ -492,8 +496,10 @@ class EngineProcess:
         env: Mapping[str, str],
         patience_s: float,
         interrupted: Callable[[], bool] = lambda: False,
+        start_cpus: Collection[int] = (),
     ) -> None:
         self.log = log
+        self.start_cpus = set(start_cpus)
         self.patience_s = patience_s
         self.interrupted = interrupted
         self.launched = time.monotonic()
@@ -513,11 +519,24 @@ class EngineProcess:
                 )
         finally:
             os.close(theirs)
+        if self.start_cpus:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, self.start_cpus)
 
     def wait_ready(self) -> None:
         """Wait until the model is loaded; it is then stopped until its first request."""
         self.versions = self._answer()["versions"]
         self._signal(signal.SIGSTOP)
+        self._leave_start_cpus()
+
+    def _leave_start_cpus(self) -> None:
+        """Move the threads that vLLM has not bound to the CPUs of this process."""
+        for thread in Path("/proc").glob("[0-9]*/task/[0-9]*") if self.start_cpus else ():
+            number = int(thread.name)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                own = os.getsid(number) == self.process.pid
+                if own and os.sched_getaffinity(number) == self.start_cpus:
+                    os.sched_setaffinity(number, os.sched_getaffinity(0))
 
     def ask(self, what: str, **request: Any) -> dict[str, Any]:
         """Send a request of the worker's table ``TIMED`` and return its answer."""
@@ -606,36 +625,10 @@ def cause(output: str) -> str:
     return one_line(lines[-1], 300) if lines else ""
 
 
-# Supported ``model_type`` -> class in vLLM's registry (``vllm/model_executor/models/registry.py``)
-CLASSES: Mapping[str, str] = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "falcon_h1": "FalconH1ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "glm4_moe": "Glm4MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "lfm2": "Lfm2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "nemotron": "NemotronForCausalLM",
-    "nemotron_h": "NemotronHForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "opt": "OPTForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-}
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Supported ``model_type`` -> class in vLLM's registry
+CLASSES: Mapping[str, str] = yaml.safe_load(
+    Path(__file__).parents[1].joinpath("vllm_classes.yaml").read_text("utf-8")
+)
 # Keys of code, of stored formats and of parts that are not timed
 _DROPPED = ("auto_map", "quantization_config", "text_config", "vision_config", "architectures")
 

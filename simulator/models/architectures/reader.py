@@ -89,6 +89,8 @@ class Reader:
         self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_VALUE
     ) -> int:
         expected = f"an integer from {low} to {high}"
+        if isinstance(self.raw(key), list):
+            expected += " for all layers (a plan for --prune states sizes per layer)"
         return int(
             self.value(
                 key, default, expected, lambda x: _is_number(x) and low <= x <= high and x == int(x)

@@ -332,7 +332,8 @@ _several = partial(ListOf, some=True)
 _SHARE = _formula("a share above 0, up to 1", 1e-12, 1.0)
 _COUNT = _formula("a number from 1 up", 1.0, 2.0**53)
 _BYTES = _formula("a number of bytes from 0 up", 0.0, 1e30)
-_REMOVED = _formula("a fraction in [0, 1), or a size", 0.0, 2.0**31, _removed)
+_FAMILY_REMOVED = _formula("a fraction in [0, 1), or a size", 0.0, 2.0**31, _removed)
+_PART_REMOVED = _formula("a fraction in [0, 1), or a size", 0.0, 2.0**31)
 _OPTION = Number(0, 2**31, "16", whole=True)
 _FRACTION = _formula("a fraction in [0, 1)", 0.0, 0.9999)
 _WHOLE = Number(1, 2**20, "16", whole=True)
@@ -376,7 +377,7 @@ class _Step:
             return reader.wrong(node, path, str(unknown("family", first, FAMILIES)))
         key, family = names[0], FAMILIES[names[0]]
         parts = family.targets if node.entries[key][1].kind == "mapping" else ()
-        removed = _Object(dict.fromkeys(parts, _REMOVED), dict) if parts else _REMOVED
+        removed = _Object(dict.fromkeys(parts, _PART_REMOVED), dict) if parts else _FAMILY_REMOVED
         options = {
             name: _OPTIONS.get(type(default), _OPTION) for name, default in family.options.items()
         }
