@@ -12,7 +12,7 @@ from simulator.cli.options import arg, option
 from simulator.errors import InputError, needs_extra
 
 if TYPE_CHECKING:
-    from calibration.runners.quality import LayerScore, Score
+    from calibration.runners.quality import Score
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class Corpus:
     windows: int = option("N", "Windows of text.", 8)
     length: int = option("N", "Tokens per window.", 512)
 
-    def read(self, folder: str, times: int = 1) -> tuple[Any, str, str]:
-        """Return tokens of ``times`` x ``windows`` windows, the name of the text, and the
-        protocol."""
+    def read(self, folder: str) -> tuple[Any, str, str]:
+        """Return the tokens of the windows, the name of the text, and the protocol."""
         from calibration.runners import quality
 
         content, name = quality.read_text(self.text)
         protocol = f"{self.windows} windows of {self.length} tokens, {name}, no fine-tuning"
         return (
-            quality.load_windows(folder, content, times * self.windows, self.length),
+            quality.load_windows(folder, content, self.windows, self.length),
             name,
             protocol,
         )
@@ -52,14 +51,8 @@ def command(
     models: PrunedModels = PrunedModels(),
     output: str | None = option(
         "FILE",
-        "CSV to write: a quality table, for prunesim pareto, or the scores of --per-layer.",
+        "CSV to write: a quality table, for prunesim pareto.",
         flags="-o --output",
-    ),
-    per_layer: bool = option(
-        None, "Score each variant of each layer's attention and MLP alone, into --output.", False
-    ),
-    choices: str | None = option(
-        "FILE", "With --per-layer: variants of each layer (CSV). Default: usual ones."
     ),
     corpus: Corpus = Corpus(),
     json: options.Json = False,
@@ -68,26 +61,14 @@ def command(
 
     Quality is perplexity, KL divergence to the dense model, and the share of tokens that the dense
     model accepts from the pruned one as a draft, sampled and greedy: a value for prunesim draft
-    --acceptance. The model is pruned here, without fine-tuning, or read with --pruned. With
-    --per-layer, one sublayer at a time is replaced by each of its variants: attention with fewer KV
-    heads (means of joined heads), an MLP with fewer channels (those with the largest mean output on
-    other text), or none; run the command again to resume. Needs torch and transformers. For
-    accuracy on tasks use EleutherAI's lm-evaluation-harness: prunesim pareto reads its results.
+    --acceptance. The model is pruned here, without fine-tuning, or read with --pruned. Needs torch
+    and transformers. For accuracy on tasks use EleutherAI's lm-evaluation-harness: prunesim pareto
+    reads its results.
     """
     from simulator.files.write import check_target, write_whole
 
     if output:
         check_target(output)
-    if per_layer:
-        if models != PrunedModels():
-            raise InputError(
-                "--per-layer: expected no --pruned, --family or --sparsity; --choices lists"
-                " variants"
-            )
-        if not output:
-            raise InputError("--per-layer: expected --output with the file of the scores")
-    elif choices:
-        raise InputError("--choices: expected --per-layer with it")
     fractions = parsing.fractions("--sparsity", models.sparsity)
     cases = [
         (name, fraction)
@@ -102,9 +83,6 @@ def command(
         from calibration.runners import quality
     except ModuleNotFoundError as error:
         raise needs_extra("this command", "calibrate", str(error.name), " transformers") from None
-    if per_layer and output:
-        _per_layer(model, choices, output, corpus, options.Output(json))
-        return
 
     tokens, text_name, protocol = corpus.read(model)
     found: list[Score] = []
@@ -133,49 +111,3 @@ def command(
         render.show(
             columns, f"{name}: dense perplexity {found[0].dense_perplexity:.4g}, {text_name}"
         )
-
-
-def _per_layer(
-    folder: str, choices: str | None, file: str, corpus: Corpus, output: options.Output
-) -> None:
-    from calibration.runners import quality
-    from simulator.models.library import load_model
-    from simulator.plans.library import generated_library, read_library
-
-    config, name = load_model(folder), Path(folder).resolve().name
-    library = read_library(choices, config) if choices else generated_library(config)
-    changes = quality.changes_of(library)
-    tokens, text_name, protocol = corpus.read(folder, 2)  # every other window selects channels
-    decoder = quality.decoder_of(quality.load_model(folder), name)
-    source = f"prunesim quality --per-layer on {name} ({quality.weights_digest(decoder)})"
-    rows = quality.read_scores(file, protocol, source)
-    done = {row.key for row in rows}
-    todo = sum(key not in done for key in (quality.DENSE, *(change.key for change in changes)))
-    if done:
-        render.status(f"{file}: {len(rows)} rows exist; {todo} left")
-    with render.progress("measuring") as report:
-        found = quality.measure_layers(decoder, tokens[::2], tokens[1::2], changes, done)
-        for i, row in enumerate(found, 1):
-            rows.append(row)
-            quality.write_scores(file, rows, protocol, source)
-            report(i, todo)
-    if output.write([asdict(row) for row in rows]):
-        dense = next(row for row in rows if row.key == quality.DENSE)
-        title = (
-            f"{name}: KL divergence (nats/token) of one changed sublayer; dense perplexity"
-            f" {dense.perplexity:.4g}"
-        )
-        render.show(_by_layer(rows), f"{title}, {text_name}")
-
-
-def _by_layer(rows: list[LayerScore]) -> list[render.Column]:
-    """Return the table of divergences: a row per layer, a column per variant."""
-    found: dict[str, dict[int, str]] = {}
-    for row in (row for row in rows if row.layer.isdigit()):
-        title = f"attention\n{row.attention}" if row.mlp == "dense" else f"MLP\n{row.mlp}"
-        found.setdefault(title, {})[int(row.layer)] = f"{row.kl_div:.3g}"
-    titles = sorted(found, key=lambda title: title.startswith("MLP"))
-    columns = ((title, lambda layer, at=found[title]: at.get(layer, "-")) for title in titles)
-    return render.columns(
-        sorted({layer for at in found.values() for layer in at}), ("layer", str), *columns
-    )

@@ -8,8 +8,7 @@ predicted after the text before it, not after other drafted tokens, so an accept
 on the position in a draft.
 
 :func:`measure_quality` scores a Hugging Face model that is pruned by families, without fine-tuning,
-or one of its pruned checkpoints. :func:`measure_layers` scores variants of single layers, for a
-library of variants (:mod:`simulator.plans.library`).
+or one of its pruned checkpoints.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,32 +25,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calibration.devices.operators import gated
-from calibration.runners.decoder.families import STATIC, best, prune_decoder
+from calibration.runners.decoder.families import STATIC, prune_decoder
 from calibration.runners.decoder.model import (
-    Attention,
     Decoder,
-    Layer,
-    Mlp,
-    PassState,
-    Projection,
     Tensor,
-    embedded,
     from_weights,
-    logits_after,
-    through_layer,
     window_logits,
 )
 from simulator.errors import InputError
-from simulator.files.csv import csv_text, read_csv
 from simulator.files.read import read_bounded
-from simulator.files.write import write_whole
-from simulator.models.model import Layer as LayerShape
-from simulator.models.sublayers import Attention as GroupedAttention
-from simulator.models.sublayers import Linear
-from simulator.models.sublayers import Mlp as DenseMlp
-from simulator.plans.library import Library
-from simulator.plans.variants import SUBLAYERS, text_of
 from simulator.prediction.quality import QualityRow
 from simulator.request import Name
 
@@ -59,8 +41,6 @@ from simulator.request import Name
 Logits = Callable[[Tensor], Tensor]
 # 2:4 needs a GPU, and dynamic families need a trained router or predictor
 FAMILIES = tuple(name for name in STATIC if name != "semi_structured")
-# dense logits that stay in memory; larger ones are computed again for each variant
-MOST_LOGIT_BYTES = 2_000_000_000
 # relative difference from the loss of the model's own code that shows another architecture
 MATCH_TOLERANCE = 2e-3
 
@@ -97,14 +77,9 @@ class Score:
 def score(dense: Logits, pruned: Logits, windows: Sequence[Tensor]) -> Score:
     """Score one model against another on windows of tokens; each token after the first of a window
     counts."""
-    return score_logits((dense(ids), pruned(ids), ids) for ids in windows)
-
-
-def score_logits(windows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Score:
-    """Score windows of dense logits, pruned logits and tokens."""
     found = []
-    for *both, ids in windows:
-        before, after = (F.log_softmax(logits[:-1].float(), -1) for logits in both)
+    for ids in windows:
+        before, after = (F.log_softmax(of(ids)[:-1].float(), -1) for of in (dense, pruned))
         losses = [F.nll_loss(log, ids[1:]) for log in (before, after)]
         divergence = F.kl_div(after, before, log_target=True, reduction="batchmean")
         sampled = torch.minimum(before, after).exp().sum(-1).mean()
@@ -239,199 +214,3 @@ def read_text(path: str | Path | None = None) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     return text, f"{name} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
-
-
-@dataclass(frozen=True)
-class Change:
-    layer: int
-    sublayer: str  # "attention" or "mlp"
-    text: str
-    variant: LayerShape
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        texts = [self.text if name == self.sublayer else "dense" for name in SUBLAYERS]
-        return str(self.layer), texts[0], texts[1]
-
-
-DENSE = ("all", "dense", "dense")  # key of the row of the dense model
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    layer: str
-    attention: str
-    mlp: str
-    kl_div: float  # nats per token
-    perplexity: float
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.layer, self.attention, self.mlp
-
-
-def changes_of(library: Library) -> list[Change]:
-    found: dict[tuple[int, str, str], Change] = {}
-    for layer, (dense, variants) in enumerate(zip(library.model.layers, library.layers)):
-        for name in SUBLAYERS:
-            for variant in variants:
-                text = text_of(name, variant, dense)
-                if isinstance(variant.of(name), Linear):
-                    raise InputError(
-                        f"layer {layer}: {name} linear: needs training; expected sizes or none"
-                    )
-                if text != "dense":
-                    found.setdefault((layer, name, text), Change(layer, name, text, variant))
-    if not found:
-        raise InputError(f"{library.model.name}: expected variants other than dense, got none")
-    return list(found.values())
-
-
-def measure_layers(
-    decoder: Decoder,
-    windows: Sequence[Tensor],
-    calibration: Sequence[Tensor],
-    changes: Iterable[Change],
-    done: Collection[tuple[str, str, str]] = (),
-) -> Iterator[LayerScore]:
-    """Score the dense model (:data:`DENSE`), then each change of one sublayer, layer by layer,
-    except keys in ``done``.
-
-    Fewer KV heads are means of joined heads (arXiv 2305.13245), as in Puzzle. A narrower MLP keeps
-    the channels with the largest mean output on windows of ``calibration``. Only the layers after a
-    change are computed again. All windows are equally long.
-    """
-    todo: dict[tuple[int, str], list[Change]] = {}
-    for change in changes:
-        if change.key not in done:
-            todo.setdefault((change.layer, change.sublayer), []).append(change)
-    if not todo and DENSE in done:
-        return
-    with torch.no_grad():
-        state = PassState(decoder, len(windows[0]))
-        dense = _rest(state, 0, embedded(state, torch.stack(list(windows))))
-        small = 4 * dense.shape[0] * dense.shape[1] * len(decoder.head) <= MOST_LOGIT_BYTES
-        kept = [logits_after(decoder, x) for x in dense] if small else None
-
-        def scored(key: tuple[str, str, str], last: Tensor) -> LayerScore:
-            before = kept or (logits_after(decoder, x) for x in dense)
-            found = score_logits(zip(before, (logits_after(decoder, x) for x in last), windows))
-            return LayerScore(*key, found.kl_nats, found.perplexity)
-
-        if DENSE not in done:
-            yield scored(DENSE, dense)
-        both = embedded(state, torch.stack([*windows, *calibration]))
-        many = len(windows)
-        for number, layer in enumerate(decoder.layers):
-            if not any(at >= number for at, _ in todo):
-                return
-            for change in todo.get((number, "attention"), ()):
-                a = layer.attention
-                kept_heads = change.variant.of("attention")
-                if a is not None and isinstance(kept_heads, GroupedAttention):
-                    sizes = kept_heads.heads, kept_heads.kv_heads
-                    a = fewer_heads(a, *sizes, decoder.head_dim)
-                elif kept_heads is None:
-                    a = None
-                changed = through_layer(state, number, replace(layer, attention=a), both[:many])
-                yield scored(change.key, _rest(state, number + 1, changed))
-            both = through_layer(state, number, replace(layer, mlp=None), both)
-            own = todo.get((number, "mlp"), [])
-            importance = _importance(state, layer.mlp, both[many:]) if own else None
-            for change in own:
-                m = layer.mlp
-                kept_mlp = change.variant.of("mlp")
-                narrow = None
-                if m is not None and isinstance(kept_mlp, DenseMlp):
-                    narrow = m.channels(best(importance, kept_mlp.inner))
-                changed = through_layer(state, number, Layer(None, narrow), both[:many])
-                yield scored(change.key, _rest(state, number + 1, changed))
-            both = through_layer(state, number, replace(layer, attention=None), both)
-
-
-def _rest(state: PassState, first: int, x: Tensor) -> Tensor:
-    """Return the residual stream after the last layer, from that before the layer ``first``."""
-    for number, layer in enumerate(state.decoder.layers[first:], first):
-        x = through_layer(state, number, layer, x)
-    return x
-
-
-def fewer_heads(a: Attention, heads: int, kv_heads: int, head_dim: int) -> Attention:
-    """Keep the query heads of the largest output weights, and means of their KV heads. Whole groups
-    stay if the group size stays, else equally many heads of each group if possible."""
-    ratio = a.heads // a.kv_heads
-    size = a.o.weight.float().pow(2).sum(0).view(a.kv_heads, ratio, head_dim).sum(2)
-    number = torch.arange(a.heads, device=size.device).view(a.kv_heads, ratio)
-    if heads == ratio * kv_heads:
-        kept = number[best(size.sum(1), kv_heads)].flatten()
-    elif heads % a.kv_heads == 0:
-        kept = number.gather(1, best(size, heads // a.kv_heads)).flatten()
-    else:
-        kept = best(size.flatten(), heads)
-    features = (kept[:, None] * head_dim + torch.arange(head_dim, device=kept.device)).flatten()
-
-    def joined(p: Projection) -> Projection:
-        # mean over the query heads in each new group, each with its KV head
-        def mean(rows: Tensor) -> Tensor:
-            by_query = rows.view(a.kv_heads, head_dim, -1)[kept // ratio]
-            return (
-                by_query.view(kv_heads, -1, *by_query.shape[1:])
-                .mean(1)
-                .reshape(kv_heads * head_dim, -1)
-            )
-
-        return Projection((mean(p.weight),), None if p.bias is None else mean(p.bias).flatten())
-
-    return replace(
-        a,
-        q=a.q.rows(features),
-        k=joined(a.k),
-        v=joined(a.v),
-        o=a.o.columns(features),
-        heads=heads,
-        kv_heads=kv_heads,
-    )
-
-
-def _importance(state: PassState, m: Mlp | None, x: Tensor) -> Tensor:
-    """Return the mean activation of each channel, times the norm of its output weights."""
-    if m is None:
-        return None
-    h = state.norm(x, m.norm)
-    return gated(m.gate(h), m.up(h)).abs().mean((0, 1)) * m.down.weight.norm(dim=0)
-
-
-def weights_digest(decoder: Decoder) -> str:
-    found = hashlib.sha256()
-    weights = [decoder.embedding, decoder.head, decoder.final_norm]
-    weights += [factor for _, _, p in decoder.projections() for factor in p.factors]
-    for weight in weights:
-        found.update(weight.detach().contiguous().cpu().numpy().data.cast("B"))
-    return found.hexdigest()[:8]
-
-
-def write_scores(path: str | Path, rows: Sequence[LayerScore], protocol: str, source: str) -> None:
-    table = [{**asdict(row), "protocol": protocol, "source": source} for row in rows]
-    write_whole(path, csv_text(table).encode())
-
-
-def read_scores(path: str | Path, protocol: str, source: str) -> list[LayerScore]:
-    if not Path(path).exists():
-        return []
-    names = [*LayerScore.__dataclass_fields__, "protocol", "source"]
-    table = read_csv(read_bounded(path), str(path), names)
-    out = []
-    for place, cells in table.records():
-        for name, own in (("protocol", protocol), ("source", source)):
-            if cells[name] != own:
-                raise InputError(
-                    f"{place}: {name}: expected {own!r}, got {cells[name]!r}; choose another file"
-                )
-        try:
-            numbers = float(cells["kl_div"]), float(cells["perplexity"])
-        except ValueError:
-            raise InputError(
-                f"{place}: expected numbers in kl_div and perplexity; choose another file"
-            ) from None
-        out.append(LayerScore(cells["layer"], cells["attention"], cells["mlp"], *numbers))
-    return out

@@ -28,8 +28,7 @@ MOST_ROWS = 24  # rows of the table of costs without --verbose
 class Scored:
     scores: str | None = option(
         "FILE",
-        "Scores per layer and variant: a CSV, such as of prunesim quality --per-layer, or"
-        " smollm2-135m, which ships.",
+        "Scores per layer and variant: a CSV of your own, or smollm2-135m, which ships.",
     )
     metric: str = option("NAME", "Column of the scores, if several could be scores.", "")
     maximise: bool = option(None, "A higher value of the metric is better.", False)
@@ -221,8 +220,7 @@ def search(
 
     asked, targets = run.asked(model, devices), Targets(**given, confidence=wanted.confidence)
     if scored.scores is None:
-        way = "such as a CSV of prunesim quality --per-layer"
-        raise InputError(f"--scores: expected the scores of each layer, {way}")
+        raise InputError("--scores: expected the scores of each layer, such as a CSV layer,score")
     plan = chosen(model, devices.profiles, targets, **asdict(scored), **asked.settings)
     lines = list(asked.notes)
     if write:

@@ -1,11 +1,8 @@
-"""Quality of pruned models and of single layers: scores by definition, the model's own code,
-commands."""
+"""Quality of pruned models: scores by definition, the model's own code, commands."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,33 +12,22 @@ from tables import rows_of
 
 torch = pytest.importorskip("torch", reason="measuring quality needs PyTorch")
 
-import decoder_reference  # noqa: E402
 import shaped  # noqa: E402
-from shaped import model_of, resized  # noqa: E402
+from shaped import model_of  # noqa: E402
 from tiny_checkpoint import TEXT, random_llama, write_checkpoint  # noqa: E402
 
 from calibration.runners import quality  # noqa: E402
 from calibration.runners.decoder.model import (  # noqa: E402
-    Attention,
     Decoder,
-    Layer,
-    Mlp,
     random_decoder,
     window_logits,
 )
 from calibration.runners.quality import (  # noqa: E402
-    DENSE,
-    changes_of,
     decoder_of,
-    fewer_heads,
     logits_of,
-    measure_layers,
     score,
 )
 from simulator.errors import InputError  # noqa: E402
-from simulator.models.library import load_model  # noqa: E402
-from simulator.plans.library import Library, generated_library, read_library  # noqa: E402
-from simulator.plans.variants import variant  # noqa: E402
 from simulator.prediction.quality import load_quality  # noqa: E402
 
 CONFIG = model_of(*[shaped.layer(4, 2, 128, 16)] * 5, vocab=97, max_positions=512)
@@ -211,190 +197,3 @@ def test_real_folders_from_the_command_line(tmp_path: Path, cli: Any) -> None:
     assert row["greedy_acceptance"] == 1.0
     printed = cli.out(f"{line} --family width --sparsity 0.2").splitlines()
     assert printed[1].split() == ["accepted", "accepted"]
-
-
-# -- single layers
-
-SMALL = resized(decoder_reference.CONFIG, inner=64, layers=3, qkv_bias=True)
-SCORED, CALIBRATION = torch.randint(
-    SMALL.vocab, (2, 2, 20), generator=torch.Generator().manual_seed(0)
-)
-
-
-@pytest.fixture(scope="module")
-def small() -> Decoder:
-    return random_decoder(SMALL, dtype="fp32")
-
-
-def _library(**texts: list[str]) -> Library:
-    """A library with some variants of all layers."""
-    usual = SMALL.usual
-    variants = [variant(name, text, usual) for name, some in texts.items() for text in some]
-    return Library(SMALL, ((usual, *variants),) * len(SMALL.layers))
-
-
-def _measured(decoder: Decoder, **texts: list[str]) -> dict[tuple[str, str, str], float]:
-    rows = measure_layers(decoder, list(SCORED), list(CALIBRATION), changes_of(_library(**texts)))
-    return {row.key: row.kl_div for row in rows}
-
-
-def _parts(layer: Layer) -> tuple[Attention, Mlp]:
-    return layer.attention, layer.mlp
-
-
-def _at(decoder: Decoder, number: int, layer: Layer) -> Decoder:
-    return replace(decoder, layers=(*decoder.layers[:number], layer, *decoder.layers[number + 1 :]))
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_scores_are_those_of_whole_passes(
-    small: Decoder, keep: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quality, "MOST_LOGIT_BYTES", 2e9 if keep else 0)
-    found = _measured(small, attention=["kv=2", "none"], mlp=["none"])
-    assert list(found)[:4] == [
-        DENSE,
-        ("0", "kv=2", "dense"),
-        ("0", "none", "dense"),
-        ("0", "dense", "none"),
-    ]
-    assert found[DENSE] == pytest.approx(0.0, abs=1e-6)
-    for number, layer in enumerate(small.layers):
-        attention, _ = _parts(layer)
-        for key, changed in (
-            (
-                ("kv=2", "dense"),
-                replace(layer, attention=fewer_heads(attention, 8, 2, small.head_dim)),
-            ),
-            (("none", "dense"), replace(layer, attention=None)),
-            (("dense", "none"), replace(layer, mlp=None)),
-        ):
-            both = (partial(window_logits, one) for one in (small, _at(small, number, changed)))
-            whole = score(*both, SCORED)
-            assert found[(str(number), *key)] == pytest.approx(whole.kl_nats, rel=1e-3)
-            assert whole.kl_nats > 1e-3
-
-
-def test_channels_that_are_silent_on_the_text_go_first(small: Decoder) -> None:
-    attention, mlp = _parts(small.layers[1])
-    gate = mlp.gate.weight.clone()
-    gate[::2] = 0.0  # an activation of 0, whatever the output weights
-    loud = mlp.down.weight * torch.where(torch.arange(64) % 2 == 0, 10.0, 1.0)
-    planted = replace(
-        mlp, gate=replace(mlp.gate, factors=(gate,)), down=replace(mlp.down, factors=(loud,))
-    )
-    found = _measured(_at(small, 1, Layer(attention, planted)), mlp=["32", "16"])
-    assert found["1", "dense", "32"] == pytest.approx(0.0, abs=1e-6)
-    assert found["1", "dense", "16"] > 1e-3
-
-
-def test_joined_kv_heads_are_means() -> None:
-    """Attention with pairs of equal KV heads loses nothing with half of its KV heads; joined heads
-    are exact means."""
-    decoder = random_decoder(SMALL, dtype="fp32")
-    attention, mlp = _parts(decoder.layers[0])
-    d = decoder.head_dim
-    twice = torch.arange(4 * d).view(4, d)[[0, 0, 2, 2]].flatten()
-    pairs = replace(attention, k=attention.k.rows(twice), v=attention.v.rows(twice))
-    found = _measured(_at(decoder, 0, Layer(pairs, mlp)), attention=["kv=2", "kv=1"])
-    assert found["0", "kv=2", "dense"] == pytest.approx(0.0, abs=1e-6)
-    assert found["0", "kv=1", "dense"] > 1e-4
-    one = fewer_heads(attention, 8, 1, d)
-    assert (one.heads, one.kv_heads) == (8, 1)
-    torch.testing.assert_close(one.k.weight, attention.k.weight.view(4, d, -1).mean(0))
-    torch.testing.assert_close(one.v.bias, attention.v.bias.view(4, d).mean(0))
-
-
-@pytest.mark.parametrize(
-    ("text", "silent"),
-    [
-        ("heads=4", [0, 3, 5, 6]),  # one of each group
-        ("heads=4 kv=2", [0, 1, 6, 7]),  # whole groups
-        ("heads=6 kv=3", [2, 3]),
-    ],
-)
-def test_query_heads_without_output_go_first(small: Decoder, text: str, silent: list[int]) -> None:
-    attention, mlp = _parts(small.layers[2])
-    weight = attention.o.weight.clone().view(SMALL.hidden, 8, -1)
-    weight[:, silent] = 0.0
-    planted = replace(attention, o=replace(attention.o, factors=(weight.flatten(1),)))
-    found = _measured(_at(small, 2, Layer(planted, mlp)), attention=[text])
-    assert found["2", text, "dense"] == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("transformers", reason="reading a model needs transformers")
-    pytest.importorskip("tokenizers", reason="reading a model needs tokenizers")
-    path: Path = tmp_path_factory.mktemp("models")
-    write_checkpoint(path / "tiny")
-    (path / "text.txt").write_text(TEXT)
-    (path / "choices.csv").write_text(
-        'layer,attention,mlp\nall,kv=1,\nall,none,\n"0,2",,64\n"0,2",,none\n'
-    )
-    return path
-
-
-@pytest.fixture
-def command(folder: Path, tmp_path: Path) -> str:
-    """A command that scores the choices of the tiny model."""
-    line = (
-        f"quality {folder / 'tiny'} --per-layer --choices {folder / 'choices.csv'} --text"
-        f" {folder / 'text.txt'}"
-    )
-    return f"{line} --windows 2 --length 60 -o {tmp_path / 's.csv'}"
-
-
-def test_the_command_writes_a_library(command: str, folder: Path, tmp_path: Path, cli: Any) -> None:
-    out = cli.out(command)
-    assert "KL divergence (nats/token) of one changed sublayer; dense perplexity" in out
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["0", "1", "2"]
-    model = load_model(str(folder / "tiny"))
-    library = read_library(tmp_path / "s.csv", model)
-    attention = [("dense", "dense"), ("kv=1", "dense"), ("none", "dense")]
-    assert library.texts(0) == [*attention, ("dense", "64"), ("dense", "none")]
-    assert library.texts(1) == attention
-    assert set(library.values) == {"kl_div", "perplexity"}
-    for column in library.values["kl_div"]:
-        assert column[0] == pytest.approx(0.0, abs=1e-6)
-        assert (column[1:] > 1e-6).all()
-    assert len({float(column[0]) for column in library.values["perplexity"]}) == 1
-    rows = cli.json(command)
-    assert len(rows) == 1 + 4 + 2 + 4
-    assert len(changes_of(generated_library(model))) > len(rows)  # the default
-
-
-def test_a_killed_run_is_resumed(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
-) -> None:
-    cli(f"{command} -o {tmp_path / 'whole.csv'}")
-    scored, passes = quality.score_logits, list[Any]()
-
-    def counted(windows: Any) -> Any:
-        if len(passes) == 6:
-            raise KeyboardInterrupt
-        passes.append(windows)
-        return scored(windows)
-
-    monkeypatch.setattr(quality, "score_logits", counted)
-    cli(command, 130)
-    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 6
-    passes.clear()
-    assert "6 rows exist; 5 left" in cli(command)[1]
-    assert len(passes) == 5
-    assert (tmp_path / "s.csv").read_text() == (tmp_path / "whole.csv").read_text()
-    passes.clear()
-    cli(command)  # nothing is left
-    assert not passes
-
-
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ("--family width", "--per-layer: expected no --pruned, --family or --sparsity"),
-        ("--choices none.csv", "none.csv"),
-        ("--windows 30", "too short; expected at least 3600"),
-    ],
-)
-def test_bad_input_per_layer_is_one_line(command: str, more: str, reason: str, cli: Any) -> None:
-    assert reason in cli.refused(f"{command} {more}")
