@@ -44,7 +44,6 @@ def sweep(
     ],
     output: Annotated[str, opt("--output -o", "FOLDER", "Folder for Parquet files: one dataset.")],
     jobs: int | None = option("N", "Processes on this machine. Default: one per core."),
-    scheduler: str | None = option("ADDRESS", "Compute on the workers of a Dask scheduler."),
     most: int = option(
         "N", "Largest number of configurations to accept.", 100_000_000, flags="--max"
     ),
@@ -58,8 +57,6 @@ def sweep(
     """
     from simulator.prediction.sweep import write_sweep
 
-    if scheduler is not None and jobs is not None:
-        raise InputError("--jobs and --scheduler: expected one of them")
     if jobs is None:
         jobs = (
             len(os.sched_getaffinity(0))
@@ -67,7 +64,7 @@ def sweep(
             else os.cpu_count() or 1
         )
     with render.progress("predicting") as report:
-        done = write_sweep(grid, output, jobs=jobs, scheduler=scheduler, progress=report, most=most)
+        done = write_sweep(grid, output, jobs=jobs, progress=report, most=most)
     if options.Output(json).write([vars(done)]):
         again = (
             f", {done.resumed_parts} of {done.parts} parts from an earlier run"

@@ -1,9 +1,8 @@
 """Define the grid of a sweep (:class:`Grid`, in YAML :func:`read_grid`), and predict every
 combination, in memory or into a folder of Parquet files.
 
-A grid is cut into pieces of bounded memory. This process, worker processes or a Dask cluster
-compute the pieces. Only the calling process writes: when a piece is computed, it becomes one file
-of the dataset.
+A grid is cut into pieces of bounded memory. This process or worker processes compute the pieces.
+Only the calling process writes: when a piece is computed, it becomes one file of the dataset.
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ import copyreg
 import hashlib
 import itertools
 import json
-import logging
 import math
 import re
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from multiprocessing import get_context
@@ -459,11 +456,9 @@ def _beside(node: Node, folder: Path) -> Node:
 
 MOST_CONFIGURATIONS = 100_000_000  # largest grid by default
 NOTED = 8  # sparsities that a note lists at most
-REACH_S = 10.0  # longest time to reach a Dask scheduler, s
 # metadata of a part: its stamp; sparsities by exclusion
 STAMP_KEY, NOTES_KEY = b"prunesim.part", b"prunesim.notes"
 PART_NAME = re.compile(r"part-\d{8}\.parquet")
-ADDRESS = re.compile(r"(tcp://)?(\[[0-9a-f:.]+\]|[^][/:\s]+):\d+")
 
 # loaded profiles contain read-only mappings, which pickle does not know
 copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
@@ -489,7 +484,6 @@ def sweep(
     out: str | Path | None = None,
     *,
     jobs: int = 1,
-    scheduler: str | None = None,
 ) -> pandas.DataFrame:
     """Predict every combination of a grid, and return the rows.
 
@@ -502,8 +496,6 @@ def sweep(
         Folder for Parquet files; the same call resumes a sweep that was stopped.
     jobs : int
         Processes on this machine; used with ``out`` only.
-    scheduler : str, optional
-        Address of a Dask scheduler, whose workers replace the processes.
 
     Returns
     -------
@@ -534,7 +526,7 @@ def sweep(
         frame, notes = results.to_pandas(), results.notes
         frame = frame.assign(**_energy(results.columns, grid.priced))
     else:
-        done = write_sweep(grid, out, jobs=jobs, scheduler=scheduler)
+        done = write_sweep(grid, out, jobs=jobs)
         frame, notes = pandas.read_parquet(done.folder), done.notes
     frame.attrs["notes"] = list(notes)
     return frame
@@ -552,7 +544,6 @@ def write_sweep(
     out: str | Path,
     *,
     jobs: int = 1,
-    scheduler: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     most: int = MOST_CONFIGURATIONS,
 ) -> Summary:
@@ -574,9 +565,6 @@ def write_sweep(
         if method.function is not None:
             expected = "expected a method of a file or a mapping, or a sweep without a folder"
             raise InputError(f"{method.name}: {expected}, as a function cannot be compared later")
-    if scheduler is not None:  # its workers may lack the files of models and profiles
-        hardware = tuple(map(load_hardware, hardware))
-        grid = replace(grid, models=tuple(map(load_model, grid.models)))
     every = list(grid.pieces())
     sizes = [len(requests) * len(prunings) * len(hardware) for requests, prunings, _ in every]
     paths = [folder / f"part-{index:08d}.parquet" for index in range(len(every))]
@@ -594,7 +582,7 @@ def write_sweep(
             done = size - sum(sizes[i] for i in todo)
             if done:
                 progress(done, size)
-            with contextlib.closing(computed(todo, digest, hardware, jobs, scheduler)) as contents:
+            with contextlib.closing(computed(todo, digest, hardware, jobs)) as contents:
                 for i, content in contents:
                     write_whole(paths[i], content)
                     done += sizes[i]
@@ -669,8 +657,6 @@ def _energy(columns: Columns, tariff: Tariff | None) -> dict[str, Any]:
 def compute_part(hardware: Sequence[Any], piece: Piece, grid: str, index: int) -> bytes:
     """Return a piece of a grid (its digest) as a Parquet file in memory, with the same bytes in
     every process."""
-    if (wanted := grid.split()[0]) != __version__:
-        raise InputError(f"worker: expected version {wanted} of prunesim, got {__version__}")
     pyarrow, parquet = load_pyarrow()
     excluded = Excluded()
     columns = piece_results(piece, hardware, excluded).columns
@@ -694,13 +680,10 @@ def computed(
     grid: str,
     hardware: Sequence[Any],
     jobs: int = 1,
-    scheduler: str | None = None,
 ) -> Generator[tuple[int, bytes], None, None]:
     """Yield the index and the content of each part as it is finished."""
     jobs = min(jobs, len(todo))
-    if scheduler is not None and todo:
-        yield from _on_cluster(todo, grid, hardware, scheduler)
-    elif jobs > 1:
+    if jobs > 1:
         yield from _on_processes(todo, grid, hardware, jobs)
     else:
         for index, piece in todo.items():
@@ -765,67 +748,3 @@ def _work(there: Connection, hardware: Sequence[Any], grid: str) -> None:
             except Exception as error:
                 content = error
             there.send((index, content))
-
-
-def _on_cluster(
-    todo: Mapping[int, Piece], grid: str, hardware: Sequence[Any], scheduler: str
-) -> Generator[tuple[int, bytes], None, None]:
-    waiting, under_way = iter(todo.items()), dict[Future[bytes], int]()
-    with _dask(scheduler, hardware) as (submit, many, there):
-        try:
-            while True:
-                # few at once, so that their results fit into memory
-                for index, piece in itertools.islice(waiting, many - len(under_way)):
-                    under_way[submit(compute_part, there, piece, grid, index)] = index
-                if not under_way:
-                    return
-                for task in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    content = task.result()
-                    yield under_way.pop(task), content
-        except Exception as error:
-            for task, index in under_way.items():  # finished before the failure
-                if task.done() and not task.cancelled() and task.exception() is None:
-                    yield index, task.result()
-            if isinstance(error, InputError):
-                raise
-            raise _lost(f"scheduler {scheduler}: a task or worker failed", error) from None
-
-
-@contextlib.contextmanager
-def _dask(address: str, hardware: Any) -> Iterator[tuple[Callable[..., Future[bytes]], int, Any]]:
-    """Yield ``submit`` of a cluster, the most tasks under way, and the devices as an argument."""
-    try:
-        import distributed
-    except ImportError:
-        raise needs_extra("--scheduler", "distributed", "distributed") from None
-    # a lost scheduler would be a traceback
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
-    try:
-        if not ADDRESS.fullmatch(address):
-            raise ValueError("tcp://HOST:PORT")
-        distributed.comm.resolve_address(address)  # Client takes long for an unknown host
-        client: Any = distributed.Client(address, timeout=REACH_S, set_as_default=False)
-    except (OSError, ValueError, distributed.TimeoutError) as error:
-        reason = f"expected the address of a running Dask scheduler ({one_line(str(error), 200)})"
-        raise InputError(f"--scheduler {address}: {reason}") from None
-    with client:
-        try:  # a lost worker that its nanny starts again takes seconds
-            client.wait_for_workers(1, timeout=REACH_S)
-        except (OSError, distributed.TimeoutError):
-            raise InputError(
-                f"--scheduler {address}: no worker; start workers and try again"
-            ) from None
-        # a worker without prunesim would end at its first task, and block the transfer of the
-        # devices
-        for worker, version in client.run(
-            eval, "__import__('simulator').__version__", on_error="return"
-        ).items():
-            if version != __version__:
-                reason = (
-                    f"worker {worker}: expected version {__version__} of prunesim, got {version}"
-                )
-                raise InputError(f"--scheduler {address}: {reason}")
-        threads = sum(client.nthreads().values())
-        # every worker has the devices; tasks are cancelled when the last one with them is lost
-        there = client.scatter(hardware, broadcast=True, hash=False)
-        yield client.get_executor(pure=False).submit, 2 * threads, there

@@ -355,7 +355,6 @@ sp                                 | speedup
 speedup llama-3.1                  | llama-3.1-405b llama-3.1-70b llama-3.1-8b
 speedup x --hardware rtx_4090,h100_s | rtx_4090,h100_sxm
 explain x --engine hf,vl           | hf,vllm
-sweep x --sch                      | --scheduler
 advise x --family dep              | depth
 methods shortg                     | shortgpt
 hardware show mi                   | mi300x mi325x mi355x

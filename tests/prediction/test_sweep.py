@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import active_children
@@ -103,32 +102,8 @@ def test_pieces_cover_the_grid_once_and_are_bounded() -> None:
     assert len(points) == sum(sizes[:5])
 
 
-WAYS = ("one process", "two processes", "Dask")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A Dask cluster of two workers."""
-    distributed = pytest.importorskip(
-        "distributed", reason="sweeps on a Dask cluster need the extra distributed"
-    )
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=":0"
-    ) as found:
-        yield found
-
-
-@pytest.fixture
-def options(way: str, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Arguments of ``write_sweep`` that choose what computes the rows."""
-    if way == "Dask":
-        return {"scheduler": request.getfixturevalue("cluster").scheduler_address}
-    return {"jobs": WAYS.index(way) + 1}
-
-
-def workers() -> list[Any]:
-    """Processes of a sweep: the children of this process without those of the cluster."""
-    return [child for child in active_children() if "Dask" not in child.name]
+WAYS = (1, 2)
+"""Numbers of processes."""
 
 
 def content(done: Summary) -> dict[str, bytes]:
@@ -145,9 +120,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(write_sweep(PARTS, tmp_path_factory.mktemp("sweep") / "rows"))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("jobs", WAYS)
 def test_a_sweep_that_is_interrupted_goes_on_to_equal_rows(
-    way: str, options: dict[str, Any], clean: dict[str, bytes], tmp_path: Path
+    jobs: int, clean: dict[str, bytes], tmp_path: Path
 ) -> None:
     steps: list[tuple[int, int]] = []
 
@@ -155,11 +130,11 @@ def test_a_sweep_that_is_interrupted_goes_on_to_equal_rows(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_sweep(PARTS, tmp_path / "rows", progress=stop, **options)
-    assert not workers()
+        write_sweep(PARTS, tmp_path / "rows", progress=stop, jobs=jobs)
+    assert not active_children()
     assert len(list((tmp_path / "rows").iterdir())) == 1
     done = write_sweep(
-        PARTS, tmp_path / "rows", progress=lambda *step: steps.append(step), **options
+        PARTS, tmp_path / "rows", progress=lambda *step: steps.append(step), jobs=jobs
     )
     assert (done.parts, done.resumed_parts, steps[-1]) == (4, 1, (PARTS.size, PARTS.size))
     assert [n for n, _ in steps] == sorted({n for n, _ in steps})
@@ -180,15 +155,13 @@ if __name__ == "__main__":
     def stop(done, of):
         print("ready", flush=True)
         sys.stdin.read()
-    write_sweep("grid.yaml", "rows", progress=stop, jobs=int(sys.argv[1]), scheduler=sys.argv[2] or None)
+    write_sweep("grid.yaml", "rows", progress=stop, jobs=int(sys.argv[1]))
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
-@pytest.mark.parametrize("way", WAYS)
-def test_kill_9_leaves_no_worker_and_loses_no_part(
-    way: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("jobs", WAYS)
+def test_kill_9_leaves_no_worker_and_loses_no_part(jobs: int, tmp_path: Path) -> None:
     """After the first part; at any moment: tests/cli/test_kills.py."""
     psutil = pytest.importorskip("psutil")
     (tmp_path / "run.py").write_text(KILLED)
@@ -196,7 +169,7 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(
         "models: llama-3.2-1b\nhardware: h100\nsparsities: 0.5\nphases: [prefill, decode]\nbatches:"
         " 1\nseqs: 64\nengines: [reference, hf]\n"
     )
-    words = [sys.executable, "run.py", str(options.get("jobs", 1)), options.get("scheduler", "")]
+    words = [sys.executable, "run.py", str(jobs)]
     environment = {**os.environ, "PYTHONPATH": str(Path(simulator.__file__).parents[1])}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(
@@ -206,34 +179,24 @@ def test_kill_9_leaves_no_worker_and_loses_no_part(
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert len(children) >= options.get("jobs", 1) - 1
+    assert len(children) >= jobs - 1
     _, alive = psutil.wait_procs(children, timeout=20)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
-    done = write_sweep(tmp_path / "grid.yaml", tmp_path / "rows", **options)
+    done = write_sweep(tmp_path / "grid.yaml", tmp_path / "rows", jobs=jobs)
     assert (done.parts, done.resumed_parts) == (4, 1)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX")
-@pytest.mark.parametrize("way", WAYS[1:])
 def test_lost_workers_are_one_line_and_lose_no_part(
-    way: str,
-    options: dict[str, Any],
-    clean: dict[str, bytes],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    clean: dict[str, bytes], tmp_path: Path
 ) -> None:
     def kill(done: int, of: int) -> None:
-        # if one Dask worker is lost, another one takes its tasks
-        every = (
-            request.getfixturevalue("cluster").workers.values() if way == "Dask" else workers()[:1]
-        )
-        for worker in every:
-            os.kill(worker.pid, signal.SIGKILL)
+        os.kill(active_children()[0].pid or 0, signal.SIGKILL)
 
     with pytest.raises(
         OSError, match=r"finished parts are kept: run the same command again$"
     ) as error:
-        write_sweep(PARTS, tmp_path / "rows", progress=kill, **options)
+        write_sweep(PARTS, tmp_path / "rows", progress=kill, jobs=2)
     assert not isinstance(error.value, InputError)
     there = len(list((tmp_path / "rows").iterdir()))
     assert 0 < there < 4
@@ -258,7 +221,7 @@ def test_a_full_disk_loses_no_part(
         patch.setattr("simulator.prediction.sweep.write_whole", write)
         with pytest.raises(OSError, match="No space left"):
             write_sweep(PARTS, tmp_path / "rows", jobs=jobs)
-    assert not workers()
+    assert not active_children()
     done = write_sweep(PARTS, tmp_path / "rows")
     assert (done.resumed_parts, content(done)) == (2, clean)
 
@@ -317,46 +280,12 @@ def test_a_part_that_changes_during_the_sweep_is_an_error(tmp_path: Path) -> Non
     assert write_sweep(PARTS, tmp_path / "rows").resumed_parts == 3
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
-def test_loaded_profiles_and_models_reach_the_workers(
-    way: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_loaded_profiles_and_models_reach_the_workers(tmp_path: Path) -> None:
     own = replace(
         PARTS, hardware=(load_hardware("h100_sxm"),), models=(load_model("llama-3.2-1b"),)
     )
-    written, wanted = simulator.sweep(own, tmp_path / "rows", **options), simulator.sweep(PARTS)
+    written, wanted = simulator.sweep(own, tmp_path / "rows", jobs=2), simulator.sweep(PARTS)
     assert np.array_equal(written["pruned_s"], wanted["pruned_s"])
-
-
-@pytest.mark.parametrize(
-    "address", ["", "localhost", "tcp://127.0.0.1:1", "http://localhost:80", "a::b", "a b:1"]
-)
-def test_schedulers_that_do_not_answer_are_refused(
-    address: str, tmp_path: Path, monkeypatch: Any
-) -> None:
-    pytest.importorskip("distributed", reason="sweeps on a Dask cluster need the extra distributed")
-    monkeypatch.setattr("simulator.prediction.sweep.REACH_S", 1.0)
-    with pytest.raises(
-        InputError, match=r"^--scheduler .*: expected the address of a running Dask scheduler"
-    ):
-        write_sweep(ONE, tmp_path / "rows", scheduler=address)
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(InputError, match=r'^--scheduler needs the extra "distributed" '):
-        write_sweep(ONE, tmp_path / "rows", scheduler=address)
-    assert not (tmp_path / "rows").exists()
-
-
-def test_workers_without_prunesim_are_refused(cluster: Any, tmp_path: Path) -> None:
-    """The transfer of the devices to one beside others would never end."""
-    with cluster.get_client() as client:
-        client.run(exec, "import sys; sys.modules['simulator'] = None")
-        try:
-            with pytest.raises(
-                InputError, match=r"worker tcp://\S+: expected version \S+ of prunesim, got import"
-            ):
-                write_sweep(ONE, tmp_path / "rows", scheduler=cluster.scheduler_address)
-        finally:
-            client.run(exec, "import sys; del sys.modules['simulator']")
 
 
 def test_the_digest_follows_the_profile(tmp_path: Path) -> None:
