@@ -118,10 +118,11 @@ class _Replica:
         # the shared prefix stays in the cache beside a prompt that is shorter
         shares = np.minimum(self.reusable, (prompt - 1) // server.block * server.block)
         longest = int((prompt + self.requests.output + self.reusable - shares).max())
-        if longest + self.each > self.capacity:
+        most = max(math.floor(self.capacity - self.each), 0)
+        if longest > most:
             raise InputError(
-                f"a request of {longest:,} tokens: expected at most the {self.capacity:,.0f} tokens"
-                " that the cache holds"
+                f"a request of {longest:,} tokens: expected at most the {most:,} tokens that the"
+                " cache holds"
             )
         steps = int(prompt.sum()) // server.tokens
         if steps > MOST_STEPS:

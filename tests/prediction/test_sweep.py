@@ -31,7 +31,6 @@ from simulator.request import Request
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="tables need pyarrow")
 
-pytestmark = pytest.mark.extras  # on a Dask cluster too
 
 ONE = Grid(("llama-3.2-1b",), ("h100_sxm",), (0.5,), ("decode",), (1,), (64,))
 """One point, every family."""

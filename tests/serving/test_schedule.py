@@ -75,9 +75,9 @@ def test_all_requests_end_and_every_token_is_computed(
     requests = Requests(arrival, prompt, output, prefix, concurrency)
     server = Server.of(engine, H100)
     tokens = budget if server.chunked else max(budget, int(prompt.max()))
-    # a cache between that of the longest request and that of all
+    # a cache between that of the longest request, with the shared prefix, and that of all
     times = times_of(engine)
-    longest = float((prompt + output).max())
+    longest = float((prompt + output).max()) + prefix
     needed = longest + 2 * server.block + share * float((prompt + output).sum())
     cache = replace(times.cache, memory=held(times) + 1.2 * needed * 131072)
     server = replace(server, tokens=tokens, sequences=min(sequences, tokens), memory=1.0)
