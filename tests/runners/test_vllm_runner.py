@@ -457,6 +457,8 @@ def test_a_child_sees_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (bound["VLLM_CPU_OMP_THREADS_BIND"], bound["VLLM_CPU_KVCACHE_SPACE"]) == ("2,3", "2")
     assert bound["MALLOC_MMAP_MAX_"] == "0"
     assert not {name for name in bound if name.startswith("OMP_")}
+    one = environment(SimpleNamespace(name="cpu", cpus=(2,)))
+    assert (one["VLLM_CPU_OMP_THREADS_BIND"], one["OMP_NUM_THREADS"]) == ("nobind", "1")
 
 
 def test_the_installed_vllm_has_the_interface() -> None:

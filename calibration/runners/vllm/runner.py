@@ -456,6 +456,10 @@ def environment(device: Device | None = None, cache_bytes: int = 0) -> dict[str,
     own["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cache_bytes // 2**30))
     if cpus := getattr(device, "cpus", ()):
         own["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
+        # vLLM would bind the only threads of two models that start together to the same CPU; they
+        # move there when the models are loaded
+        if len(cpus) == 1:
+            own |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         env = {name: value for name, value in env.items() if not name.startswith("OMP_")}
     return {**own, **env}
 
